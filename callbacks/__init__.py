@@ -1,0 +1,1 @@
+"""What watches or finishes a run; the command line adds each entry point of ``sparsify.callbacks``."""

@@ -1,0 +1,117 @@
+"""Ends a run: measures what was made on the test text, and writes it out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sparsify.callbacks.graceful_stop import GracefulStop
+from sparsify.callbacks.throughput import Throughput
+from sparsify.evaluation import PerplexityMeter, Score, make_result, write_json
+from sparsify.export import check_target, export
+from sparsify.run_folder import run_folder
+
+
+class EvaluateAndExport(Callback):
+    """After training: test perplexity under the hard masks, the result file and the exported model. After ``validate`` and
+    ``test``: the result file.
+
+    Args:
+        folder: where to export to; the default is ``export`` in the run's folder.
+        overwrite: replace an earlier export in that place.
+        enabled: False ends a run without evaluation and export.
+    """
+
+    def __init__(self, folder: str | None = None, overwrite: bool = False, enabled: bool = True) -> None:
+        self.folder = folder
+        self.overwrite = overwrite
+        self.enabled = enabled
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A place that is taken is better known before the work than after it.
+        if self.folder is not None and (stage == "fit" or _exporting(trainer)):
+            check_target(Path(self.folder), self.overwrite)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
+        if stopped or not self.enabled or trainer.fast_dev_run:
+            return
+        datamodule: Any = trainer.datamodule
+        datamodule.setup("test")
+        if not datamodule.test_names:
+            self._finish(trainer, pl_module, "test", {})
+            return
+        meter = PerplexityMeter(datamodule.test_names, pl_module.device)
+        for name, loader in zip(meter.names, datamodule.test_dataloader(), strict=True):
+            quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+            for batch in track(loader, f"testing on {name}", disable=quiet, transient=True):
+                meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
+        self._finish(trainer, pl_module, "test", meter.scores())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, pl_module, "validation", pl_module.scores)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _exporting(trainer):
+            self._finish(trainer, pl_module, "test", pl_module.scores)
+        else:
+            self._report(trainer, pl_module, "test", pl_module.scores)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]) -> None:
+        result = self._report(trainer, pl_module, split, scores)
+        folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
+        record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
+        export(pl_module, folder, record, self.overwrite, write=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            _console(trainer).print(f"exported to {folder}", soft_wrap=True)
+
+    def _report(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]
+    ) -> dict[str, Any]:
+        result = make_result(_describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores)
+        if trainer.is_global_zero:
+            path = run_folder(trainer) / ("result.json" if split == "test" else f"result-{split}.json")
+            write_json(path, result)
+            if scores:
+                _console(trainer).print(_table(result, scores))
+            _console(trainer).print(f"result in {path}", soft_wrap=True)
+        return result
+
+
+def _exporting(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "exporting", False))
+
+
+def _describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
+    return {
+        "strategy": pl_module.describe_strategy(),
+        "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
+        "sparsity": pl_module.sparsity(),
+        "seed": pl_module.seed,
+        "steps": pl_module.steps if pl_module.learns else 0,
+        "tokens": speed.tokens if pl_module.learns else 0,
+        "seconds": round(speed.seconds, 1),
+        "device": torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else "cpu",
+    }
+
+
+def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
+    strategy = result["run"]["strategy"]["class"].rpartition(".")[2]
+    table = Table(title=f"{strategy} {result['run']['pattern']}: {result['protocol']['split']} perplexity")
+    table.add_column("text")
+    for column in ("perplexity", "nats a token", "windows"):
+        table.add_column(column, justify="right")
+    for name, score in scores.items():
+        table.add_row(name, f"{score.perplexity:.3f}", f"{score.loss:.4f}", str(score.windows))
+    return table
+
+
+def _console(trainer: Trainer) -> Console:
+    return Console(quiet=trainer.progress_bar_callback is None)

@@ -1,0 +1,57 @@
+"""Ends a run cleanly on Ctrl-C."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from sparsify.run_folder import run_folder
+
+
+class GracefulStop(Callback):
+    """At the first Ctrl-C: finish the optimizer step, save a checkpoint, say how to resume. At the second: stop at once.
+
+    Attributes:
+        stopped: whether the run was stopped this way.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asked = False
+        self._former: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._former = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)
+            self._former = None
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        self._asked = True
+        self._restore()
+        print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # Any rank may have been asked; all must agree, or the others would wait for this one for ever.
+        asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        if not (asked and step_done) or self.stopped:
+            return
+        self.stopped = True
+        trainer.should_stop = True
+        path = Path(run_folder(trainer)) / "checkpoints" / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"stopped after step {trainer.global_step}; resume with the same command and --ckpt_path {path}")

@@ -1,0 +1,81 @@
+"""Shows how the masks move."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from sparsify.inject import masked_layers, whole_layers
+
+
+class MaskLogging(Callback):
+    """Logs, every ``every_n_steps`` optimizer steps, per layer and over all:
+
+    - ``flips``: the share of groups whose hard mask changed since the last look;
+    - ``distance``: the share of groups whose hard mask differs from the one at the start, the prior;
+    - what the masker tells of its distribution, such as entropy and largest probability;
+    - over all only, ``soft_hard_gap``: loss of the last batch under its draw minus under the hard mask, nats.
+
+    All are computed on the device; Lightning fetches them where a logger writes.
+
+    Args:
+        every_n_steps: optimizer steps between two looks.
+        per_layer: also log each layer by itself.
+    """
+
+    def __init__(self, every_n_steps: int = 50, per_layer: bool = True) -> None:
+        self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
+        self._first: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
+        self._looked_at = -1
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._first:
+            self._first = self._last = _ranks(pl_module)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._looked_at or not pl_module.learns or not self._first:
+            return
+        self._looked_at = step
+        now = _ranks(pl_module)
+        table = {name: {"flips": _changed(now[name], self._last[name]), "distance": _changed(now[name], self._first[name])}
+                 for name in now}
+        for name, layer in masked_layers(pl_module.lm).items():
+            table[name] |= layer.masker.metrics()
+        self._last = now
+        weights = {name: ranks.numel() for name, ranks in now.items()}
+        total = sum(weights.values())
+        for metric in next(iter(table.values())):
+            overall = sum(row[metric] * (weights[name] / total) for name, row in table.items())
+            pl_module.log(f"masks/{metric}", overall, prog_bar=metric == "flips")
+            if self.per_layer:
+                for name, row in table.items():
+                    pl_module.log(f"layers/{name}/{metric}", row[metric])
+        if pl_module.task_loss is not None:
+            hard = pl_module.window_losses(batch).mean()
+            pl_module.log("masks/soft_hard_gap", pl_module.task_loss - hard)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first, self._last = state_dict["first"], state_dict["last"]
+
+
+def _ranks(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Each layer's hard mask as a rank a group: a quarter of a byte a weight for 2:4."""
+    return {
+        name: layer.masker.pattern.rank(layer.masker.hard_mask(layer.weight_OI), trusted=True)
+        for name, layer in whole_layers(pl_module.lm)
+    }
+
+
+def _changed(now: Tensor, before: Tensor) -> Tensor:
+    return (now != before.to(now.device)).float().mean()

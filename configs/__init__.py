@@ -1,0 +1,1 @@
+"""Runnable settings, one YAML a strategy, for the embedded model."""

@@ -1,0 +1,29 @@
+"""Learn, evaluate and export N:M sparse masks for Hugging Face language models, on PyTorch Lightning."""
+
+from sparsify.api import Sparsified, sparsify
+from sparsify.data import Source, TextDataModule
+from sparsify.errors import SparsifyError
+from sparsify.masker import Draw, FixedMasker, Masker
+from sparsify.module import SparseCausalLM
+from sparsify.pattern import NMPattern
+from sparsify.schedule import Schedule
+from sparsify.strategy import Block, LayerResult, Run, RunResult, SparsityStrategy
+
+__all__ = [
+    "Block",
+    "Draw",
+    "FixedMasker",
+    "LayerResult",
+    "Masker",
+    "NMPattern",
+    "Run",
+    "RunResult",
+    "Schedule",
+    "Source",
+    "SparseCausalLM",
+    "Sparsified",
+    "SparsifyError",
+    "SparsityStrategy",
+    "TextDataModule",
+    "sparsify",
+]

@@ -1,0 +1,94 @@
+"""The Python interface: one call on a model object."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsify.data import Source, TextDataModule
+from sparsify.export import export
+from sparsify.inject import fold, hard_masks
+from sparsify.mask_file import write_masks
+from sparsify.module import SparseCausalLM
+from sparsify.registry import CALLBACKS, make_strategy, plugins
+from sparsify.strategy import SparsityStrategy
+from sparsify.trainer import Trainer
+
+@dataclass
+class Sparsified:
+    """A model with its masks.
+
+    Attributes:
+        model: the model that was given; its layers are masked, so that it computes what the exported model will.
+        module: the LightningModule around it.
+        trainer: the Trainer that ran.
+    """
+
+    model: PreTrainedModel
+    module: SparseCausalLM
+    trainer: Trainer
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The hard masks by layer name: bool ``[O, I]``, True = kept."""
+        return dict(hard_masks(self.model))
+
+    def export(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the sparse model, its tokenizer, masks and manifest as a Hugging Face folder."""
+        export(self.module, Path(folder), {}, overwrite)
+
+    def save_masks(self, path: str | Path) -> None:
+        """Write the masks alone: a file that ``prior`` takes."""
+        write_masks(Path(path), self.masks(), self.module.pattern, self.module.base_hash)
+
+    def fold(self) -> PreTrainedModel:
+        """Multiply the masks into the weights and restore the plain layers, in place; the dense weights are gone then."""
+        fold(self.model)
+        return self.model
+
+
+def sparsify(
+    model: PreTrainedModel,
+    strategy: SparsityStrategy | str,
+    data: TextDataModule | str | list[str] | Mapping[str, str | Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    steps: int = 2000,
+    trainer: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Sparsified:
+    """Make the linear layers of a model object N:M sparse.
+
+    Args:
+        model: a causal LM; its layers are replaced in place by masked ones over the same Parameters.
+        strategy: a strategy, or its name.
+        data: text to learn from: a file, a folder, several, or a data module.
+        tokenizer: the model's tokenizer.
+        steps: optimizer steps, for a strategy that learns.
+        trainer: more arguments for Lightning's Trainer.
+        options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, optimizer, seed, ...
+
+    Raises:
+        SparsifyError: the input cannot be used; the model is unchanged if it is raised before training.
+    """
+    if isinstance(strategy, str):
+        strategy = make_strategy(strategy)
+    if not isinstance(data, TextDataModule):
+        data = TextDataModule(train=dict(data) if isinstance(data, Mapping) else data)
+    data.tokenizer = tokenizer
+    module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
+    callbacks = [plugins(CALLBACKS)[name].load()() for name in ("annealing", "masks", "speed", "stop")]
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "gradient_clip_val": 1.0,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    runner = Trainer(**settings | {"callbacks": callbacks} | dict(trainer or {}))
+    runner.fit(module, datamodule=data)
+    return Sparsified(model, module, runner)

@@ -1,0 +1,6 @@
+"""Text sources, token blocks and the data module that feeds them to training."""
+
+from sparsify.data.module import TextDataModule
+from sparsify.data.sources import Source
+
+__all__ = ["Source", "TextDataModule"]

@@ -1,0 +1,222 @@
+"""The order in which training reads the blocks of several sources.
+
+The order is a function of the seed and the epoch alone, so a run can be repeated, resumed at any
+batch, and split over ranks without a change in what it reads.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from sparsify.errors import SparsifyError
+
+# First word after the seed, so that the two kinds of draw never share a random stream (numpy pads
+# seeds with zeros, so their lengths alone would not tell [seed, 1] from [seed, 1, 0]).
+SHUFFLE, PERMUTATION = 1, 2
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Splits a whole number in proportion to weights, by the largest-remainder method.
+
+    Args:
+        total: The number to split.
+        weights: Positive shares, of any sum.
+
+    Returns:
+        One whole number a weight; they sum to `total`.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    quotas = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
+    for i in by_remainder[: total - sum(quotas)]:
+        quotas[i] += 1
+    return quotas
+
+
+def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list[float] | None:
+    """Checks that weights are given for all sources or for none.
+
+    Args:
+        names: Name of each source, for messages.
+        weights: Weight of each source, or None.
+
+    Returns:
+        The weights, or None when no source has one.
+
+    Raises:
+        SparsifyError: Some sources lack a weight, or one is not positive and finite.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return None
+    if len(given) < len(weights):
+        lacking = [name for name, weight in zip(names, weights, strict=True) if weight is None]
+        raise SparsifyError(
+            f"train sources {', '.join(lacking)} have no weight and others have one; weights are "
+            "given for all sources or for none: add or remove weights"
+        )
+    for name, weight in zip(names, given, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise SparsifyError(
+                f"train source {name} has weight {weight}; a weight must be positive and finite: "
+                "change it, or remove the source"
+            )
+    return given
+
+
+class BlendSampler(Sampler[int]):
+    """Indices into the concatenated blocks of several sources, in the order of one epoch.
+
+    Without weights each block comes once an epoch. With weights source i gives ``quotas[i]`` blocks
+    an epoch, from an endless sequence of permutations of its own blocks that goes on from one epoch
+    to the next: small sources repeat evenly, large ones are covered over epochs. An epoch has
+    ``sum(sizes)`` blocks either way, shuffled together.
+
+    Args:
+        sizes: Number of blocks of each source.
+        weights: Share of each source in an epoch, of any sum, or None.
+        seed: Not negative.
+
+    Raises:
+        SparsifyError: A weight is so small that its source would give no block.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+        self.sizes = list(sizes)
+        self.seed = seed
+        self.epoch = 0
+        self.weighted = weights is not None
+        self.quotas = self.sizes if weights is None else apportion(sum(sizes), weights)
+        if weights is not None and 0 in self.quotas:
+            raise SparsifyError(
+                f"train weights {list(weights)} give 0 of {len(self)} blocks an epoch to source "
+                f"number {self.quotas.index(0) + 1}; every source must give one: raise its weight "
+                "or remove it"
+            )
+
+    def __len__(self) -> int:
+        """Number of blocks an epoch."""
+        return sum(self.sizes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that iteration begun after this call gives.
+
+        Args:
+            epoch: Counted from 0.
+        """
+        self.epoch = epoch
+
+    def order(self) -> NDArray[np.int64]:
+        """The indices of the chosen epoch, int64 [len(self)]."""
+        indices: NDArray[np.int64] = np.arange(len(self))
+        if self.weighted:
+            offsets = np.cumsum([0, *self.sizes])
+            indices = np.concatenate([offsets[i] + self._drawn(i) for i in range(len(self.sizes))])
+        return np.random.default_rng([self.seed, SHUFFLE, self.epoch]).permutation(indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the indices of the chosen epoch."""
+        yield from self.order().tolist()
+
+    def _drawn(self, source: int) -> NDArray[np.int64]:
+        size, quota = self.sizes[source], self.quotas[source]
+        start, end = self.epoch * quota, (self.epoch + 1) * quota
+        first, last = start // size, (end - 1) // size
+        permutations = [
+            np.random.default_rng([self.seed, PERMUTATION, source, number]).permutation(size)
+            for number in range(first, last + 1)
+        ]
+        return np.concatenate(permutations)[start - first * size : end - first * size]
+
+
+class BatchesOfRank(Sampler[list[int]]):
+    """The batches of one rank: numbers rank, rank + world, ... of the sampler's order.
+
+    The ranks' batches at step i are the batches ``i * world`` to ``(i + 1) * world - 1`` of one
+    process, so two ranks train on what one process reads with twice the gradient accumulation. The
+    last round is dropped if it lacks a full batch for any rank.
+
+    Args:
+        sampler: Gives the order; its ``set_epoch`` chooses the epoch.
+        batch_size: Blocks a batch.
+        rank: This process, from 0.
+        world: Number of processes.
+    """
+
+    def __init__(self, sampler: BlendSampler, batch_size: int, rank: int, world: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+
+    def __len__(self) -> int:
+        """Number of batches an epoch, the same for every rank."""
+        return len(self.sampler) // (self.batch_size * self.world)
+
+    def __iter__(self) -> "BatchIterator":
+        """Begins the epoch that the sampler has when the first batch is asked for."""
+        return BatchIterator(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What the batches of an epoch depend on; a saved position holds only where it is equal."""
+        return {
+            "blocks": list(self.sampler.sizes),
+            "blocks an epoch": list(self.sampler.quotas),
+            "seed": self.sampler.seed,
+            "batch_size": self.batch_size,
+            "processes": self.world,
+        }
+
+
+class BatchIterator(Iterator[list[int]]):
+    """Position in one epoch of a `BatchesOfRank`, which can be saved and restored.
+
+    The epoch is read at the first batch: trainers ask for the iterator before they set the epoch.
+
+    Args:
+        batches: The batches to go through.
+    """
+
+    def __init__(self, batches: BatchesOfRank) -> None:
+        self.batches = batches
+        self._step = 0
+        self._epoch: int | None = None  # of _step; None until it is known
+        self._order: NDArray[np.int64] | None = None
+
+    def __next__(self) -> list[int]:
+        """The indices of the next batch, [batch_size]."""
+        batches = self.batches
+        if self._order is None:
+            self._epoch, self._step = self._position()
+            self._order = batches.sampler.order()
+        if self._step >= len(batches):
+            raise StopIteration
+        start = (self._step * batches.world + batches.rank) * batches.batch_size
+        self._step += 1
+        indices: list[int] = self._order[start : start + batches.batch_size].tolist()
+        return indices
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, which is the same on every rank."""
+        epoch, step = self._position()
+        return {"epoch": epoch, "step": step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position, and sets the sampler's epoch to the saved one.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        self.batches.sampler.set_epoch(state["epoch"])
+        self._epoch, self._step, self._order = state["epoch"], state["step"], None
+
+    def _position(self) -> tuple[int, int]:
+        if self._epoch is not None and self._order is not None:
+            return self._epoch, self._step
+        # Not begun: a position restored from another epoch was the end of that epoch.
+        epoch = self.batches.sampler.epoch
+        return epoch, self._step if self._epoch in (None, epoch) else 0

@@ -1,0 +1,327 @@
+"""The Lightning data module: named text sources to batches of token blocks.
+
+Shapes: B batch, T tokens of a block.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.data.blend import BatchesOfRank, BlendSampler, apportion, check_weights
+from sparsify.data.packing import PackedText, pack
+from sparsify.data.sources import BadRows, BadRowsPolicy, Source, read_documents, source_stem
+from sparsify.errors import SparsifyError
+
+Sources = str | list[str] | dict[str, str | Source] | None
+Split = Literal["train", "validation", "test"]
+
+EMBEDDED_TEXT = Path(__file__).resolve().parent.parent / "embedded" / "text"
+EMBEDDED_NAMES = ("shakespeare", "bible", "python")
+SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class TextDataModule(LightningDataModule):
+    """Batches of token blocks [B, T], int64, from text files.
+
+    A split is one path, a list of paths (each named after its file, with the folder's name before
+    it where two would be the same), or a mapping of names to paths
+    or `Source`. With no `train` the text that comes with the package is used, for `validation` and
+    `test` also where they are not given. With `train`, a split that is not given is absent.
+
+    Args:
+        train: Sources of the training split, read as one blend.
+        validation: Sources of the validation split, one loader each.
+        test: Sources of the test split, one loader each.
+        block_size: Tokens a block, T; at least 2, for a token and the next one.
+        batch_size: Training blocks a batch on each process.
+        eval_batch_size: Validation and test blocks a batch.
+        bad_rows: Whether a row without a usable text stops the run ("error") or is counted and
+            left out ("skip").
+        seed: Seed of the order of the training blocks; not negative.
+        tokenizer: Turns text into token ids. None takes the ``tokenizer`` of the trainer's module.
+
+    Raises:
+        SparsifyError: A number is out of range, or a split is given with no source.
+    """
+
+    def __init__(
+        self,
+        train: Sources = None,
+        validation: Sources = None,
+        test: Sources = None,
+        block_size: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        bad_rows: BadRowsPolicy = "error",
+        seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        _at_least("block_size", block_size, 2)
+        _at_least("batch_size", batch_size, 1)
+        _at_least("eval_batch_size", eval_batch_size, 1)
+        _at_least("seed", seed, 0)
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.bad_rows: BadRowsPolicy = bad_rows
+        self.seed = seed
+        self.tokenizer = tokenizer
+        given: dict[Split, Sources] = {"train": train, "validation": validation, "test": test}
+        self.sources = {
+            split: _embedded(split) if train is None and value is None else _named(split, value)
+            for split, value in given.items()
+        }
+        self.weights = check_weights(
+            list(self.sources["train"]), [s.weight for s in self.sources["train"].values()]
+        )
+        self._packed: dict[Split, dict[str, PackedText]] = {}
+        self._packed_with: PreTrainedTokenizerBase | None = None
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Names of the validation sources, in the order of `val_dataloader`."""
+        return list(self.sources["validation"])
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test sources, in the order of `test_dataloader`."""
+        return list(self.sources["test"])
+
+    def setup(self, stage: str) -> None:
+        """Reads and packs what a stage needs and is not packed yet.
+
+        Args:
+            stage: "fit", "validate" or "test".
+
+        Raises:
+            SparsifyError: A source cannot be read or is less than one block, there is no tokenizer,
+                or the trainer would shard the data a second time.
+        """
+        trainer = self.trainer
+        if (
+            trainer is not None
+            and trainer.world_size > 1
+            and trainer._accelerator_connector.use_distributed_sampler
+        ):
+            raise SparsifyError(
+                "the trainer has use_distributed_sampler=True; TextDataModule gives each process "
+                "its own batches: set Trainer(use_distributed_sampler=False)"
+            )
+        # Lightning warns of both, and both are meant: blocks lie in memory, so a worker process
+        # would only copy them, and a split may be absent.
+        for message in ("The '.*' does not have many workers", "Total length of `list` across"):
+            warnings.filterwarnings("ignore", message=message)
+        self._pack(*SPLITS_OF_STAGE[stage])
+
+    def train_dataloader(self) -> StatefulDataLoader[Tensor]:
+        """This process's training batches [B, T], int64; the loader can save its position.
+
+        Raises:
+            SparsifyError: The blocks are fewer than one batch for every process.
+        """
+        packed = self._pack("train")["train"]
+        sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
+        rank, world = self._rank_and_world()
+        if len(sampler) < self.batch_size * world:
+            raise SparsifyError(
+                f"train: {len(sampler)} blocks are less than one batch of {self.batch_size} on "
+                f"each of {world} processes; add text, or lower --data.batch_size or "
+                "--data.block_size"
+            )
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            return _TrainLoader(
+                ConcatDataset([_Blocks(p) for p in packed.values()]),
+                batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
+                # Its own generator: a loader draws a number at the start of each epoch, and drawing
+                # it from the global one would make a resumed run's dropout differ.
+                generator=torch.Generator(),
+            )
+
+    def val_dataloader(self) -> list[DataLoader[Tensor]]:
+        """One loader of batches [B, T], int64, for each of `validation_names`."""
+        return self._eval_dataloaders("validation")
+
+    def test_dataloader(self) -> list[DataLoader[Tensor]]:
+        """One loader of batches [B, T], int64, for each of `test_names`."""
+        return self._eval_dataloaders("test")
+
+    def calibration(self, samples: int, seed: int = 0) -> Tensor:
+        """Training blocks for calibration, all different, in the proportions of the blend.
+
+        Args:
+            samples: Number of blocks, at least 1.
+            seed: Chooses the blocks; not negative.
+
+        Returns:
+            Token ids [samples, T], int64.
+
+        Raises:
+            SparsifyError: A source has fewer blocks than its share of `samples`.
+        """
+        _at_least("samples", samples, 1)
+        packed = self._pack("train")["train"]
+        sizes = [len(p.blocks) for p in packed.values()]
+        rng = np.random.default_rng(seed)
+        chosen = []
+        for (name, p), share in zip(
+            packed.items(), apportion(samples, self.weights or sizes), strict=True
+        ):
+            if share > len(p.blocks):
+                raise SparsifyError(
+                    f"calibration asks for {share} of {samples} blocks from train source {name}, "
+                    f"which has {len(p.blocks)}; blocks are used once: ask for fewer samples, or "
+                    "add text"
+                )
+            chosen.append(p.blocks[rng.permutation(len(p.blocks))[:share]])
+        return torch.cat(chosen)[rng.permutation(samples)].long()
+
+    def describe(self, split: Split) -> dict[str, Any]:
+        """What a split holds, for the record of a run; free of absolute paths.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Returns:
+            ``block_size``, and under ``sources`` for each name the file name, the numbers of
+            documents, tokens, blocks and dropped tokens, and the digest of the token ids.
+        """
+        packed = self._pack(split)[split]
+        return {
+            "block_size": self.block_size,
+            "sources": {
+                name: {
+                    "file": Path(self.sources[split][name].path).name,
+                    "documents": p.documents,
+                    "tokens": p.tokens,
+                    "blocks": len(p.blocks),
+                    "dropped": p.dropped,
+                    "sha256": p.sha256,
+                }
+                for name, p in packed.items()
+            },
+        }
+
+    def _pack(self, *splits: Split) -> dict[Split, dict[str, PackedText]]:
+        tokenizer = self._tokenizer()
+        if tokenizer is not self._packed_with:
+            self._packed, self._packed_with = {}, tokenizer
+        report = BadRows()
+        try:
+            for split in splits:
+                if split not in self._packed:
+                    self._packed[split] = {
+                        name: pack(
+                            read_documents(source, self.bad_rows, report),
+                            tokenizer,
+                            self.block_size,
+                            name,
+                        )
+                        for name, source in self.sources[split].items()
+                    }
+        finally:  # rows left out may be why there is too little text
+            report.warn()
+        return self._packed
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.trainer is not None:
+            tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise SparsifyError(
+                "the data module's tokenizer is None and there is no trainer whose module has one; "
+                "text needs a tokenizer: set TextDataModule(tokenizer=...)"
+            )
+        return tokenizer
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        strategy = None if self.trainer is None else self.trainer.strategy
+        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor]]:
+        # Every process reads all blocks: a sum over them is then exact and the same on each with no
+        # communication, and FSDP needs the same number of forwards on every process.
+        return [
+            DataLoader(
+                _Blocks(packed), batch_size=self.eval_batch_size, generator=torch.Generator()
+            )
+            for packed in self._pack(split)[split].values()
+        ]
+
+
+class _TrainLoader(StatefulDataLoader[Tensor]):  # type: ignore[misc]  # torchdata has no types
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.batch_sampler.identity()
+        if state["of"] != own:
+            raise SparsifyError(
+                f"the checkpoint's data position is in {state['of']} and this run has {own}; both "
+                "must be the same to resume: use the same data settings and number of processes, "
+                "or start a new run from the checkpoint's weights"
+            )
+        super().load_state_dict(state["position"])
+
+
+class _Blocks(Dataset[Tensor]):
+    def __init__(self, packed: PackedText) -> None:
+        self.blocks = packed.blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.blocks[index].long()
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise SparsifyError(f"{name} is {value}; it must be at least {least}: raise it")
+
+
+def _embedded(split: Split) -> dict[str, Source]:
+    return {
+        name: Source(str(EMBEDDED_TEXT / name / f"{split}.jsonl.gz")) for name in EMBEDDED_NAMES
+    }
+
+
+def _named(split: Split, sources: Sources) -> dict[str, Source]:
+    if sources is None:
+        return {}
+    if not sources:
+        raise SparsifyError(
+            f"{split} is {sources!r}; a split that is given must have a source: name a file or "
+            "folder, or leave it out"
+        )
+    if isinstance(sources, Mapping):
+        return {n: Source(s) if isinstance(s, str) else s for n, s in sources.items()}
+    paths = [sources] if isinstance(sources, str) else sources
+    names = [source_stem(path) for path in paths]
+    counts = Counter(names)
+    named: dict[str, Source] = {}
+    for path, stem in zip(paths, names, strict=True):
+        name = base = f"{Path(path).absolute().parent.name}/{stem}" if counts[stem] > 1 else stem
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{base}-{number}"
+        named[name] = Source(path)
+    return named

@@ -1,0 +1,101 @@
+"""Token perplexity, and the result file that every later command reads.
+
+Perplexity follows the protocol of SparseGPT and Wanda: windows of equal length without overlap, the mean cross-entropy over
+the L - 1 targets of each, and the exponential of the mean over windows. Shapes: B windows, T tokens, V vocabulary.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+RESULT_SCHEMA = "sparsify.result/1"
+OVERALL = "overall"
+
+
+def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Cross-entropy of every next token in fp32, nats: ``[B, T - 1]``."""
+    targets = tokens_BT[:, 1:]
+    flat = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return flat.view(targets.shape)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Perplexity of one text.
+
+    Attributes:
+        loss: mean cross-entropy a token, nats.
+        perplexity: its exponential.
+        windows: how many windows were measured.
+        targets: how many tokens were predicted.
+    """
+
+    loss: float
+    perplexity: float
+    windows: int
+    targets: int
+
+
+class PerplexityMeter:
+    """Collects window losses of named texts on the device; :meth:`scores` is the only synchronisation."""
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self.names = list(names)
+        self._means = {name: MeanMetric().set_dtype(torch.float64).to(device) for name in self.names}
+        self._targets = dict.fromkeys(self.names, 0)
+        self._windows = dict.fromkeys(self.names, 0)
+
+    def update(self, name: str, losses_BT: Tensor) -> None:
+        """Add the windows of one batch, from :func:`token_losses`."""
+        self._means[name].update(losses_BT.double().mean(1))
+        self._windows[name] += losses_BT.shape[0]
+        self._targets[name] += losses_BT.numel()
+
+    def scores(self) -> dict[str, Score]:
+        """The score of every text, and over all windows as ``overall``."""
+        result = {}
+        for name in self.names:
+            loss = self._means[name].compute().item()
+            result[name] = Score(loss, math.exp(loss), self._windows[name], self._targets[name])
+        windows = sum(self._windows.values())
+        loss = sum(score.loss * score.windows for score in result.values()) / windows
+        result[OVERALL] = Score(loss, math.exp(loss), windows, sum(self._targets.values()))
+        return result
+
+
+def make_result(run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
+    """A result with all that is needed to know which others it may be compared with.
+
+    Args:
+        run: what was done: strategy, pattern, steps, tokens, seconds.
+        protocol: how it was measured; results of different protocols never share a column.
+        scores: from :meth:`PerplexityMeter.scores`.
+    """
+    packages = ("sparsify", "torch", "lightning", "transformers")
+    return {
+        "schema": RESULT_SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "run": dict(run),
+        "protocol": dict(protocol),
+        "scores": {name: asdict(score) for name, score in scores.items()},
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,167 @@
+"""Write a masked model as a plain Hugging Face folder that loads anywhere.
+
+The folder holds the model with exact zeros, its tokenizer, the packed masks and ``sparsity_manifest.json``. It is written
+beside its place and moved there when it is whole.
+"""
+
+import copy
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sparsify.base import hash_parameters
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import write_json
+from sparsify.inject import hard_masks, masked_layers
+from sparsify.mask_file import FILE_NAME, write_masks
+from sparsify.masked_linear import MaskedLinear
+from sparsify.module import SparseCausalLM
+
+MANIFEST = "sparsity_manifest.json"
+MANIFEST_SCHEMA = "sparsify.manifest/1"
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a place that an export must not replace.
+
+    Raises:
+        SparsifyError: something is there, and it is not an earlier export or ``overwrite`` was not asked for.
+    """
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST).is_file():
+        raise SparsifyError(f"{folder} exists and holds no {MANIFEST}, so it is not an export and stays; name another folder")
+    if not overwrite:
+        raise SparsifyError(f"{folder} holds an earlier export; replace it with overwrite, or name another folder")
+
+
+@torch.no_grad()
+def export(
+    module: SparseCausalLM, folder: Path, record: Mapping[str, Any], overwrite: bool = False, write: bool = True
+) -> None:
+    """Write the folder whole, or leave everything as it was.
+
+    Args:
+        module: the model with its masks; it is not changed. If it is sharded, every rank must call this.
+        folder: the place to write to.
+        record: lineage, protocol and results, for the manifest.
+        overwrite: replace an earlier export.
+        write: False on the ranks that only take part in gathering.
+
+    Raises:
+        SparsifyError: the place is taken, the disk is full, or frozen weights were changed.
+    """
+    check_target(folder, overwrite)
+    masks = {name: mask.cpu() for name, mask in hard_masks(module.lm)}
+    dense = {name: _whole(p) for name, p in base_parameters(module.lm).items()}
+    if module.strategy.weights == "frozen" and hash_parameters(dense) != module.base_hash:
+        raise SparsifyError("the base weights changed during the run, though the strategy says that they are frozen")
+    dtype = _storage_dtype(module, dense.values())
+    layers = masked_layers(module.lm)
+    weights = {name: _folded(layers, name, p, masks).to(dtype) for name, p in dense.items()}
+    if not write:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        _plain_model(module.lm, weights, dtype).save_pretrained(partial)
+        module.tokenizer.save_pretrained(partial)
+        if masks:
+            write_masks(partial / FILE_NAME, masks, module.pattern, module.base_hash)
+        write_json(partial / MANIFEST, _manifest(module, masks, dtype) | dict(record))
+        partial.chmod(0o755)
+        _move(partial, folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SparsifyError(
+            f"the disk is full: {folder} was not written; nothing else was lost. Free space, then run "
+            "sparsify export --ckpt_path with the run's last checkpoint"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The Parameters of the dense model by name: all but the maskers'."""
+    return {name: p for name, p in model.named_parameters() if ".masker." not in name}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder.
+
+    Raises:
+        SparsifyError: there is none.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SparsifyError(f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported")
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _folded(layers: Mapping[str, MaskedLinear], name: str, weight: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    layer, _, what = name.rpartition(".")
+    if layer not in masks or what != "weight":
+        return weight
+    return torch.where(layers[layer].as_stored(masks[layer]).to(weight.device), weight, 0)
+
+
+def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:
+    """The type in which the base is stored, if it holds these values exactly; else the one in which they were used."""
+    stored = module.stored_dtype
+    exact = all(torch.equal(w.to(stored).to(w.dtype), w) for w in weights)
+    return stored if exact else module.lm.dtype
+
+
+def _plain_model(model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        plain = plain_class(config)
+    buffers = {name: b for name, b in model.named_buffers() if name in plain.state_dict()}
+    plain.load_state_dict(weights | buffers, assign=True, strict=False)
+    plain.tie_weights()
+    if left := [name for name, p in plain.named_parameters() if p.is_meta]:
+        raise RuntimeError(f"the export lacks {left}: the model shares weights in a way that its class does not declare")
+    if model.generation_config is not None:
+        plain.generation_config = model.generation_config
+    return plain  # type: ignore[no-any-return]
+
+
+def _manifest(module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    pattern = str(module.pattern)
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "pattern": pattern,
+        "base": {"name": module.name_or_path, "hash": module.base_hash},
+        "strategy": module.describe_strategy(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": {name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()},
+        "dense": module.dense_layers,
+    }
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Put the whole folder in its place; an earlier export stands until then."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    former = partial.with_name(partial.name.replace(".partial-", ".former-"))
+    folder.rename(former)
+    partial.rename(folder)
+    shutil.rmtree(former)

@@ -1,0 +1,361 @@
+"""The LightningModule: a causal LM, its masked layers and a strategy.
+
+One training step: Lightning gives a batch of token ids; the strategy asks the :class:`Run` for one or more forward passes,
+each under a draw; every masked layer makes its mask for that draw and forgets it; the loss goes back through the layers,
+which make their masks again; the optimizer updates what the strategy learns.
+
+Shapes: B windows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import OVERALL, PerplexityMeter, Score, token_losses
+from sparsify.inject import decoder_blocks, inject, masked_layers, select
+from sparsify.masked_linear import MaskScope
+from sparsify.masker import Draw, Masking
+from sparsify.pattern import NMPattern
+from sparsify.schedule import Schedule
+from sparsify.strategy import Block, LayerResult, RunResult, SparsityStrategy
+
+
+def _adamw(params: Any) -> Optimizer:
+    return AdamW(params, lr=5e-4, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+class SparseCausalLM(LightningModule):
+    """Learns, evaluates and holds the masks of one causal LM.
+
+    Args:
+        strategy: the sparsification method.
+        name_or_path: ``embedded``, a local folder, or a Hugging Face id.
+        pattern: N kept of every M consecutive input weights, as 'N:M'.
+        include: globs of layers to mask; the default is every linear layer of the decoder blocks.
+        exclude: globs of layers to leave dense.
+        dtype: the type of the base weights; what is learned is always fp32.
+        gradient_checkpointing: recompute each block in backward instead of storing its activations.
+        optimizer: what learns, unless the strategy brings its own; AdamW as in the MaskLLM paper.
+        lr_final: the learning rate at the end as a share of the one at the start; the way there is half a cosine.
+        warmup_steps: optimizer steps over which the learning rate first rises from zero.
+        seed: of the masks' noise.
+    """
+
+    def __init__(
+        self,
+        strategy: SparsityStrategy,
+        name_or_path: str = EMBEDDED,
+        pattern: str = "2:4",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = _adamw,
+        lr_final: float = 0.1,
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["strategy", "optimizer"])
+        self.strict_loading = False  # checkpoints hold no frozen weights; on_load_checkpoint checks the rest
+        self.name_or_path = name_or_path
+        self.pattern = NMPattern.parse(pattern)
+        self.include, self.exclude = include, exclude or []
+        self.dtype_name: Dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.make_optimizer = optimizer
+        self.lr_final, self.warmup_steps = lr_final, warmup_steps
+        self.seed = seed
+        self.model: PreTrainedModel | None = None
+        self.strategy = strategy
+        self.scope = MaskScope()
+        self.dense_layers: dict[str, str] = {}
+        self.base_hash = ""
+        self.task_loss: Tensor | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._given: list[PreTrainedModel] = []  # in a list, so that it is not registered before it is masked
+        self._meter: PerplexityMeter | None = None
+        self._steps_before = 0
+        self._bad_since: Tensor | None = None
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, strategy: SparsityStrategy, **options: Any
+    ) -> "SparseCausalLM":
+        """Wrap a model object; ``options`` as for the class. The model's layers are replaced in place."""
+        module = cls(strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options)
+        module._given, module._tokenizer = [model], tokenizer
+        return module
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.name_or_path)
+        return self._tokenizer
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The model with its masked layers, once it is built."""
+        if self.model is None:
+            raise RuntimeError("the model is built in configure_model, which has not run yet")
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load, mask, calibrate and shard; the second call does nothing."""
+        if self.model is not None:
+            return
+        if self._given:
+            model = self._given.pop()
+            self.stored_dtype = model.dtype
+        else:
+            model = load_model(self.name_or_path, self.dtype_name)
+            self.stored_dtype = stored_dtype(self.name_or_path)
+        self.base_hash = hash_parameters(dict(model.named_parameters()))
+        layers, self.dense_layers = select(model, self.pattern, self.include, self.exclude)
+        model.requires_grad_(self.strategy.weights == "trained")
+        if self.strategy.prunes:
+            self.scope = inject(model, layers, self.pattern, self.strategy.make_masker)
+        else:
+            self.dense_layers |= dict.fromkeys(layers, f"{type(self.strategy).__name__} masks nothing")
+        if self.gradient_checkpointing:
+            checkpoint_activations(model, self.scope)
+        self.model = model
+        if self._trainer is not None:  # without one the masks come from a checkpoint
+            self._calibrate()
+        if not any(p.requires_grad for p in self.parameters()):
+            # A run that learns nothing still is one optimizer step for Lightning, and needs something to step.
+            self.anchor = nn.Parameter(torch.zeros(1))
+        if self._device_mesh is not None:
+            self._shard()
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        layers = masked_layers(self.lm)
+        results: dict[str, LayerResult] = dict(self.strategy.calibrate(self._blocks()))
+        for name, layer in layers.items():
+            result = results.pop(name, None)
+            self.strategy.init_masker(layer.masker, layer.weight_OI, result)
+            if result is not None and result.weight is not None:
+                layer.weight_OI.copy_(result.weight)
+
+    def _blocks(self) -> Iterator[Block]:
+        left = masked_layers(self.lm)
+        for name in decoder_blocks(self.lm):
+            inside = {layer: left.pop(layer) for layer in list(left) if layer.startswith(f"{name}.")}
+            if inside:
+                yield Block(name, inside)
+        if left:
+            yield Block("", left)
+
+    def _shard(self) -> None:
+        mesh = cast(Any, self.device_mesh)["data_parallel"]
+        for block in decoder_blocks(self.lm).values():
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.lm, mesh=mesh)
+
+    def describe_strategy(self) -> dict[str, Any]:
+        """The strategy's class and its settings, for a record."""
+        strategy = self.strategy
+        settings = {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str) and k != "training"}
+        settings |= {name: asdict(schedule) for name, schedule in strategy.schedules.items()}
+        path = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+        return {"class": path, "weights": strategy.weights, "settings": settings}
+
+    def protocol(self, datamodule: Any, split: str) -> dict[str, Any]:
+        """How a score of this model on a split of the data is measured: what must agree for two to be compared."""
+        return {
+            "metric": "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token",
+            "split": split,
+            "base": {"name": self.name_or_path, "hash": self.base_hash, "dtype": self.dtype_name},
+            "data": datamodule.describe(split),
+        }
+
+    def sparsity(self) -> float:
+        """The share of zeros that the masks make, of all weights in the decoder blocks' linear layers."""
+        shapes = [layer.masker.shape for layer in masked_layers(self.lm).values()]
+        masked = sum(rows * columns for rows, columns in shapes)
+        total = sum(p.numel() for b in decoder_blocks(self.lm).values() for n, p in b.named_parameters()
+                    if p.ndim == 2 and ".masker." not in n)
+        return masked * (1 - self.pattern.density) / total
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that made the present masks."""
+        return self.trainer.global_step or self._steps_before
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes anything but the anchor."""
+        return any(p.requires_grad for name, p in self.named_parameters() if name != "anchor")
+
+    def data_parallel(self) -> tuple[int, int]:
+        """(rank, number of ranks) of this process among those that see different data."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ParallelStrategy):
+            return 0, 1
+        sampler = strategy.distributed_sampler_kwargs
+        return sampler["rank"], sampler["num_replicas"]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if not self.learns:
+            self.trainer.should_stop = True
+            return cast(Tensor, 0 * self.anchor.sum())
+        rank, ranks = self.data_parallel()
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        run = BatchRun(self, batch, self.trainer.global_step, micro_batch * ranks + rank)
+        loss = self.strategy.loss(run)
+        self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
+        self._watch(self.task_loss)
+        self.log("train/loss", loss.detach())
+        self.log("train/task_loss", self.task_loss, prog_bar=True)
+        for name, value in self.strategy.metrics().items():
+            self.log(f"train/{name}", value)
+        return loss
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember on the device since when the loss is not finite; look, and fail, where metrics are fetched anyway."""
+        step = self.trainer.global_step
+        if self._bad_since is None:
+            self._bad_since = torch.full((), -1, device=self.device)
+        now = ~loss.isfinite() & (self._bad_since < 0)
+        self._bad_since = torch.where(now, step, self._bad_since)
+        if (step + 1) % self.trainer.log_every_n_steps == 0:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        if self._bad_since is not None and self._bad_since >= 0:
+            raise SparsifyError(
+                f"the loss is not finite since optimizer step {int(self._bad_since)}; checkpoints from before it are intact: "
+                "resume from one with a lower learning rate (--model.optimizer.init_args.lr), or look at that step's data"
+            )
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.strategy.after_step(masked_layers(self.lm), optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        params = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.strategy.optimizer(params, self.make_optimizer)
+        steps = self.trainer.estimated_stepping_batches
+        decay = Schedule(1.0, self.lr_final, "cosine")
+
+        def factor(step: int) -> float:
+            warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            return warmup * decay.at(step / steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # -- evaluation: always under the hard mask, which is what ships ---------------------------------------------------
+
+    def window_losses(self, tokens_BT: Tensor, masking: Masking = "hard") -> Tensor:
+        """Losses of every next token, nats, ``[B, T - 1]``, without a graph."""
+        with torch.no_grad(), self.scope.use(masking):
+            return token_losses(self.lm(input_ids=tokens_BT, use_cache=False).logits, tokens_BT)
+
+    def on_validation_epoch_start(self) -> None:
+        self._meter = PerplexityMeter(cast(Any, self.trainer).datamodule.validation_names, self.device)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        meter = cast(PerplexityMeter, self._meter)
+        meter.update(meter.names[dataloader_idx], self.window_losses(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val", cast(PerplexityMeter, self._meter).scores())
+
+    def on_test_epoch_start(self) -> None:
+        self._meter = PerplexityMeter(cast(Any, self.trainer).datamodule.test_names, self.device)
+
+    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test", cast(PerplexityMeter, self._meter).scores())
+
+    def _log_scores(self, split: str, scores: dict[str, Score]) -> None:
+        self.scores = scores
+        for name, score in scores.items():
+            where = split if name == OVERALL else f"{split}/{name}"
+            self.log(f"{where}/loss", score.loss)
+            self.log(f"{where}/perplexity", score.perplexity, prog_bar=name == OVERALL)
+
+    # -- checkpoints: what is learned, and the name of the base --------------------------------------------------------
+
+    def _saved_keys(self) -> set[str]:
+        """The state's keys that a checkpoint holds: everything but base weights that stay as they are."""
+        if self.strategy.weights in ("trained", "updated"):
+            return set(self.state_dict())
+        base = {f"model.{name}" for name, _ in self.lm.named_parameters(remove_duplicate=False) if ".masker." not in name}
+        return set(self.state_dict()) - base
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite()
+        kept = self._saved_keys()
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+        checkpoint["base_hash"] = self.base_hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.configure_model()
+        self._steps_before = checkpoint["global_step"]
+        if checkpoint.get("base_hash") != self.base_hash:
+            raise SparsifyError(
+                f"the checkpoint belongs to base model {str(checkpoint.get('base_hash'))[:12]}, but {self.name_or_path!r} "
+                f"as {self.dtype_name} is {self.base_hash[:12]}; give the --model.name_or_path and --model.dtype of its run"
+            )
+        wanted, found = self._saved_keys(), set(checkpoint["state_dict"])
+        if wanted != found:
+            odd = sorted(wanted ^ found)
+            raise SparsifyError(
+                f"the checkpoint's masks do not fit this run: {len(found - wanted)} entries are unknown and "
+                f"{len(wanted - found)} are missing (first: {odd[0]}); give the strategy, pattern, include and exclude of its run"
+            )
+
+
+class BatchRun:
+    """One micro-batch of a training step (see :class:`sparsify.strategy.Run`).
+
+    Args:
+        module: what to run.
+        batch: token ids ``[B, T]``.
+        step: the optimizer step.
+        index: micro-batch x data-parallel ranks + rank.
+    """
+
+    def __init__(self, module: SparseCausalLM, batch: Tensor, step: int, index: int) -> None:
+        self._module, self._batch = module, batch
+        self._step, self._index = step, index
+        self.task_loss: Tensor | None = None
+
+    def draw(self, k: int = 0, of: int = 1) -> Draw:
+        return Draw(self._module.seed, self._step, self._index * of + k)
+
+    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+        module = self._module
+        with torch.set_grad_enabled(grad), module.scope.use(masking) as penalties:
+            logits = module.lm(input_ids=self._batch, use_cache=False).logits
+            loss = token_losses(logits, self._batch).mean()
+        self.task_loss = loss.detach()
+        return RunResult(loss, logits, torch.stack(penalties).sum() if penalties else loss.new_zeros(()))
+
+
+def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
+    """Recompute each decoder block in backward, under the draw of its own forward."""
+    options = {"use_reentrant": False, "context_fn": scope.checkpoint_contexts}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for module in model.modules():
+        # Transformers checkpoints a block only in training mode; its children stay as they are, so dropout stays off.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

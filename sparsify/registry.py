@@ -1,0 +1,55 @@
+"""Finds what is plugged in: strategies by short name or import path, through entry points."""
+
+import difflib
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparsify.errors import SparsifyError
+from sparsify.strategy import SparsityStrategy
+
+STRATEGIES = "sparsify.strategies"
+CALLBACKS = "sparsify.callbacks"
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by lower-case name, sorted."""
+    return {point.name.lower(): point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+
+
+def find_strategy(name: str) -> type[SparsityStrategy]:
+    """The strategy class of a short name in any case, or of an import path such as ``my_package.MyStrategy``.
+
+    Raises:
+        SparsifyError: nothing has this name, it cannot be imported, or it is no strategy.
+    """
+    known = plugins(STRATEGIES)
+    if name.lower() in known:
+        found: Any = known[name.lower()].load()
+    elif "." in name:
+        found = _import(name)
+    else:
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise SparsifyError(
+            f"there is no strategy {name!r}; {hint}There are {', '.join(known)}; your own is named by its import path, "
+            "for instance my_package.MyStrategy"
+        )
+    if not (isinstance(found, type) and issubclass(found, SparsityStrategy)):
+        raise SparsifyError(f"{name!r} is not a strategy: it must be a subclass of sparsify.SparsityStrategy")
+    return found
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SparsifyError(
+            f"{path!r} cannot be imported ({error}); its module must be installed or lie in the current folder or PYTHONPATH"
+        ) from error
+
+
+def make_strategy(name: str, **options: Any) -> SparsityStrategy:
+    """Build a strategy from its name; errors as :func:`find_strategy`."""
+    return find_strategy(name)(**options)

@@ -1,0 +1,131 @@
+"""The interface of a sparsification method."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsify.errors import SparsifyError
+from sparsify.masked_linear import MaskedLinear
+from sparsify.masker import Draw, FixedMasker, Masker, Masking
+from sparsify.pattern import NMPattern
+from sparsify.schedule import Schedule
+
+
+class RunResult(NamedTuple):
+    """What one forward pass over the micro-batch gives.
+
+    Attributes:
+        task_loss: mean cross-entropy of the next token, nats, 0-d.
+        logits: the model's output, ``[B, T, V]``.
+        penalty: the sum of the maskers' penalties, 0-d.
+    """
+
+    task_loss: Tensor
+    logits: Tensor
+    penalty: Tensor
+
+
+class Run(Protocol):
+    """One micro-batch, ready to be run any number of times, under any draw."""
+
+    def draw(self, k: int = 0, of: int = 1) -> Draw:
+        """The k-th of ``of`` draws that belong to this micro-batch and rank, and to no other."""
+        ...
+
+    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+        """Run the model forward, with or without a graph."""
+        ...
+
+
+@dataclass
+class Block:
+    """One decoder block during calibration.
+
+    Attributes:
+        name: its qualified name.
+        layers: its masked layers by qualified name.
+    """
+
+    name: str
+    layers: Mapping[str, MaskedLinear]
+
+
+@dataclass
+class LayerResult:
+    """What calibration found for one layer.
+
+    Attributes:
+        mask: bool ``[O, I]``, True = kept.
+        weight: the new weight ``[O, I]`` where the method updates it.
+    """
+
+    mask: Tensor
+    weight: Tensor | None = None
+
+
+class SparsityStrategy(nn.Module):
+    """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.
+
+    Everything has a default. As it stands this class computes masks in one shot, if ``calibrate`` is defined; to learn
+    masks, define ``make_masker`` and a masker with Parameters that require gradients.
+
+    Attributes:
+        prunes: whether layers are masked at all; the dense reference says no.
+        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot with a weight update;
+            ``trained``: they learn with the masks; ``proxy``: a copy is trained, the base ships.
+        schedules: values that change during the run; the annealing callback writes them to ``values``.
+        values: the schedules' present values, shared with the maskers.
+    """
+
+    prunes: ClassVar[bool] = True
+    weights: ClassVar[Literal["frozen", "updated", "trained", "proxy"]] = "frozen"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedules: Mapping[str, Schedule] = {}
+        self.values: dict[str, float] = {}
+
+    def anneal(self, progress: float) -> None:
+        """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
+        self.values.update({name: schedule.at(progress) for name, schedule in self.schedules.items()})
+
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
+        """Allocate the masker of one layer; its values come later, in ``init_masker``."""
+        return FixedMasker(name, shape, pattern)
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        """Compute masks, layer by layer, without learning; yields (layer name, result)."""
+        return iter(())
+
+    def init_masker(self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0) -> None:
+        """Give the masker its first values, from what calibration found for its rows, or from nothing.
+
+        Args:
+            masker: what ``make_masker`` made.
+            weight_OI: the layer's weight, or rows of it.
+            result: calibration's result for these rows.
+            row0: the number of the first row in the whole layer.
+        """
+        if not isinstance(masker, FixedMasker):
+            raise NotImplementedError(f"{type(self).__name__} makes its own maskers and must define init_masker")
+        if result is None:
+            raise SparsifyError(f"{masker.name}: {type(self).__name__}.calibrate gave no mask; it must yield every layer")
+        masker.set_mask(result.mask)
+
+    def loss(self, run: Run) -> Tensor:
+        """The loss of one micro-batch, 0-d."""
+        return run(run.draw()).task_loss
+
+    def optimizer(self, params: list[nn.Parameter], default: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
+        """The optimizer of what is learned; ``default`` makes the one that the user configured."""
+        return default(params)
+
+    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+        """Called once after every optimizer step: proximal steps, decoupled decay."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d tensors to log beside the loss."""
+        return {}

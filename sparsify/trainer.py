@@ -1,0 +1,24 @@
+"""Lightning's Trainer with one more entry point."""
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+
+
+class Trainer(LightningTrainer):
+    """A Trainer that can also export a checkpoint; everything else is Lightning's."""
+
+    exporting = False
+
+    def export(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Test a checkpoint and write its model as a Hugging Face folder.
+
+        Args:
+            model: the module.
+            datamodule: its data.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one the strategy's starting masks are
+                exported.
+        """
+        self.exporting = True
+        self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)

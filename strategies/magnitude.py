@@ -1,0 +1,14 @@
+"""Magnitude pruning: keep the weights that are largest in absolute value (Han et al., 2015, arXiv 1506.02626)."""
+
+from collections.abc import Iterable, Iterator
+
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
+
+
+class Magnitude(SparsityStrategy):
+    """Keeps the N weights of largest magnitude in every group of M; needs no data and no training."""
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            for name, layer in block.layers.items():
+                yield name, LayerResult(mask=layer.masker.pattern.top(layer.weight_OI.abs()))

@@ -1,0 +1,137 @@
+"""MaskLLM: learn a distribution over the candidate masks of every group (Fang et al., NeurIPS 2024, arXiv 2409.17481).
+
+Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import noise
+from sparsify.errors import SparsifyError
+from sparsify.mask_file import read_masks
+from sparsify.masker import Draw, Masker
+from sparsify.pattern import NMPattern
+from sparsify.registry import make_strategy
+from sparsify.schedule import Schedule
+from sparsify.strategy import Block, LayerResult, Run, SparsityStrategy
+
+MAX_CANDIDATES = 128
+
+
+class CandidateMasker(Masker):
+    """One logit for each candidate of each group.
+
+    Args:
+        name, shape, pattern: as for every masker.
+        values: the strategy's annealed ``kappa`` and ``tau``.
+        hard: sample one candidate, with the soft mask's gradient (straight-through), instead of a mixture.
+    """
+
+    logits_OGK: Tensor
+    table_KM: Tensor
+
+    def __init__(
+        self, name: str, shape: tuple[int, int], pattern: NMPattern, values: Mapping[str, float], hard: bool
+    ) -> None:
+        super().__init__(name, shape, pattern)
+        self.values = values
+        self.hard = hard
+        self.logits_OGK = nn.Parameter(torch.zeros(shape[0], shape[1] // pattern.m, pattern.candidates))
+        self.register_buffer("table_KM", pattern.table().float(), persistent=False)
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        """Gumbel-softmax over the candidates (section 3.2, equations 4 to 6); the penalty is the retained norm's square."""
+        rows, groups, candidates = self.logits_OGK.shape
+        gumbel = noise.gumbel(draw.key(self.name), rows, groups * candidates, row0, weight_OI.device)
+        scores = self.values["kappa"] * self.logits_OGK + gumbel.view(rows, groups, candidates)
+        soft = torch.softmax(scores / self.values["tau"], dim=-1)
+        if self.hard:
+            one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+            soft = one_hot + soft - soft.detach()
+        masked = weight_OI * (soft @ self.table_KM).flatten(-2)
+        return masked.to(weight_OI.dtype), masked.float().square().sum()
+
+    def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
+        return self.pattern.unrank(self.logits_OGK.argmax(-1))
+
+    def metrics(self) -> dict[str, Tensor]:
+        log_p = torch.log_softmax(self.values["kappa"] * self.logits_OGK.detach(), dim=-1)
+        p = log_p.exp()
+        return {"entropy": -(p * log_p).sum(-1).mean(), "max_probability": p.amax(-1).mean()}
+
+
+class MaskLLM(SparsityStrategy):
+    """Learns masks over frozen weights by Gumbel-softmax sampling of candidates.
+
+    The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
+
+    Args:
+        prior: where the distribution starts: a strategy by name or as an object, a mask file or an exported folder; None is
+            a uniform distribution.
+        alpha: strength of the prior: its candidate's logit is raised by ``alpha * init_std`` a position shared.
+        init_std: standard deviation of the logits' random start.
+        kappa: scale of the logits before noise is added; rising, it makes the distribution sharper.
+        tau: temperature of the softmax; falling, it makes the mixture of candidates a choice.
+        penalty_weight: of the retained norm, which keeps gradients from vanishing (section 3.3; the decay to zero is in
+            the authors' code only).
+        hard: train with sampled hard masks and a straight-through gradient.
+    """
+
+    def __init__(
+        self,
+        prior: SparsityStrategy | str | None = "magnitude",
+        alpha: float = 3.0,
+        init_std: float = 0.01,
+        kappa: Schedule = Schedule(100.0, 500.0),
+        tau: Schedule = Schedule(4.0, 0.05),
+        penalty_weight: Schedule = Schedule(1e-5, 0.0),
+        hard: bool = False,
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.alpha = alpha
+        self.init_std = init_std
+        self.hard = hard
+        self.schedules = {"kappa": kappa, "tau": tau, "penalty_weight": penalty_weight}
+        self.anneal(0.0)
+
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> CandidateMasker:
+        if pattern.candidates > MAX_CANDIDATES:
+            raise SparsifyError(
+                f"pattern {pattern} has {pattern.candidates:,} candidates a group, and this method learns a logit for each "
+                f"({pattern.candidates / pattern.m:,.1f} a weight; at most {MAX_CANDIDATES} candidates); take a smaller M"
+            )
+        return CandidateMasker(name, shape, pattern, self.values, self.hard)
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        if isinstance(self.prior, str) and Path(self.prior).exists():
+            masks = read_masks(Path(self.prior)).masks
+            return ((name, LayerResult(mask)) for name, mask in masks.items())
+        prior = make_strategy(self.prior) if isinstance(self.prior, str) else self.prior
+        found = iter(()) if prior is None else prior.calibrate(blocks)
+        # Only the prior's masks: a weight that it would update stays as it is here.
+        return ((name, LayerResult(result.mask)) for name, result in found)
+
+    def init_masker(self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0) -> None:
+        assert isinstance(masker, CandidateMasker)
+        logits = masker.logits_OGK.data
+        rows, groups, candidates = logits.shape
+        start = noise.normal(noise.fold("init", masker.name), rows, groups * candidates, row0, logits.device)
+        logits.copy_(start.view_as(logits) * self.init_std)
+        if result is not None:
+            # Equation 7. The paper subtracts the mean similarity, which changes no probability, and scales by the measured
+            # standard deviation of the whole layer, which a shard does not know: the nominal one stands in for it.
+            prior = masker.pattern.groups(result.mask).float()
+            logits.add_(prior @ masker.table_KM.T, alpha=self.alpha * self.init_std)
+        elif self.prior is not None:
+            raise SparsifyError(f"{masker.name}: the prior {self.prior!r} holds no mask of it; it must cover every masked layer")
+
+    def loss(self, run: Run) -> Tensor:
+        task_loss, _, retained = run(run.draw())
+        return task_loss - self.values["penalty_weight"] * retained
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value) for name, value in self.values.items()}

@@ -1,0 +1,71 @@
+import hashlib
+import logging
+import struct
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.data.packing import pack
+from sparsify.errors import SparsifyError
+from tests.data.conftest import words
+
+
+def reference(documents: list[str]) -> list[int]:
+    """Ids by hand: word w<i> is i + 2, the separator is 0."""
+    stream: list[int] = []
+    for number, document in enumerate(documents):
+        stream += [0] * (number > 0) + [int(word[1:]) + 2 for word in document.split()]
+    return stream
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 64])
+@pytest.mark.parametrize("documents", [1, 5, 64, 65, 200])
+def test_blocks_equal_the_concatenated_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: int, block_size: int
+) -> None:
+    texts = [words(3 * i, 5 + i % 9) for i in range(documents)]
+    texts[0] = words(0, 70)
+    packed = pack(iter(texts), tokenizer, block_size, "x")
+    stream = reference(texts)
+    blocks = len(stream) // block_size
+    assert packed.blocks.tolist() == [
+        stream[i * block_size : (i + 1) * block_size] for i in range(blocks)
+    ]
+    assert packed.blocks.dtype == torch.int32
+    assert packed.documents == documents
+    assert packed.tokens == len(stream)
+    assert packed.dropped == len(stream) - blocks * block_size
+    assert packed.sha256 == hashlib.sha256(struct.pack(f"<{len(stream)}i", *stream)).hexdigest()
+
+
+def test_one_document_has_no_separator(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert 0 not in pack([words(0, 20)], tokenizer, 5, "x").blocks
+    assert pack([words(0, 20)], tokenizer, 5, "x").dropped == 0
+
+
+def test_logs_one_line(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="sparsify"):
+        pack([words(0, 20), words(1, 3)], tokenizer, 5, "wikitext")
+    (record,) = caplog.records
+    assert record.getMessage() == "wikitext: 2 documents, 24 tokens, 4 blocks, 4 tokens dropped"
+
+
+@pytest.mark.parametrize("count", [0, 37])
+def test_less_than_one_block(tokenizer: PreTrainedTokenizerFast, count: int) -> None:
+    with pytest.raises(SparsifyError) as caught:
+        pack([words(0, count)] * (count > 0), tokenizer, 256, "wikitext")
+    assert str(caught.value) == (
+        f"wikitext: {count} tokens are less than one block of 256; add text or lower "
+        "--data.block_size"
+    )
+
+
+def test_tokenizer_without_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(
+        SparsifyError, match="x: the tokenizer's eos_token is None; .*set tokenizer"
+    ):
+        pack([words(0, 20)], tokenizer, 5, "x")
