@@ -1,0 +1,73 @@
+"""What all tests share: a tiny model, a tiny tokenizer, some text; and no network."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EOS = "<eos>"
+WORDS = [f"w{i}" for i in range(62)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """64 entries: 62 words, an unknown one and the end of text."""
+    vocab = {word: i for i, word in enumerate([EOS, "<unk>", *WORDS])}
+    model = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOS, unk_token="<unk>")  # noqa: S106
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    """Two blocks, 32 wide, weights large enough that masks change the loss."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The tiny model and tokenizer as a folder that ``--model.name_or_path`` takes."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.txt, validation.txt and test.txt of words in a loose order, 4000 and twice 400."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    for split, count in (("train", 4000), ("validation", 400), ("test", 400)):
+        at, words = 0, []
+        for _ in range(count):
+            at = (at * 3 + rng.choice((1, 2, 5))) % len(WORDS)
+            words.append(WORDS[at])
+        (folder / f"{split}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
