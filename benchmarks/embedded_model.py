@@ -1,10 +1,12 @@
-"""Train the embedded default: a Llama of three million parameters and its tokenizer, on the text shipped beside it.
+"""Train the embedded default: a Llama of three million parameters and its tokenizer, on the text
+shipped beside it.
 
     python benchmarks/embedded_model.py sparsify/embedded --steps 5000
 
-About an hour on two cores; an interrupted run continues from its last checkpoint. Matrices are trained with
-Muon and the rest with AdamW, under a learning rate that rises for 100 steps and then falls linearly to zero. The weights
-are stored in fp16 (6 MB); everything in this project loads them as fp32.
+About an hour on two cores; an interrupted run continues from its last checkpoint. Matrices are
+trained with Muon and the rest with AdamW, under a learning rate that rises for 100 steps and then
+falls linearly to zero. The weights are stored in fp16 (6 MB); everything in this project loads them
+as fp32.
 """
 
 import argparse
@@ -36,13 +38,18 @@ def train_tokenizer(rows: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with 4,096 entries, digits apart."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=[EOS], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(rows, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=BLOCK)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=BLOCK
+    )
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast, rows: list[str]) -> torch.Tensor:
@@ -87,10 +94,17 @@ def perplexity(model: LlamaForCausalLM, data: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def train(model: LlamaForCausalLM, data: torch.Tensor, validation: torch.Tensor, steps: int, state_file: Path) -> None:
+def train(
+    model: LlamaForCausalLM,
+    data: torch.Tensor,
+    validation: torch.Tensor,
+    steps: int,
+    state_file: Path,
+) -> None:
     opts = optimizers(model)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 100, 1 - step / steps)) for o in opts
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 100, 1 - step / steps))
+        for o in opts
     ]
     first = 0
     if state_file.exists():
@@ -102,7 +116,9 @@ def train(model: LlamaForCausalLM, data: torch.Tensor, validation: torch.Tensor,
     per_epoch = len(data) // BATCH
     start = time.monotonic()
     for step in range(first, steps):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(step // per_epoch))
+        order = torch.randperm(
+            len(data), generator=torch.Generator().manual_seed(step // per_epoch)
+        )
         batch = data[order[step % per_epoch * BATCH :][:BATCH]]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -114,16 +130,28 @@ def train(model: LlamaForCausalLM, data: torch.Tensor, validation: torch.Tensor,
             rate = (step + 1 - first) * BATCH * BLOCK / (time.monotonic() - start)
             print(f"step {step + 1} loss {loss.item():.3f} tokens/s {rate:.0f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print(f"step {step + 1} validation perplexity {perplexity(model, validation):.2f}", flush=True)
+            print(
+                f"step {step + 1} validation perplexity {perplexity(model, validation):.2f}",
+                flush=True,
+            )
             parts = [part.state_dict() for part in opts + schedules]
             torch.save({"step": step + 1, "model": model.state_dict(), "parts": parts}, state_file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that holds text/ and gets the model and tokenizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "out", type=Path, help="folder that holds text/ and gets the model and tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--state", type=Path, default=Path("embedded_model.ckpt"), help="checkpoint to continue from")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path("embedded_model.ckpt"),
+        help="checkpoint to continue from",
+    )
     args = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)

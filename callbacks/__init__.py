@@ -1,1 +1,1 @@
-"""What watches or finishes a run; the command line adds each entry point of ``sparsify.callbacks``."""
+"""What watches or finishes a run; the command line adds those with an entry point."""

@@ -6,7 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Annealing(Callback):
-    """Sets the strategy's scheduled values before every step, from the step's number alone, so that resume needs no state."""
+    """Sets the scheduled values before every step, from its number alone: resume needs no state."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         pl_module.strategy.anneal(trainer.global_step / trainer.estimated_stepping_batches)

@@ -10,16 +10,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.throughput import Throughput
+from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, make_result, write_json
 from sparsify.export import check_target, export
 from sparsify.run_folder import run_folder
 
 
 class EvaluateAndExport(Callback):
-    """After training: test perplexity under the hard masks, the result file and the exported model. After ``validate`` and
-    ``test``: the result file.
+    """After training: test perplexity under the hard masks, the result file, the exported model.
+
+    After ``validate`` and ``test``: the result file.
 
     Args:
         folder: where to export to; the default is ``export`` in the run's folder.
@@ -27,7 +30,9 @@ class EvaluateAndExport(Callback):
         enabled: False ends a run without evaluation and export.
     """
 
-    def __init__(self, folder: str | None = None, overwrite: bool = False, enabled: bool = True) -> None:
+    def __init__(
+        self, folder: str | None = None, overwrite: bool = False, enabled: bool = True
+    ) -> None:
         self.folder = folder
         self.overwrite = overwrite
         self.enabled = enabled
@@ -39,8 +44,24 @@ class EvaluateAndExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
-        if stopped or not self.enabled or trainer.fast_dev_run:
+        if stopped or trainer.fast_dev_run:
             return
+        checkpoint = next(
+            (c.save(trainer) for c in trainer.callbacks if isinstance(c, Checkpoints)), None
+        )
+        if not self.enabled:
+            return
+        try:
+            self._evaluate_and_export(trainer, pl_module)
+        except SparsifyError as error:
+            kept = (
+                f"the run is kept: sparsify export --ckpt_path {checkpoint}"
+                if checkpoint
+                else "no checkpoint was asked for"
+            )
+            raise SparsifyError(f"{error} ({kept})") from error
+
+    def _evaluate_and_export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         datamodule: Any = trainer.datamodule
         datamodule.setup("test")
         if not datamodule.test_names:
@@ -63,7 +84,9 @@ class EvaluateAndExport(Callback):
         else:
             self._report(trainer, pl_module, "test", pl_module.scores)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]) -> None:
+    def _finish(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]
+    ) -> None:
         result = self._report(trainer, pl_module, split, scores)
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
@@ -74,9 +97,13 @@ class EvaluateAndExport(Callback):
     def _report(
         self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]
     ) -> dict[str, Any]:
-        result = make_result(_describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores)
+        result = make_result(
+            _describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores
+        )
         if trainer.is_global_zero:
-            path = run_folder(trainer) / ("result.json" if split == "test" else f"result-{split}.json")
+            path = run_folder(trainer) / (
+                "result.json" if split == "test" else f"result-{split}.json"
+            )
             write_json(path, result)
             if scores:
                 _console(trainer).print(_table(result, scores))
@@ -98,13 +125,17 @@ def _describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,
         "seconds": round(speed.seconds, 1),
-        "device": torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(pl_module.device)
+        if pl_module.device.type == "cuda"
+        else "cpu",
     }
 
 
 def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
     strategy = result["run"]["strategy"]["class"].rpartition(".")[2]
-    table = Table(title=f"{strategy} {result['run']['pattern']}: {result['protocol']['split']} perplexity")
+    table = Table(
+        title=f"{strategy} {result['run']['pattern']}: {result['protocol']['split']} perplexity"
+    )
     table.add_column("text")
     for column in ("perplexity", "nats a token", "windows"):
         table.add_column(column, justify="right")

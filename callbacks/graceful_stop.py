@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparsify.run_folder import run_folder
 
 
 class GracefulStop(Callback):
-    """At the first Ctrl-C: finish the optimizer step, save a checkpoint, say how to resume. At the second: stop at once.
+    """At the first Ctrl-C: finish the optimizer step, save a checkpoint, say how to resume.
+
+    At the second: stop at once.
 
     Attributes:
         stopped: whether the run was stopped this way.
@@ -29,7 +30,9 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -45,13 +48,14 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # Any rank may have been asked; all must agree, or the others would wait for this one for ever.
+        # Any rank may have been asked; all must agree, or the others would wait for ever.
         asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
-        if not (asked and step_done) or self.stopped:
+        if not (asked and pl_module.ends_step(batch_idx)) or self.stopped:
             return
         self.stopped = True
         trainer.should_stop = True
         path = Path(run_folder(trainer)) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"stopped after step {trainer.global_step}; resume with the same command and --ckpt_path {path}")
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero:
+            say = f"stopped after step {trainer.global_step}; resume with the same command and"
+            print(f"{say} --ckpt_path {path}", file=sys.stderr)

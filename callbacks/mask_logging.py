@@ -13,11 +13,13 @@ class MaskLogging(Callback):
     """Logs, every ``every_n_steps`` optimizer steps, per layer and over all:
 
     - ``flips``: the share of groups whose hard mask changed since the last look;
-    - ``distance``: the share of groups whose hard mask differs from the one at the start, the prior;
+    - ``distance``: the share of groups whose hard mask differs from the one at the start, the
+      prior;
     - what the masker tells of its distribution, such as entropy and largest probability;
-    - over all only, ``soft_hard_gap``: loss of the last batch under its draw minus under the hard mask, nats.
+    - over all only, ``soft_hard_gap``: loss of the last batch under its draw minus under the hard
+      mask, nats.
 
-    All are computed on the device; Lightning fetches them where a logger writes.
+    All are computed on the device and fetched together, once a look.
 
     Args:
         every_n_steps: optimizer steps between two looks.
@@ -29,7 +31,6 @@ class MaskLogging(Callback):
         self.per_layer = per_layer
         self._first: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
-        self._looked_at = -1
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,29 +39,49 @@ class MaskLogging(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps or step == self._looked_at or not pl_module.learns or not self._first:
+        if trainer.global_step % self.every_n_steps or not pl_module.ends_step(batch_idx):
             return
-        self._looked_at = step
+        if not pl_module.learns or not self._first:
+            return
         now = _ranks(pl_module)
-        table = {name: {"flips": _changed(now[name], self._last[name]), "distance": _changed(now[name], self._first[name])}
-                 for name in now}
+        table = {
+            name: {
+                "flips": _changed(now[name], self._last[name]),
+                "distance": _changed(now[name], self._first[name]),
+            }
+            for name in now
+        }
         for name, layer in masked_layers(pl_module.lm).items():
             table[name] |= layer.masker.metrics()
         self._last = now
         weights = {name: ranks.numel() for name, ranks in now.items()}
         total = sum(weights.values())
+        found: dict[str, Tensor] = {}
         for metric in next(iter(table.values())):
-            overall = sum(row[metric] * (weights[name] / total) for name, row in table.items())
-            pl_module.log(f"masks/{metric}", overall, prog_bar=metric == "flips")
-            if self.per_layer:
-                for name, row in table.items():
-                    pl_module.log(f"layers/{name}/{metric}", row[metric])
+            shares = (row[metric] * (weights[name] / total) for name, row in table.items())
+            found[f"masks/{metric}"] = torch.stack(list(shares)).sum()
         if pl_module.task_loss is not None:
             hard = pl_module.window_losses(batch).mean()
-            pl_module.log("masks/soft_hard_gap", pl_module.task_loss - hard)
+            found["masks/soft_hard_gap"] = pl_module.task_loss - hard
+        for name, value in found.items():  # for the progress bar, and callbacks that stop a run
+            pl_module.log(name, value, prog_bar=name == "masks/flips", logger=False)
+        if self.per_layer:
+            for name, row in table.items():
+                found |= {f"layers/{name}/{metric}": value for metric, value in row.items()}
+        if trainer.loggers:
+            # Straight to the loggers, once: Lightning would repeat them until the next look.
+            numbers = torch.stack([value.float() for value in found.values()]).tolist()
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    dict(zip(found, numbers, strict=True)), step=trainer.global_step - 1
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self._first, "last": self._last}

@@ -20,31 +20,32 @@ class Throughput(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self._seen = 0
+        self._seen_in = 0.0
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since, self._seen = time.monotonic(), 0
+        self._since, self._seen, self._seen_in = time.monotonic(), 0, 0.0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: torch.Tensor, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: torch.Tensor,
+        batch_idx: int,
     ) -> None:
         ranks = pl_module.data_parallel()[1]
         self.tokens += batch.numel() * ranks
         self._seen += batch.numel() * ranks
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            elapsed = self._lap()
-            pl_module.log("speed/tokens_per_second", self._seen / elapsed)
-            pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
-            self._seen = 0
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lap()
-
-    def _lap(self) -> float:
         now = time.monotonic()
         elapsed, self._since = now - self._since, now
         self.seconds += elapsed
-        return elapsed
+        self._seen_in += elapsed
+        every = trainer.log_every_n_steps
+        if pl_module.learns and every and trainer.global_step % every == 0:
+            pl_module.log("speed/tokens_per_second", self._seen / self._seen_in)
+            pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
+            self._seen, self._seen_in = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "seconds": self.seconds}

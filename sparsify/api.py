@@ -17,12 +17,14 @@ from sparsify.registry import CALLBACKS, make_strategy, plugins
 from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import Trainer
 
+
 @dataclass
 class Sparsified:
     """A model with its masks.
 
     Attributes:
-        model: the model that was given; its layers are masked, so that it computes what the exported model will.
+        model: the model that was given; its layers are masked, so that it computes what the
+            exported model will.
         module: the LightningModule around it.
         trainer: the Trainer that ran.
     """
@@ -44,7 +46,9 @@ class Sparsified:
         write_masks(Path(path), self.masks(), self.module.pattern, self.module.base_hash)
 
     def fold(self) -> PreTrainedModel:
-        """Multiply the masks into the weights and restore the plain layers, in place; the dense weights are gone then."""
+        """Multiply the masks into the weights and restore the plain layers, in place; the dense
+        weights are gone then.
+        """
         fold(self.model)
         return self.model
 
@@ -62,16 +66,19 @@ def sparsify(
     """Make the linear layers of a model object N:M sparse.
 
     Args:
-        model: a causal LM; its layers are replaced in place by masked ones over the same Parameters.
+        model: a causal LM; its layers are replaced in place by masked ones over the same
+            Parameters.
         strategy: a strategy, or its name.
         data: text to learn from: a file, a folder, several, or a data module.
         tokenizer: the model's tokenizer.
         steps: optimizer steps, for a strategy that learns.
         trainer: more arguments for Lightning's Trainer.
-        options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, optimizer, seed, ...
+        options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, optimizer,
+            seed, ...
 
     Raises:
-        SparsifyError: the input cannot be used; the model is unchanged if it is raised before training.
+        SparsifyError: the input cannot be used; the model is unchanged if it is raised before
+            training.
     """
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
@@ -79,7 +86,9 @@ def sparsify(
         data = TextDataModule(train=dict(data) if isinstance(data, Mapping) else data)
     data.tokenizer = tokenizer
     module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
-    callbacks = [plugins(CALLBACKS)[name].load()() for name in ("annealing", "masks", "speed", "stop")]
+    callbacks = [
+        plugins(CALLBACKS)[name].load()() for name in ("annealing", "masks", "speed", "stop")
+    ]
     settings: dict[str, Any] = {
         "max_steps": steps,
         "gradient_clip_val": 1.0,

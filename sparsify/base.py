@@ -1,4 +1,6 @@
-"""The dense model that a run starts from: where it is, how it is loaded, and the hash that names it."""
+"""The dense model that a run starts from: where it is, how it is loaded, and the hash that names
+it.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,7 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparsify.errors import SparsifyError
 
@@ -48,8 +56,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> SparsifyError:
     reason = str(error).strip().splitlines()[0]
     return SparsifyError(
-        f"no {what} could be loaded from {name_or_path!r} ({reason}); --model.name_or_path takes 'embedded', "
-        "a folder that save_pretrained wrote, or a Hugging Face id"
+        f"no {what} could be loaded from {name_or_path!r} ({reason}); "
+        "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
+        "or a Hugging Face id"
     )
 
 

@@ -1,7 +1,8 @@
 """Token perplexity, and the result file that every later command reads.
 
-Perplexity follows the protocol of SparseGPT and Wanda: windows of equal length without overlap, the mean cross-entropy over
-the L - 1 targets of each, and the exponential of the mean over windows. Shapes: B windows, T tokens, V vocabulary.
+Perplexity follows the protocol of SparseGPT and Wanda: windows of equal length without overlap, the
+mean cross-entropy over the L - 1 targets of each, and the exponential of the mean over windows.
+Shapes: B windows, T tokens, V vocabulary.
 """
 
 import json
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"
@@ -26,7 +26,9 @@ OVERALL = "overall"
 def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     """Cross-entropy of every next token in fp32, nats: ``[B, T - 1]``."""
     targets = tokens_BT[:, 1:]
-    flat = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none")
+    flat = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
     return flat.view(targets.shape)
 
 
@@ -48,17 +50,18 @@ class Score:
 
 
 class PerplexityMeter:
-    """Collects window losses of named texts on the device; :meth:`scores` is the only synchronisation."""
+    """Collects window losses of named texts on the device; only :meth:`scores` synchronises."""
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         self.names = list(names)
-        self._means = {name: MeanMetric().set_dtype(torch.float64).to(device) for name in self.names}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums = dict.fromkeys(self.names, zero)
         self._targets = dict.fromkeys(self.names, 0)
         self._windows = dict.fromkeys(self.names, 0)
 
     def update(self, name: str, losses_BT: Tensor) -> None:
         """Add the windows of one batch, from :func:`token_losses`."""
-        self._means[name].update(losses_BT.double().mean(1))
+        self._sums[name] = self._sums[name] + losses_BT.double().mean(1).sum()
         self._windows[name] += losses_BT.shape[0]
         self._targets[name] += losses_BT.numel()
 
@@ -66,7 +69,7 @@ class PerplexityMeter:
         """The score of every text, and over all windows as ``overall``."""
         result = {}
         for name in self.names:
-            loss = self._means[name].compute().item()
+            loss = self._sums[name].item() / self._windows[name]
             result[name] = Score(loss, math.exp(loss), self._windows[name], self._targets[name])
         windows = sum(self._windows.values())
         loss = sum(score.loss * score.windows for score in result.values()) / windows
@@ -74,7 +77,9 @@ class PerplexityMeter:
         return result
 
 
-def make_result(run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
+def make_result(
+    run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]
+) -> dict[str, Any]:
     """A result with all that is needed to know which others it may be compared with.
 
     Args:
@@ -86,7 +91,8 @@ def make_result(run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Map
     return {
         "schema": RESULT_SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()},
         "run": dict(run),
         "protocol": dict(protocol),
         "scores": {name: asdict(score) for name, score in scores.items()},

@@ -1,7 +1,7 @@
 """Write a masked model as a plain Hugging Face folder that loads anywhere.
 
-The folder holds the model with exact zeros, its tokenizer, the packed masks and ``sparsity_manifest.json``. It is written
-beside its place and moved there when it is whole.
+The folder holds the model with exact zeros, its tokenizer, the packed masks and
+``sparsity_manifest.json``. It is written beside its place and moved there when it is whole.
 """
 
 import copy
@@ -35,24 +35,35 @@ def check_target(folder: Path, overwrite: bool) -> None:
     """Refuse a place that an export must not replace.
 
     Raises:
-        SparsifyError: something is there, and it is not an earlier export or ``overwrite`` was not asked for.
+        SparsifyError: something is there, and it is not an earlier export or ``overwrite`` was not
+            asked for.
     """
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
-        raise SparsifyError(f"{folder} exists and holds no {MANIFEST}, so it is not an export and stays; name another folder")
+        raise SparsifyError(
+            f"{folder} exists and holds no {MANIFEST}, so it is not an export and stays; "
+            "name another folder"
+        )
     if not overwrite:
-        raise SparsifyError(f"{folder} holds an earlier export; replace it with overwrite, or name another folder")
+        raise SparsifyError(
+            f"{folder} holds an earlier export; replace it with overwrite, or name another folder"
+        )
 
 
 @torch.no_grad()
 def export(
-    module: SparseCausalLM, folder: Path, record: Mapping[str, Any], overwrite: bool = False, write: bool = True
+    module: SparseCausalLM,
+    folder: Path,
+    record: Mapping[str, Any],
+    overwrite: bool = False,
+    write: bool = True,
 ) -> None:
     """Write the folder whole, or leave everything as it was.
 
     Args:
-        module: the model with its masks; it is not changed. If it is sharded, every rank must call this.
+        module: the model with its masks; it is not changed. If it is sharded, every rank must call
+            this.
         folder: the place to write to.
         record: lineage, protocol and results, for the manifest.
         overwrite: replace an earlier export.
@@ -65,7 +76,9 @@ def export(
     masks = {name: mask.cpu() for name, mask in hard_masks(module.lm)}
     dense = {name: _whole(p) for name, p in base_parameters(module.lm).items()}
     if module.strategy.weights == "frozen" and hash_parameters(dense) != module.base_hash:
-        raise SparsifyError("the base weights changed during the run, though the strategy says that they are frozen")
+        raise SparsifyError(
+            "the base weights changed during the run, though the strategy says that they are frozen"
+        )
     dtype = _storage_dtype(module, dense.values())
     layers = masked_layers(module.lm)
     weights = {name: _folded(layers, name, p, masks).to(dtype) for name, p in dense.items()}
@@ -85,8 +98,8 @@ def export(
         if error.errno != errno.ENOSPC:
             raise
         raise SparsifyError(
-            f"the disk is full: {folder} was not written; nothing else was lost. Free space, then run "
-            "sparsify export --ckpt_path with the run's last checkpoint"
+            f"the disk is full: {folder} was not written; nothing else was lost. "
+            "Free space, then run sparsify export --ckpt_path with the run's last checkpoint"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +118,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise SparsifyError(f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported")
+        raise SparsifyError(
+            f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported"
+        )
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -113,7 +128,9 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _folded(layers: Mapping[str, MaskedLinear], name: str, weight: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def _folded(
+    layers: Mapping[str, MaskedLinear], name: str, weight: Tensor, masks: Mapping[str, Tensor]
+) -> Tensor:
     layer, _, what = name.rpartition(".")
     if layer not in masks or what != "weight":
         return weight
@@ -121,13 +138,17 @@ def _folded(layers: Mapping[str, MaskedLinear], name: str, weight: Tensor, masks
 
 
 def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:
-    """The type in which the base is stored, if it holds these values exactly; else the one in which they were used."""
+    """The type in which the base is stored, if it holds these values exactly; else the one in which
+    they were used.
+    """
     stored = module.stored_dtype
     exact = all(torch.equal(w.to(stored).to(w.dtype), w) for w in weights)
     return stored if exact else module.lm.dtype
 
 
-def _plain_model(model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def _plain_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
@@ -137,13 +158,18 @@ def _plain_model(model: PreTrainedModel, weights: dict[str, Tensor], dtype: torc
     plain.load_state_dict(weights | buffers, assign=True, strict=False)
     plain.tie_weights()
     if left := [name for name, p in plain.named_parameters() if p.is_meta]:
-        raise RuntimeError(f"the export lacks {left}: the model shares weights in a way that its class does not declare")
+        raise RuntimeError(
+            f"the export lacks {left}: the model shares weights in a way "
+            "that its class does not declare"
+        )
     if model.generation_config is not None:
         plain.generation_config = model.generation_config
     return plain  # type: ignore[no-any-return]
 
 
-def _manifest(module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+def _manifest(
+    module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Any]:
     pattern = str(module.pattern)
     return {
         "schema": MANIFEST_SCHEMA,
@@ -151,7 +177,9 @@ def _manifest(module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.
         "base": {"name": module.name_or_path, "hash": module.base_hash},
         "strategy": module.describe_strategy(),
         "dtype": str(dtype).removeprefix("torch."),
-        "layers": {name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()},
+        "layers": {
+            name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()
+        },
         "dense": module.dense_layers,
     }
 

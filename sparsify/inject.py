@@ -24,17 +24,25 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         SparsifyError: the model holds no ``ModuleList``.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if not lists:
         raise SparsifyError(
-            f"{type(model).__name__} holds no list of decoder blocks (torch.nn.ModuleList); name its layers with include"
+            f"{type(model).__name__} holds no list of decoder blocks "
+            "(torch.nn.ModuleList); name its layers with include"
         )
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return {f"{name}.{i}": block for i, block in enumerate(blocks)}
 
 
 def select(
-    model: PreTrainedModel, pattern: NMPattern, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    model: PreTrainedModel,
+    pattern: NMPattern,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Choose the layers to mask.
 
@@ -45,20 +53,28 @@ def select(
         exclude: globs of layers to leave dense.
 
     Returns:
-        The layers to mask by name, and for every other matrix of the model the reason why it stays dense.
+        The layers to mask by name, and for every other matrix of the model the reason why it stays
+        dense.
 
     Raises:
-        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups, or it is tied to another.
+        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups, or it is
+            tied to another.
     """
     layers = {name: module for name, module in model.named_modules() if can_mask(module)}
     for glob in [*(include or ()), *exclude]:
         if not any(fnmatchcase(name, glob) for name in layers):
-            raise SparsifyError(f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}")
+            raise SparsifyError(
+                f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}"
+            )
     blocks = tuple(f"{name}." for name in decoder_blocks(model)) if include is None else ()
     chosen: dict[str, nn.Module] = {}
     dense: dict[str, str] = {}
     for name, layer in layers.items():
-        wanted = name.startswith(blocks) if include is None else any(fnmatchcase(name, glob) for glob in include)
+        wanted = (
+            name.startswith(blocks)
+            if include is None
+            else any(fnmatchcase(name, glob) for glob in include)
+        )
         left_out = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
         if layer is model.get_output_embeddings() and include is None:
             dense[name] = "output head"
@@ -74,7 +90,9 @@ def select(
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in layers:
-            dense[owner or name] = f"{type(model.get_submodule(owner)).__name__} is not a plain linear layer"
+            dense[owner or name] = (
+                f"{type(model.get_submodule(owner)).__name__} is not a plain linear layer"
+            )
     return chosen, dense
 
 
@@ -82,10 +100,14 @@ def _check(model: nn.Module, name: str, layer: nn.Module, pattern: NMPattern) ->
     columns = linear_shape(layer)[1]
     fix = f"leave it dense with --model.exclude '*{name.rpartition('.')[2]}'"
     if columns % pattern.m:
-        raise SparsifyError(f"{name}: in_features={columns} is not a multiple of m={pattern.m}; {fix}")
+        raise SparsifyError(
+            f"{name}: in_features={columns} is not a multiple of m={pattern.m}; {fix}"
+        )
     for other_name, other in model.named_modules():
         if not can_mask(other) and any(p is layer.weight for p in other.parameters(recurse=False)):
-            raise SparsifyError(f"{name}: its weight is tied to {other_name}, which a mask would change too; {fix}")
+            raise SparsifyError(
+                f"{name}: its weight is tied to {other_name}, which a mask would change too; {fix}"
+            )
 
 
 def _families(layers: dict[str, nn.Module]) -> list[str]:
@@ -93,8 +115,12 @@ def _families(layers: dict[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layers))
 
 
-def inject(model: nn.Module, layers: dict[str, nn.Module], pattern: NMPattern, make_masker: MakeMasker) -> MaskScope:
-    """Replace the layers by masked ones over the same Parameters; layers that share a weight share the masker."""
+def inject(
+    model: nn.Module, layers: dict[str, nn.Module], pattern: NMPattern, make_masker: MakeMasker
+) -> MaskScope:
+    """Replace the layers by masked ones over the same Parameters; layers that share a weight share
+    the masker.
+    """
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
     for name, layer in layers.items():
@@ -106,17 +132,27 @@ def inject(model: nn.Module, layers: dict[str, nn.Module], pattern: NMPattern, m
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The masked layers by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
+    }
 
 
 def whole_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
-    """Yield the masked layers with whole Parameters; a sharded block is gathered while its layers are looked at."""
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    """Yield the masked layers with whole Parameters; a sharded block is gathered while its layers
+    are looked at.
+    """
+    owners = {
+        name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)
+    }
 
     def owner(name: str) -> str | None:
-        return max((o for o in owners if o == "" or name.startswith(f"{o}.")), key=len, default=None)
+        return max(
+            (o for o in owners if o == "" or name.startswith(f"{o}.")), key=len, default=None
+        )
 
-    for unit, layers in itertools.groupby(masked_layers(model).items(), key=lambda item: owner(item[0])):
+    for unit, layers in itertools.groupby(
+        masked_layers(model).items(), key=lambda item: owner(item[0])
+    ):
         if unit is not None:
             owners[unit].unshard()
         yield from layers
@@ -126,14 +162,18 @@ def whole_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
 
 @torch.no_grad()
 def hard_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, bool mask ``[O, I]``) of every masked layer; of a sharded model the whole mask, on every rank."""
+    """Yield (name, bool mask ``[O, I]``) of every masked layer; of a sharded model the whole mask,
+    on every rank.
+    """
     for name, layer in whole_layers(model):
         yield name, layer.masker.hard_mask(layer.weight_OI)
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Multiply every hard mask into its weight, in place, and restore the plain layer classes. Biases stay."""
+    """Multiply every hard mask into its weight, in place, and restore the plain layer classes.
+    Biases stay.
+    """
     for name, layer in masked_layers(model).items():
         layer.weight_OI.data.copy_(layer.masker.harden(layer.weight_OI))
         model.set_submodule(name, layer.plain())

@@ -1,9 +1,10 @@
 """The mask file: packed candidate ranks in a safetensors file.
 
-Version 1. One uint8 tensor a layer, under the layer's qualified name. Groups are numbered row by row. With K candidates a
-group, as many ranks as fit share a byte (three for 2:4: 0.667 bits a weight), the first in the lowest digit of base K; where
-K exceeds 256 a rank takes two bytes, little-endian. The last byte is padded with rank 0. The header's metadata holds the
-format's name, the base model's hash, and for every layer its shape and pattern.
+Version 1. One uint8 tensor a layer, under the layer's qualified name. Groups are numbered row by
+row. With K candidates a group, as many ranks as fit share a byte (three for 2:4: 0.667 bits a
+weight), the first in the lowest digit of base K; where K exceeds 256 a rank takes two bytes,
+little-endian. The last byte is padded with rank 0. The header's metadata holds the format's name,
+the base model's hash, and for every layer its shape and pattern.
 """
 
 import json
@@ -69,29 +70,46 @@ def packed_bytes(groups: int, pattern: NMPattern) -> int:
 def write_masks(path: Path, masks: dict[str, Tensor], pattern: NMPattern, base_hash: str) -> None:
     """Write masks (bool ``[O, I]`` by layer name) of one pattern."""
     tensors = {name: pack_ranks(pattern.rank(mask), pattern) for name, mask in masks.items()}
-    layers = {name: {"shape": list(mask.shape), "pattern": str(pattern)} for name, mask in masks.items()}
-    save_file(tensors, path, {"format": FORMAT, "base_hash": base_hash, "layers": json.dumps(layers)})
+    layers = {
+        name: {"shape": list(mask.shape), "pattern": str(pattern)} for name, mask in masks.items()
+    }
+    save_file(
+        tensors, path, {"format": FORMAT, "base_hash": base_hash, "layers": json.dumps(layers)}
+    )
 
 
 def read_masks(path: Path) -> MaskFile:
     """Read a mask file, or the one in an exported folder.
 
     Raises:
-        SparsifyError: it is missing, no mask file, of another version, or its contents do not add up.
+        SparsifyError: it is missing, no mask file, of another version, or its contents do not add
+            up.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise SparsifyError(f"{path}: its format is {header.get('format')!r}, and this version reads {FORMAT!r}")
+                raise SparsifyError(
+                    f"{path}: its format is {header.get('format')!r}, "
+                    f"and this version reads {FORMAT!r}"
+                )
             layers = json.loads(header["layers"])
             if set(layers) != set(file.keys()):
-                raise SparsifyError(f"{path}: its header lists other layers than it holds; the file is damaged")
-            masks = {name: _mask(path, name, file.get_tensor(name), **layer) for name, layer in layers.items()}
+                raise SparsifyError(
+                    f"{path}: its header lists other layers than it holds; the file is damaged"
+                )
+            masks = {
+                name: _mask(path, name, file.get_tensor(name), **layer)
+                for name, layer in layers.items()
+            }
             return MaskFile(masks, header["base_hash"])
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SparsifyError(f"{path}: not a readable mask file ({error}); `sparsify export` writes {FILE_NAME}") from error
+    except SparsifyError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SparsifyError(
+            f"{path}: not a readable mask file ({error}); `sparsify export` writes {FILE_NAME}"
+        ) from error
 
 
 def _mask(path: Path, name: str, packed: Tensor, shape: list[int], pattern: str) -> Tensor:
@@ -99,8 +117,14 @@ def _mask(path: Path, name: str, packed: Tensor, shape: list[int], pattern: str)
     rows, columns = shape
     groups = rows * columns // nm.m
     if columns % nm.m or packed.dtype != torch.uint8 or packed.numel() != packed_bytes(groups, nm):
-        raise SparsifyError(f"{path}: {name} holds {packed.numel()} bytes, which is not a {nm} mask of {rows} x {columns}")
+        raise SparsifyError(
+            f"{path}: {name} holds {packed.numel()} bytes, "
+            f"which is not a {nm} mask of {rows} x {columns}"
+        )
     ranks = unpack_ranks(packed, groups, nm)
-    if (ranks >= nm.candidates).any():
-        raise SparsifyError(f"{path}: {name} holds a rank beyond the {nm.candidates} candidates of {nm}; the file is damaged")
+    if (ranks >= nm.candidates).any() or not torch.equal(pack_ranks(ranks, nm), packed):
+        raise SparsifyError(
+            f"{path}: {name} holds a rank beyond the {nm.candidates} candidates of {nm}; "
+            "the file is damaged"
+        )
     return nm.unrank(ranks.view(rows, -1))

@@ -1,9 +1,10 @@
 """A linear layer whose weight is masked as it is used, and the product beneath it.
 
-Data flow of one layer. Forward: the masker makes the masked weight, the input is multiplied by it, and it is dropped;
-kept for backward are the input and the layer's own Parameters. Backward: the masker runs again, now under a graph; its
-masked weight gives the input's gradient, and the product of the output's gradient and the input goes through that graph to
-whatever the masker learns, and to the weight if it is trained. Nothing of the weight's size lives between the two.
+Data flow of one layer. Forward: the masker makes the masked weight, the input is multiplied by it,
+and it is dropped; kept for backward are the input and the layer's own Parameters. Backward: the
+masker runs again, now under a graph; its masked weight gives the input's gradient, and the product
+of the output's gradient and the input goes through that graph to whatever the masker learns, and to
+the weight if it is trained. Nothing of the weight's size lives between the two.
 
 Shapes: O out, I in, B any leading dimensions.
 """
@@ -22,7 +23,9 @@ from sparsify.masker import Draw, Masker, Masking
 
 
 class MaskScope:
-    """What all masked layers of one model share: how to mask now, and the penalties of the forward under way."""
+    """What all masked layers of one model share: how to mask now, and the penalties of the forward
+    under way.
+    """
 
     def __init__(self) -> None:
         self.masking: Masking = "hard"
@@ -30,7 +33,9 @@ class MaskScope:
 
     @contextmanager
     def use(self, masking: Masking) -> Iterator[list[Tensor]]:
-        """Run the model under ``masking``; yields the list that fills with one 0-d penalty a layer."""
+        """Run the model under ``masking``; yields the list that fills with one 0-d penalty a
+        layer.
+        """
         before = self.masking, self.penalties
         self.masking, self.penalties = masking, []
         try:
@@ -38,20 +43,30 @@ class MaskScope:
         finally:
             self.masking, self.penalties = before
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
-        """For activation checkpointing (``context_fn``): the recomputation uses the draw of its own forward."""
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
+        """For activation checkpointing (``context_fn``): the recomputation uses the draw of its own
+        forward.
+        """
         return nullcontext(), self.use(self.masking)
 
 
 class _MaskedProduct(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, layer: "MaskedLinear", masking: Masking, *tensors: Tensor
+        ctx: Any,
+        x_BI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        layer: "MaskedLinear",
+        masking: Masking,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_BI, weight_OI, *tensors)
         ctx.layer, ctx.masking = layer, masking
         masked_OI, penalty = _mask(layer, masking, weight_OI, tensors)
-        return F.linear(x_BI, masked_OI.to(x_BI.dtype), bias_O), penalty
+        return layer.multiply(x_BI, masked_OI.to(x_BI.dtype), bias_O), penalty
 
     @staticmethod
     def backward(ctx: Any, grad_BO: Tensor, grad_penalty: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -75,15 +90,20 @@ class _MaskedProduct(torch.autograd.Function):
         return grad_x, grads[0], grad_bias, None, None, *grads[1:]
 
 
-def _mask(layer: "MaskedLinear", masking: Masking, weight_OI: Tensor, tensors: Any) -> tuple[Tensor, Tensor]:
+def _mask(
+    layer: "MaskedLinear", masking: Masking, weight_OI: Tensor, tensors: Any
+) -> tuple[Tensor, Tensor]:
     named = dict(zip(layer.masker_parameters(), tensors, strict=True))
     # Masks are made in the precision of the tensors that they come from, whatever the matmuls use.
     with torch.autocast(weight_OI.device.type, enabled=False):
-        return cast(tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking)))
+        return cast(
+            tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
+        )
 
 
 class MaskedLinear(nn.Module):
-    """Takes the place of a linear layer: the same Parameters under the same keys, and a masker beside them.
+    """Takes the place of a linear layer: the same Parameters under the same keys, and a masker
+    beside them.
 
     Args:
         linear: the layer to replace; its Parameters are shared, not copied.
@@ -110,6 +130,10 @@ class MaskedLinear(nn.Module):
         """View ``[O, I]`` values in the layout of the stored weight."""
         return values_OI
 
+    def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The plain layer's product, by the plain layer's own operation: equal to the last bit."""
+        return F.linear(x_BI, weight_OI, bias_O)
+
     @property
     def out_features(self) -> int:
         return self.masker.shape[0]
@@ -125,7 +149,7 @@ class MaskedLinear(nn.Module):
     def forward(self, x_BI: Tensor) -> Tensor:
         masking, device = self.scope.masking, x_BI.device.type
         if masking == "dense":
-            return F.linear(x_BI, self.weight_OI, self.bias)
+            return self.multiply(x_BI, self.weight_OI, self.bias)
         bias = self.bias
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -145,7 +169,8 @@ class MaskedLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.masker.pattern}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, pattern={self.masker.pattern}"
 
 
 class MaskedConv1D(MaskedLinear):
@@ -158,6 +183,10 @@ class MaskedConv1D(MaskedLinear):
     def as_stored(self, values_OI: Tensor) -> Tensor:
         return values_OI.T
 
+    def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        y = torch.addmm(cast(Tensor, bias_O), x_BI.reshape(-1, x_BI.shape[-1]), weight_OI.T)
+        return y.view(*x_BI.shape[:-1], -1)
+
     def plain(self) -> nn.Module:
         with torch.device("meta"):
             conv = Conv1D(self.out_features, self.in_features)
@@ -169,7 +198,9 @@ _MASKED: dict[type[nn.Module], type[MaskedLinear]] = {nn.Linear: MaskedLinear, C
 
 
 def can_mask(module: nn.Module) -> bool:
-    """Whether the module is a layer that a masked one can replace: exactly one of the plain linear classes."""
+    """Whether the module is a layer that a masked one can replace: exactly one of the plain linear
+    classes.
+    """
     return type(module) in _MASKED
 
 

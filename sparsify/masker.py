@@ -12,7 +12,8 @@ from sparsify.pattern import NMPattern
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of all masks of the model, named by numbers, so that it can be made again at any time.
+    """One sample of all masks of the model, named by numbers, so that it can be made again at any
+    time.
 
     Attributes:
         seed: the run's seed.
@@ -36,7 +37,8 @@ Masking = Draw | Literal["hard", "dense"]
 class Masker(nn.Module):
     """Owns every tensor that decides the mask of one layer; subclass it for a new kind of mask.
 
-    A tensor of the layer's size has O (out_features) as its first dimension, so that it shards by rows with the weight.
+    A tensor of the layer's size has O (out_features) as its first dimension, so that it shards by
+    rows with the weight.
     Shapes: O out, I in.
 
     Args:
@@ -54,8 +56,9 @@ class Masker(nn.Module):
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
         """Mask the weight for one draw, differentiably in what this masker learns.
 
-        It runs once in forward without a graph and again in backward with one, and must give the same numbers both times:
-        take randomness from ``noise`` with ``draw.key(self.name)`` only. The default is the hard mask.
+        It runs once in forward without a graph and again in backward with one, and must give the
+        same numbers both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
+        The default is the hard mask.
 
         Args:
             weight_OI: the weight, or rows of it.
@@ -68,23 +71,31 @@ class Masker(nn.Module):
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The mask that is validated, logged and exported: bool ``[O, I]``, deterministic, exactly N:M."""
+        """The mask that is validated, logged and exported: bool ``[O, I]``, deterministic, exactly
+        N:M.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define hard_mask(weight_OI, row0)")
 
     def harden(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The weight under the hard mask; dropped positions are +0.0, where a product would leave -0.0."""
+        """The weight under the hard mask; dropped positions are +0.0, where a product would leave
+        -0.0.
+        """
         with torch.no_grad():
             mask = self.hard_mask(weight_OI, row0)
         return torch.where(mask, weight_OI, weight_OI.new_zeros(()))
 
     def forward(self, weight_OI: Tensor, masking: Masking, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight as asked: ``(masked weight, penalty)``. Called by the masked product; override ``sample``."""
+        """Mask the weight as asked: ``(masked weight, penalty)``. Called by the masked product;
+        override ``sample``.
+        """
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors that describe the mask's distribution; shown per layer and averaged over weights."""
+        """0-d tensors that describe the mask's distribution; shown per layer and averaged over
+        weights.
+        """
         return {}
 
 
@@ -96,7 +107,8 @@ class FixedMasker(Masker):
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__(name, shape, pattern)
         ranks = torch.zeros(shape[0], shape[1] // pattern.m, dtype=pattern.rank_dtype)
-        # A Parameter, not a buffer: FSDP shards no buffers, and DDP would broadcast one at every step.
+        # A Parameter, not a buffer: FSDP shards no buffers, and DDP would broadcast one at every
+        # step.
         self.rank_OG = nn.Parameter(ranks, requires_grad=False)
 
     def set_mask(self, mask_OI: Tensor) -> None:

@@ -1,7 +1,8 @@
 """The LightningModule: a causal LM, its masked layers and a strategy.
 
-One training step: Lightning gives a batch of token ids; the strategy asks the :class:`Run` for one or more forward passes,
-each under a draw; every masked layer makes its mask for that draw and forgets it; the loss goes back through the layers,
+One training step: Lightning gives a batch of token ids; the strategy asks the :class:`Run` for one
+or more forward passes, each under a draw; every masked layer makes its mask for that draw and
+forgets it; the loss goes back through the layers,
 which make their masks again; the optimizer updates what the strategy learns.
 
 Shapes: B windows, T tokens, V vocabulary.
@@ -32,9 +33,11 @@ from sparsify.pattern import NMPattern
 from sparsify.schedule import Schedule
 from sparsify.strategy import Block, LayerResult, RunResult, SparsityStrategy
 
+ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
+
 
 def _adamw(params: Any) -> Optimizer:
-    return AdamW(params, lr=5e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    return AdamW(params, **ADAMW)
 
 
 class SparseCausalLM(LightningModule):
@@ -44,12 +47,14 @@ class SparseCausalLM(LightningModule):
         strategy: the sparsification method.
         name_or_path: ``embedded``, a local folder, or a Hugging Face id.
         pattern: N kept of every M consecutive input weights, as 'N:M'.
-        include: globs of layers to mask; the default is every linear layer of the decoder blocks.
-        exclude: globs of layers to leave dense.
+        include: a glob, or several, of layers to mask; the default is every linear layer of the
+            decoder blocks.
+        exclude: a glob, or several, of layers to leave dense.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         optimizer: what learns, unless the strategy brings its own; AdamW as in the MaskLLM paper.
-        lr_final: the learning rate at the end as a share of the one at the start; the way there is half a cosine.
+        lr_final: the learning rate at the end as a share of the one at the start; the way there is
+            half a cosine.
         warmup_steps: optimizer steps over which the learning rate first rises from zero.
         seed: of the masks' noise.
     """
@@ -59,8 +64,8 @@ class SparseCausalLM(LightningModule):
         strategy: SparsityStrategy,
         name_or_path: str = EMBEDDED,
         pattern: str = "2:4",
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = _adamw,
@@ -70,10 +75,13 @@ class SparseCausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["strategy", "optimizer"])
-        self.strict_loading = False  # checkpoints hold no frozen weights; on_load_checkpoint checks the rest
+        self.strict_loading = (
+            False  # checkpoints hold no frozen weights; on_load_checkpoint checks the rest
+        )
         self.name_or_path = name_or_path
         self.pattern = NMPattern.parse(pattern)
-        self.include, self.exclude = include, exclude or []
+        self.include = [include] if isinstance(include, str) else include
+        self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.make_optimizer = optimizer
@@ -86,17 +94,25 @@ class SparseCausalLM(LightningModule):
         self.base_hash = ""
         self.task_loss: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._given: list[PreTrainedModel] = []  # in a list, so that it is not registered before it is masked
+        self._given: list[
+            PreTrainedModel
+        ] = []  # in a list, so that it is not registered before it is masked
         self._meter: PerplexityMeter | None = None
         self._steps_before = 0
         self._bad_since: Tensor | None = None
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, strategy: SparsityStrategy, **options: Any
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        strategy: SparsityStrategy,
+        **options: Any,
     ) -> "SparseCausalLM":
-        """Wrap a model object; ``options`` as for the class. The model's layers are replaced in place."""
-        module = cls(strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options)
+        """Wrap a model object, in place; ``options`` as for the class."""
+        module = cls(
+            strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options
+        )
         module._given, module._tokenizer = [model], tokenizer
         return module
 
@@ -130,14 +146,17 @@ class SparseCausalLM(LightningModule):
         if self.strategy.prunes:
             self.scope = inject(model, layers, self.pattern, self.strategy.make_masker)
         else:
-            self.dense_layers |= dict.fromkeys(layers, f"{type(self.strategy).__name__} masks nothing")
+            self.dense_layers |= dict.fromkeys(
+                layers, f"{type(self.strategy).__name__} masks nothing"
+            )
         if self.gradient_checkpointing:
             checkpoint_activations(model, self.scope)
         self.model = model
         if self._trainer is not None:  # without one the masks come from a checkpoint
             self._calibrate()
         if not any(p.requires_grad for p in self.parameters()):
-            # A run that learns nothing still is one optimizer step for Lightning, and needs something to step.
+            # A run that learns nothing still is one optimizer step for Lightning, and needs
+            # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
         if self._device_mesh is not None:
             self._shard()
@@ -155,7 +174,9 @@ class SparseCausalLM(LightningModule):
     def _blocks(self) -> Iterator[Block]:
         left = masked_layers(self.lm)
         for name in decoder_blocks(self.lm):
-            inside = {layer: left.pop(layer) for layer in list(left) if layer.startswith(f"{name}.")}
+            inside = {
+                layer: left.pop(layer) for layer in list(left) if layer.startswith(f"{name}.")
+            }
             if inside:
                 yield Block(name, inside)
         if left:
@@ -170,26 +191,35 @@ class SparseCausalLM(LightningModule):
     def describe_strategy(self) -> dict[str, Any]:
         """The strategy's class and its settings, for a record."""
         strategy = self.strategy
-        settings = {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str) and k != "training"}
+        settings = {
+            k: v
+            for k, v in vars(strategy).items()
+            if isinstance(v, bool | int | float | str) and k != "training"
+        }
         settings |= {name: asdict(schedule) for name, schedule in strategy.schedules.items()}
         path = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
         return {"class": path, "weights": strategy.weights, "settings": settings}
 
     def protocol(self, datamodule: Any, split: str) -> dict[str, Any]:
-        """How a score of this model on a split of the data is measured: what must agree for two to be compared."""
+        """How a score on a split is measured: what must agree for two to be compared."""
         return {
-            "metric": "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token",
+            "metric": "token perplexity: exp of the mean over windows of the mean cross-entropy "
+            "of the next token",
             "split": split,
             "base": {"name": self.name_or_path, "hash": self.base_hash, "dtype": self.dtype_name},
             "data": datamodule.describe(split),
         }
 
     def sparsity(self) -> float:
-        """The share of zeros that the masks make, of all weights in the decoder blocks' linear layers."""
+        """The share of zeros that the masks make, of the weights in blocks' linear layers."""
         shapes = [layer.masker.shape for layer in masked_layers(self.lm).values()]
         masked = sum(rows * columns for rows, columns in shapes)
-        total = sum(p.numel() for b in decoder_blocks(self.lm).values() for n, p in b.named_parameters()
-                    if p.ndim == 2 and ".masker." not in n)
+        total = sum(
+            p.numel()
+            for b in decoder_blocks(self.lm).values()
+            for n, p in b.named_parameters()
+            if p.ndim == 2 and ".masker." not in n
+        )
         return masked * (1 - self.pattern.density) / total
 
     @property
@@ -210,6 +240,12 @@ class SparseCausalLM(LightningModule):
         sampler = strategy.distributed_sampler_kwargs
         return sampler["rank"], sampler["num_replicas"]
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether this micro-batch is the last of its optimizer step."""
+        return (
+            batch_idx + 1
+        ) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if not self.learns:
             self.trainer.should_stop = True
@@ -227,23 +263,30 @@ class SparseCausalLM(LightningModule):
         return loss
 
     def _watch(self, loss: Tensor) -> None:
-        """Remember on the device since when the loss is not finite; look, and fail, where metrics are fetched anyway."""
+        """Remember on the device since when the loss is not finite; look when logging."""
         step = self.trainer.global_step
         if self._bad_since is None:
             self._bad_since = torch.full((), -1, device=self.device)
         now = ~loss.isfinite() & (self._bad_since < 0)
         self._bad_since = torch.where(now, step, self._bad_since)
-        if (step + 1) % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps
+        if every and (step + 1) % every == 0:
             self._check_finite()
 
     def _check_finite(self) -> None:
         if self._bad_since is not None and self._bad_since >= 0:
             raise SparsifyError(
-                f"the loss is not finite since optimizer step {int(self._bad_since)}; checkpoints from before it are intact: "
-                "resume from one with a lower learning rate (--model.optimizer.init_args.lr), or look at that step's data"
+                f"the loss is not finite since optimizer step {int(self._bad_since)}; checkpoints "
+                "from before it are intact: resume from one with a lower learning rate "
+                "(--model.optimizer.init_args.lr), or look at that step's data"
             )
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def on_train_end(self) -> None:
+        self._check_finite()  # the last steps may lie between two logs
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.strategy.after_step(masked_layers(self.lm), optimizer.param_groups[0]["lr"])
 
@@ -257,9 +300,12 @@ class SparseCausalLM(LightningModule):
             warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
             return warmup * decay.at(step / steps)
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
 
-    # -- evaluation: always under the hard mask, which is what ships ---------------------------------------------------
+    # -- evaluation: always under the hard mask, which is what ships -------------------------------
 
     def window_losses(self, tokens_BT: Tensor, masking: Masking = "hard") -> Tensor:
         """Losses of every next token, nats, ``[B, T - 1]``, without a graph."""
@@ -267,7 +313,9 @@ class SparseCausalLM(LightningModule):
             return token_losses(self.lm(input_ids=tokens_BT, use_cache=False).logits, tokens_BT)
 
     def on_validation_epoch_start(self) -> None:
-        self._meter = PerplexityMeter(cast(Any, self.trainer).datamodule.validation_names, self.device)
+        self._meter = PerplexityMeter(
+            cast(Any, self.trainer).datamodule.validation_names, self.device
+        )
 
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         meter = cast(PerplexityMeter, self._meter)
@@ -292,19 +340,25 @@ class SparseCausalLM(LightningModule):
             self.log(f"{where}/loss", score.loss)
             self.log(f"{where}/perplexity", score.perplexity, prog_bar=name == OVERALL)
 
-    # -- checkpoints: what is learned, and the name of the base --------------------------------------------------------
+    # -- checkpoints: what is learned, and the name of the base ------------------------------------
 
     def _saved_keys(self) -> set[str]:
-        """The state's keys that a checkpoint holds: everything but base weights that stay as they are."""
+        """The state's keys that a checkpoint holds: all but base weights that stay as they are."""
         if self.strategy.weights in ("trained", "updated"):
             return set(self.state_dict())
-        base = {f"model.{name}" for name, _ in self.lm.named_parameters(remove_duplicate=False) if ".masker." not in name}
+        base = {
+            f"model.{name}"
+            for name, _ in self.lm.named_parameters(remove_duplicate=False)
+            if ".masker." not in name
+        }
         return set(self.state_dict()) - base
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite()
         kept = self._saved_keys()
-        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if key in kept
+        }
         checkpoint["base_hash"] = self.base_hash
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,15 +366,17 @@ class SparseCausalLM(LightningModule):
         self._steps_before = checkpoint["global_step"]
         if checkpoint.get("base_hash") != self.base_hash:
             raise SparsifyError(
-                f"the checkpoint belongs to base model {str(checkpoint.get('base_hash'))[:12]}, but {self.name_or_path!r} "
-                f"as {self.dtype_name} is {self.base_hash[:12]}; give the --model.name_or_path and --model.dtype of its run"
+                f"the checkpoint belongs to base model {str(checkpoint.get('base_hash'))[:12]}, "
+                f"but {self.name_or_path!r} as {self.dtype_name} is {self.base_hash[:12]}; give "
+                "the --model.name_or_path and --model.dtype of its run"
             )
         wanted, found = self._saved_keys(), set(checkpoint["state_dict"])
         if wanted != found:
             odd = sorted(wanted ^ found)
             raise SparsifyError(
-                f"the checkpoint's masks do not fit this run: {len(found - wanted)} entries are unknown and "
-                f"{len(wanted - found)} are missing (first: {odd[0]}); give the strategy, pattern, include and exclude of its run"
+                f"the checkpoint's masks do not fit this run: {len(found - wanted)} entries are "
+                f"unknown and {len(wanted - found)} are missing (first: {odd[0]}); give the "
+                "strategy, pattern, include and exclude of its run"
             )
 
 
@@ -348,14 +404,19 @@ class BatchRun:
             logits = module.lm(input_ids=self._batch, use_cache=False).logits
             loss = token_losses(logits, self._batch).mean()
         self.task_loss = loss.detach()
-        return RunResult(loss, logits, torch.stack(penalties).sum() if penalties else loss.new_zeros(()))
+        return RunResult(
+            loss, logits, torch.stack(penalties).sum() if penalties else loss.new_zeros(())
+        )
 
 
 def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
     """Recompute each decoder block in backward, under the draw of its own forward."""
     options = {"use_reentrant": False, "context_fn": scope.checkpoint_contexts}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Newer Transformers 5 renamed it and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(options)
     for module in model.modules():
-        # Transformers checkpoints a block only in training mode; its children stay as they are, so dropout stays off.
+        # Transformers checkpoints a block only in training mode; its children stay as they are, so
+        # dropout stays off.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

@@ -18,8 +18,9 @@ MAX_M = 16
 class NMPattern:
     """Keep ``n`` of every ``m`` consecutive weights along the input dimension.
 
-    A *candidate* is a set of ``n`` kept positions; candidates are numbered in the order of ``itertools.combinations``
-    (for 2:4: 1100, 1010, 1001, 0110, 0101, 0011, position 0 on the left), and a number is called a rank.
+    A *candidate* is a set of ``n`` kept positions; candidates are numbered in the order of
+    ``itertools.combinations`` (for 2:4: 1100, 1010, 1001, 0110, 0101, 0011, position 0 on the
+    left), and a number is called a rank.
 
     Shapes: O out, I in, G groups = I / m, M group size, K candidates.
     """
@@ -30,8 +31,8 @@ class NMPattern:
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m <= MAX_M:
             raise SparsifyError(
-                f"pattern '{self.n}:{self.m}': N:M keeps N of every M weights and needs 1 <= N < M <= {MAX_M}; "
-                "write for instance '2:4'"
+                f"pattern '{self.n}:{self.m}': N:M keeps N of every M weights and needs "
+                f"1 <= N < M <= {MAX_M}; write for instance '2:4'"
             )
 
     @classmethod
@@ -46,7 +47,8 @@ class NMPattern:
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
         if match is None:
             raise SparsifyError(
-                f"pattern {text!r}: expected two integers as 'N:M' (N weights kept of every M), for instance '2:4'"
+                f"pattern {text!r}: expected two integers as 'N:M' "
+                "(N weights kept of every M), for instance '2:4'"
             )
         return cls(int(match[1]), int(match[2]))
 
@@ -105,7 +107,9 @@ class NMPattern:
                 f"row {row}, group {group} keeps {int(groups[row, group].sum())} weights; "
                 f"a {self} mask keeps exactly {self.n} of {self.m}"
             )
-        bits = (groups.int() << torch.arange(self.m, device=groups.device, dtype=torch.int32)).sum(-1)
+        bits = (groups.int() << torch.arange(self.m, device=groups.device, dtype=torch.int32)).sum(
+            -1
+        )
         return _rank_of_bits(self.n, self.m).to(groups.device)[bits].to(self.rank_dtype)
 
     def unrank(self, rank_OG: Tensor) -> Tensor:

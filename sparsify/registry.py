@@ -14,11 +14,14 @@ CALLBACKS = "sparsify.callbacks"
 
 def plugins(group: str) -> dict[str, EntryPoint]:
     """The entry points of a group by lower-case name, sorted."""
-    return {point.name.lower(): point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+    return {
+        point.name.lower(): point
+        for point in sorted(entry_points(group=group), key=lambda point: point.name)
+    }
 
 
 def find_strategy(name: str) -> type[SparsityStrategy]:
-    """The strategy class of a short name in any case, or of an import path such as ``my_package.MyStrategy``.
+    """The strategy class of a short name in any case, or of an import path.
 
     Raises:
         SparsifyError: nothing has this name, it cannot be imported, or it is no strategy.
@@ -32,11 +35,13 @@ def find_strategy(name: str) -> type[SparsityStrategy]:
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise SparsifyError(
-            f"there is no strategy {name!r}; {hint}There are {', '.join(known)}; your own is named by its import path, "
-            "for instance my_package.MyStrategy"
+            f"there is no strategy {name!r}; {hint}There are {', '.join(known)}; your own is named "
+            "by its import path, for instance my_package.MyStrategy"
         )
     if not (isinstance(found, type) and issubclass(found, SparsityStrategy)):
-        raise SparsifyError(f"{name!r} is not a strategy: it must be a subclass of sparsify.SparsityStrategy")
+        raise SparsifyError(
+            f"{name!r} is not a strategy: it must be a subclass of sparsify.SparsityStrategy"
+        )
     return found
 
 
@@ -46,7 +51,8 @@ def _import(path: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SparsifyError(
-            f"{path!r} cannot be imported ({error}); its module must be installed or lie in the current folder or PYTHONPATH"
+            f"{path!r} cannot be imported ({error}); its module must be installed or lie in the "
+            "current folder or PYTHONPATH"
         ) from error
 
 

@@ -6,7 +6,9 @@ from lightning.pytorch import Trainer
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of this run: the first logger's, by Lightning's own rule for checkpoints, or the default root."""
+    """The folder of this run: the first logger's, by Lightning's own rule for checkpoints, or the
+    default root.
+    """
     if not trainer.loggers:
         return Path(trainer.default_root_dir)
     logger = trainer.loggers[0]

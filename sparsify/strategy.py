@@ -69,14 +69,17 @@ class LayerResult:
 class SparsityStrategy(nn.Module):
     """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.
 
-    Everything has a default. As it stands this class computes masks in one shot, if ``calibrate`` is defined; to learn
-    masks, define ``make_masker`` and a masker with Parameters that require gradients.
+    Everything has a default. As it stands this class computes masks in one shot, if ``calibrate``
+    is defined; to learn masks, define ``make_masker`` and a masker with Parameters that require
+    gradients.
 
     Attributes:
         prunes: whether layers are masked at all; the dense reference says no.
-        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot with a weight update;
-            ``trained``: they learn with the masks; ``proxy``: a copy is trained, the base ships.
-        schedules: values that change during the run; the annealing callback writes them to ``values``.
+        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
+            with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
+            trained, the base ships.
+        schedules: values that change during the run; the annealing callback writes them to
+            ``values``.
         values: the schedules' present values, shared with the maskers.
     """
 
@@ -90,7 +93,9 @@ class SparsityStrategy(nn.Module):
 
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
-        self.values.update({name: schedule.at(progress) for name, schedule in self.schedules.items()})
+        self.values.update(
+            {name: schedule.at(progress) for name, schedule in self.schedules.items()}
+        )
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
         """Allocate the masker of one layer; its values come later, in ``init_masker``."""
@@ -100,8 +105,11 @@ class SparsityStrategy(nn.Module):
         """Compute masks, layer by layer, without learning; yields (layer name, result)."""
         return iter(())
 
-    def init_masker(self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0) -> None:
-        """Give the masker its first values, from what calibration found for its rows, or from nothing.
+    def init_masker(
+        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        """Give the masker its first values, from what calibration found for its rows, or from
+        nothing.
 
         Args:
             masker: what ``make_masker`` made.
@@ -110,16 +118,23 @@ class SparsityStrategy(nn.Module):
             row0: the number of the first row in the whole layer.
         """
         if not isinstance(masker, FixedMasker):
-            raise NotImplementedError(f"{type(self).__name__} makes its own maskers and must define init_masker")
+            raise NotImplementedError(
+                f"{type(self).__name__} makes its own maskers and must define init_masker"
+            )
         if result is None:
-            raise SparsifyError(f"{masker.name}: {type(self).__name__}.calibrate gave no mask; it must yield every layer")
+            raise SparsifyError(
+                f"{masker.name}: {type(self).__name__}.calibrate gave no mask; "
+                "it must yield every layer"
+            )
         masker.set_mask(result.mask)
 
     def loss(self, run: Run) -> Tensor:
         """The loss of one micro-batch, 0-d."""
         return run(run.draw()).task_loss
 
-    def optimizer(self, params: list[nn.Parameter], default: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
+    def optimizer(
+        self, params: list[nn.Parameter], default: Callable[[list[nn.Parameter]], Optimizer]
+    ) -> Optimizer:
         """The optimizer of what is learned; ``default`` makes the one that the user configured."""
         return default(params)
 

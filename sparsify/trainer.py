@@ -17,8 +17,8 @@ class Trainer(LightningTrainer):
         Args:
             model: the module.
             datamodule: its data.
-            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one the strategy's starting masks are
-                exported.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one the
+                strategy's starting masks are exported.
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)

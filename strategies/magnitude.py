@@ -1,4 +1,6 @@
-"""Magnitude pruning: keep the weights that are largest in absolute value (Han et al., 2015, arXiv 1506.02626)."""
+"""Magnitude pruning: keep the weights that are largest in absolute value (Han et al., 2015, arXiv
+1506.02626).
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +8,9 @@ from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 
 class Magnitude(SparsityStrategy):
-    """Keeps the N weights of largest magnitude in every group of M; needs no data and no training."""
+    """Keeps the N weights of largest magnitude in every group of M; needs no data and no
+    training.
+    """
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:

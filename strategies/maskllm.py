@@ -1,10 +1,12 @@
-"""MaskLLM: learn a distribution over the candidate masks of every group (Fang et al., NeurIPS 2024, arXiv 2409.17481).
+"""MaskLLM: learn a distribution over the candidate masks of every group (Fang et al., NeurIPS 2024,
+arXiv 2409.17481).
 
 Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +29,74 @@ class CandidateMasker(Masker):
     Args:
         name, shape, pattern: as for every masker.
         values: the strategy's annealed ``kappa`` and ``tau``.
-        hard: sample one candidate, with the soft mask's gradient (straight-through), instead of a mixture.
+        hard: sample one candidate, with the soft mask's gradient (straight-through), instead of a
+            mixture.
     """
 
-    logits_OKG: Tensor  # candidates before groups: a softmax over a last dimension of six is ten times slower on a CPU
+    # Candidates before groups: on a CPU a softmax over a last dimension of six is ten times slower.
+    logits_OKG: Tensor
     table_KM: Tensor
 
     def __init__(
-        self, name: str, shape: tuple[int, int], pattern: NMPattern, values: Mapping[str, float], hard: bool
+        self,
+        name: str,
+        shape: tuple[int, int],
+        pattern: NMPattern,
+        values: Mapping[str, float],
+        hard: bool,
     ) -> None:
         super().__init__(name, shape, pattern)
         self.values = values
         self.hard = hard
-        self.logits_OKG = nn.Parameter(torch.zeros(shape[0], pattern.candidates, shape[1] // pattern.m))
+        self.logits_OKG = nn.Parameter(
+            torch.zeros(shape[0], pattern.candidates, shape[1] // pattern.m)
+        )
         self.register_buffer("table_KM", pattern.table().float(), persistent=False)
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Gumbel-softmax over the candidates (section 3.2, equations 4 to 6); the penalty is the retained norm's square."""
+        """Gumbel-softmax over the candidates (section 3.2, equations 4 to 6); the penalty is the
+        retained norm's square.
+        """
         rows, candidates, groups = self.logits_OKG.shape
-        gumbel = noise.gumbel(draw.key(self.name), rows, candidates * groups, row0, weight_OI.device)
+        gumbel = noise.gumbel(
+            draw.key(self.name), rows, candidates * groups, row0, weight_OI.device
+        )
         scores = self.values["kappa"] * self.logits_OKG + gumbel.view_as(self.logits_OKG)
         soft = torch.softmax(scores / self.values["tau"], dim=1)
         if self.hard:
             one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-            soft = one_hot + soft - soft.detach()
+            soft = one_hot + (soft - soft.detach())
         masked = weight_OI * torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
         return masked.to(weight_OI.dtype), masked.float().square().sum()
+
+    def start(self, prior_OI: Tensor | None, std: float, alpha: float, row0: int = 0) -> None:
+        """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
+
+        Equation 7. The paper subtracts the mean similarity, which changes no probability, and
+        scales by the measured standard deviation of the whole layer, which a shard does not know:
+        the nominal one stands in for it.
+
+        Raises:
+            SparsifyError: the prior is a mask of another layer's shape, or of another pattern.
+        """
+        rows, candidates, groups = self.logits_OKG.shape
+        key = noise.fold("init", self.name)
+        start = noise.normal(key, rows, candidates * groups, row0, self.logits_OKG.device) * std
+        if prior_OI is not None:
+            if prior_OI.shape != (rows, groups * self.pattern.m):
+                raise SparsifyError(
+                    f"{self.name}: the prior's mask is {tuple(prior_OI.shape)} and the weight is "
+                    f"{(rows, groups * self.pattern.m)}; take a prior made for this model"
+                )
+            prior_OGM = self.pattern.groups(prior_OI).float()
+            if (prior_OGM.sum(-1) != self.pattern.n).any():
+                raise SparsifyError(
+                    f"{self.name}: the prior does not keep {self.pattern.n} weights of every "
+                    f"{self.pattern.m}; take a prior made for the pattern {self.pattern}"
+                )
+            shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
+            start += shared.flatten(1) * (alpha * std)
+        self.logits_OKG.data.copy_(start.view_as(self.logits_OKG))
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.unrank(self.logits_OKG.argmax(1))
@@ -69,14 +113,15 @@ class MaskLLM(SparsityStrategy):
     The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
 
     Args:
-        prior: where the distribution starts: a strategy by name or as an object, a mask file or an exported folder; None is
-            a uniform distribution.
-        alpha: strength of the prior: its candidate's logit is raised by ``alpha * init_std`` a position shared.
+        prior: where the distribution starts: a strategy by name or as an object, a mask file or an
+            exported folder; None is a uniform distribution.
+        alpha: strength of the prior: its candidate's logit is raised by ``alpha * init_std`` a
+            position shared.
         init_std: standard deviation of the logits' random start.
         kappa: scale of the logits before noise is added; rising, it makes the distribution sharper.
         tau: temperature of the softmax; falling, it makes the mixture of candidates a choice.
-        penalty_weight: of the retained norm, which keeps gradients from vanishing (section 3.3; the decay to zero is in
-            the authors' code only).
+        penalty_weight: of the retained norm, which keeps gradients from vanishing (section 3.3; the
+            decay to zero is in the authors' code only).
         hard: train with sampled hard masks and a straight-through gradient.
     """
 
@@ -101,8 +146,9 @@ class MaskLLM(SparsityStrategy):
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> CandidateMasker:
         if pattern.candidates > MAX_CANDIDATES:
             raise SparsifyError(
-                f"pattern {pattern} has {pattern.candidates:,} candidates a group, and this method learns a logit for each "
-                f"({pattern.candidates / pattern.m:,.1f} a weight; at most {MAX_CANDIDATES} candidates); take a smaller M"
+                f"pattern {pattern} has {pattern.candidates:,} candidates a group, and this method "
+                f"learns a logit for each ({pattern.candidates / pattern.m:,.1f} a weight; at most "
+                f"{MAX_CANDIDATES} candidates); take a smaller M"
             )
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
@@ -115,20 +161,16 @@ class MaskLLM(SparsityStrategy):
         # Only the prior's masks: a weight that it would update stays as it is here.
         return ((name, LayerResult(result.mask)) for name, result in found)
 
-    def init_masker(self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0) -> None:
-        assert isinstance(masker, CandidateMasker)
-        logits = masker.logits_OKG.data
-        rows, candidates, groups = logits.shape
-        start = noise.normal(noise.fold("init", masker.name), rows, candidates * groups, row0, logits.device)
-        logits.copy_(start.view_as(logits) * self.init_std)
-        if result is not None:
-            # Equation 7. The paper subtracts the mean similarity, which changes no probability, and scales by the measured
-            # standard deviation of the whole layer, which a shard does not know: the nominal one stands in for it.
-            prior_OGM = masker.pattern.groups(result.mask).float()
-            shared = torch.einsum("ogm,km->okg", prior_OGM, masker.table_KM)
-            logits.add_(shared, alpha=self.alpha * self.init_std)
-        elif self.prior is not None:
-            raise SparsifyError(f"{masker.name}: the prior {self.prior!r} holds no mask of it; it must cover every masked layer")
+    def init_masker(
+        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        if result is None and self.prior is not None:
+            raise SparsifyError(
+                f"{masker.name}: the prior {self.prior!r} holds no mask of it; "
+                "it must cover every masked layer"
+            )
+        prior_OI = None if result is None else result.mask
+        cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, row0)
 
     def loss(self, run: Run) -> Tensor:
         task_loss, _, retained = run(run.draw())

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,17 +13,25 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparsify.cli import main
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
+
 EOS = "<eos>"
 WORDS = [f"w{i}" for i in range(62)]
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """64 entries: 62 words, an unknown one and the end of text."""
     vocab = {word: i for i, word in enumerate([EOS, "<unk>", *WORDS])}
     model = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # noqa: S106
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOS, unk_token="<unk>")  # noqa: S106
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
@@ -51,7 +60,9 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """The tiny model and tokenizer as a folder that ``--model.name_or_path`` takes."""
     folder = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(folder)
@@ -61,9 +72,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.txt, validation.txt and test.txt of words in a loose order, 4000 and twice 400."""
+    """A folder with train, validation and test text: words in a loose order, 4000, 400 and 400."""
     folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311
     for split, count in (("train", 4000), ("validation", 400), ("test", 400)):
         at, words = 0, []
         for _ in range(count):
@@ -71,3 +82,41 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words.append(WORDS[at])
         (folder / f"{split}.txt").write_text(" ".join(words), encoding="utf-8")
     return folder
+
+
+class Cli:
+    """Runs the command line in this process, in an own folder, on the tiny model and text."""
+
+    def __init__(self, folder: Path, model: Path, text: Path) -> None:
+        self.folder = folder
+        self.model = [f"--model.name_or_path={model}"]
+        self.data = [
+            f"--data.{split}={text}/{split}.txt" for split in ("train", "validation", "test")
+        ]
+        self.data += ["--data.block_size=16", "--data.batch_size=4", "--data.eval_batch_size=8"]
+        self.trainer = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+    def __call__(self, command: str, *words: str, steps: int = 2, data: bool = True) -> None:
+        """Run a command; ``words`` come last and so win."""
+        options = [
+            *self.model,
+            *self.trainer,
+            f"--trainer.max_steps={steps}",
+            *(self.data if data else []),
+        ]
+        main([command, *options, *words])
+
+    def runs(self) -> list[Path]:
+        """The folders of the runs so far, oldest first."""
+        return sorted(
+            self.folder.glob("runs/*/version_*"), key=lambda path: int(path.name.partition("_")[2])
+        )
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, text: Path) -> Cli:
+    """The command line, started in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sparsify"])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    return Cli(tmp_path, model_folder, text)

@@ -1,0 +1,68 @@
+"""Tiny models of other families than the one in ``conftest``."""
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.conftest import tiny_llama
+
+
+def tied_llama() -> LlamaForCausalLM:
+    """The tiny Llama with its output head tied to its embedding."""
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """Two blocks with biases, not zero, at query, key and value."""
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return _randomised(Qwen2ForCausalLM, config)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Two blocks of ``Conv1D``, some square, with biases that are not zero, and a tied head."""
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _randomised(GPT2LMHeadModel, config)
+
+
+def _randomised(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = kind(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(std=0.3)
+    return model
+
+
+FAMILIES = {"llama": tiny_llama, "tied llama": tied_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2}

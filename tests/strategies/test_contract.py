@@ -1,0 +1,407 @@
+"""What every strategy keeps to, whatever it does: one suite over a table of cases.
+
+A new strategy enters ``CASES``; the first test fails until it does.
+"""
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import sparsify.strategies
+from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrategy, TextDataModule
+from sparsify.base import hash_parameters
+from sparsify.callbacks.annealing import Annealing
+from sparsify.export import base_parameters, export
+from sparsify.inject import hard_masks, masked_layers
+from sparsify.masker import Masking
+from sparsify.module import BatchRun
+from sparsify.registry import STRATEGIES, plugins
+from sparsify.strategies.dense import Dense
+from sparsify.strategies.magnitude import Magnitude
+from sparsify.strategies.maskllm import MaskLLM
+from sparsify.trainer import Trainer
+from tests.conftest import tiny_llama
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy and what it claims.
+
+    Attributes:
+        label: for the test's name.
+        make: builds it.
+        patterns: those that it takes.
+        learns: whether its maskers' Parameters change in training, by gradients.
+    """
+
+    label: str
+    make: Callable[[], SparsityStrategy]
+    patterns: tuple[str, ...] = ("2:4", "1:4", "2:8", "4:8")
+    learns: bool = True
+
+
+ANY = ("2:4", "1:4", "2:8", "4:8", "8:16")
+
+CASES = [
+    Case("dense", Dense, (), learns=False),
+    Case("magnitude", Magnitude, ANY, learns=False),
+    Case("maskllm", MaskLLM),
+    Case("maskllm, hard samples", lambda: MaskLLM(hard=True)),
+    Case("maskllm, no prior", lambda: MaskLLM(prior=None)),
+]
+LEARNING = [case for case in CASES if case.learns]
+PRUNING = [case for case in CASES if case.patterns]
+
+
+def cases(chosen: list[Case] = CASES) -> pytest.MarkDecorator:
+    """Run the test for each of the cases."""
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.label)
+
+
+class Recorder(Callback):
+    """Remembers losses, batches, and all values and gradients of each step; can save and stop."""
+
+    def __init__(self, stop_after: int | None = None, path: Path | None = None) -> None:
+        self.stop_after, self.path = stop_after, path
+        self.losses: list[float] = []
+        self.batches: list[Tensor] = []
+        self.values: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = dict(pl_module.named_parameters())
+        self.values.append({name: p.detach().clone() for name, p in named.items()})
+        self.gradients.append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.batches.append(batch)
+        if trainer.global_step == self.stop_after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@dataclass
+class Setting:
+    """Where a test's runs take place."""
+
+    text: Path
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
+
+    def module(
+        self, case: Case, model: PreTrainedModel | None = None, **options: Any
+    ) -> SparseCausalLM:
+        """A module that is not built yet."""
+        return SparseCausalLM.from_model(
+            model or tiny_llama(), self.tokenizer, case.make(), **options
+        )
+
+    def built(self, case: Case, **options: Any) -> SparseCausalLM:
+        """A module with its first masks, without a Trainer."""
+        module = self.module(case, **options)
+        module.configure_model()
+        module._calibrate()
+        return module
+
+    def data(self) -> TextDataModule:
+        """Blocks of 16 tokens, four at once."""
+        splits = {name: str(self.text / f"{name}.txt") for name in ("train", "test")}
+        return TextDataModule(**splits, block_size=16, batch_size=4, tokenizer=self.tokenizer)  # type: ignore[arg-type]
+
+    def fit(
+        self,
+        module: SparseCausalLM,
+        steps: int = 3,
+        stop_after: int | None = None,
+        ckpt_path: Path | None = None,
+        **settings: Any,
+    ) -> tuple[Trainer, Recorder]:
+        """Train, and tell what happened."""
+        recorder = Recorder(stop_after, self.folder / "stopped.ckpt")
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=self.folder,
+            callbacks=[Annealing(), recorder],
+            **settings,
+        )
+        trainer.fit(
+            module,
+            datamodule=self.data(),
+            ckpt_path=ckpt_path,
+            weights_only=False if ckpt_path else None,
+        )
+        return trainer, recorder
+
+
+@pytest.fixture
+def setting(text: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Setting:
+    return Setting(text, tmp_path, tokenizer)
+
+
+class HandRun:
+    """One micro-batch of one process: the rule for its draws and its loss, written once more."""
+
+    def __init__(self, module: SparseCausalLM, batch: Tensor, step: int, micro_batch: int) -> None:
+        self.module, self.batch, self.step, self.micro_batch = module, batch, step, micro_batch
+
+    def draw(self, k: int = 0, of: int = 1) -> Draw:
+        return Draw(self.module.seed, self.step, self.micro_batch * of + k)
+
+    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+        lm = self.module.lm
+        with torch.set_grad_enabled(grad), self.module.scope.use(masking) as penalties:
+            logits = lm(input_ids=self.batch, use_cache=False).logits
+        shifted = logits[:, :-1].flatten(0, 1), self.batch[:, 1:].flatten()
+        return RunResult(F.cross_entropy(*shifted), logits, sum(penalties, torch.zeros(())))
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names with bit-equal values."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def masker_state(module: SparseCausalLM) -> dict[str, Tensor]:
+    """All that the maskers own."""
+    return {k: v.clone() for k, v in module.state_dict().items() if ".masker." in k}
+
+
+def test_every_strategy_is_in_the_table() -> None:
+    found = {point.load() for point in plugins(STRATEGIES).values()}
+    for file in pkgutil.iter_modules(sparsify.strategies.__path__):
+        module = importlib.import_module(f"sparsify.strategies.{file.name}")
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            own = kind.__module__ == module.__name__ and issubclass(kind, SparsityStrategy)
+            if own and not inspect.isabstract(kind):
+                found.add(kind)
+    assert found == {type(case.make()) for case in CASES}
+
+
+@cases(PRUNING)
+def test_hard_masks_keep_exactly_n_of_m(case: Case, setting: Setting) -> None:
+    for text in case.patterns:
+        pattern = NMPattern.parse(text)
+        module = setting.built(case, pattern=text)
+        masks = dict(hard_masks(module.lm))
+        assert len(masks) == 14
+        for name, mask in masks.items():
+            layer = masked_layers(module.lm)[name]
+            assert mask.dtype == torch.bool
+            assert mask.shape == layer.weight_OI.shape
+            assert bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()), name
+            assert torch.equal(layer.masker.hard_mask(layer.weight_OI), mask), name
+            weight, _ = layer.masker(layer.weight_OI, "hard")
+            assert torch.equal(weight, torch.where(mask, layer.weight_OI, 0)), name
+            assert not bool(weight[~mask].signbit().any()), name
+
+
+@cases(PRUNING)
+def test_all_weight_sized_tensors_have_rows_first(case: Case, setting: Setting) -> None:
+    module = setting.built(case)
+    for name, layer in masked_layers(module.lm).items():
+        for parameter in layer.masker.parameters():
+            assert parameter.ndim == 0 or parameter.shape[0] == layer.out_features, name
+
+
+@cases()
+def test_a_run_changes_what_the_strategy_declares_and_nothing_else(
+    case: Case, setting: Setting
+) -> None:
+    model = tiny_llama()
+    before = hash_parameters(dict(model.named_parameters()))
+    module = setting.module(case, model)
+    first = masker_state(setting.built(case))
+    trainer, recorder = setting.fit(module)
+    assert trainer.global_step == (3 if case.learns else 1)
+    assert all(math.isfinite(loss) for loss in recorder.losses)
+    if module.strategy.weights in ("frozen", "proxy"):
+        assert hash_parameters(base_parameters(module.lm)) == before == module.base_hash
+        for gradients in recorder.gradients:
+            assert all(".masker." in name or name == "anchor" for name in gradients)
+    after = masker_state(module)
+    assert first.keys() == after.keys()
+    learned = {n for n, p in module.named_parameters() if ".masker." in n and p.requires_grad}
+    assert bool(learned) == case.learns
+    for gradients in recorder.gradients:
+        assert set(gradients) - {"anchor"} == learned
+        assert all(
+            bool(g.isfinite().all()) and bool(g.any()) for n, g in gradients.items() if n in learned
+        )
+    for name, value in after.items():
+        assert torch.equal(value, first[name]) != (name in learned), name
+    for name, mask in hard_masks(module.lm):
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()), name
+
+
+@cases()
+def test_a_resumed_run_continues_bit_for_bit(case: Case, setting: Setting) -> None:
+    torch.manual_seed(1)
+    whole = setting.module(case)
+    trainer, expected = setting.fit(whole, steps=6)
+    torch.manual_seed(2)  # the global generator must not matter: Lightning does not save it
+    half = setting.module(case)
+    _, first = setting.fit(half, steps=6, stop_after=3 if case.learns else 1)
+    torch.manual_seed(3)
+    resumed = setting.module(case)
+    again, second = setting.fit(resumed, steps=6, ckpt_path=setting.folder / "stopped.ckpt")
+    assert_equal(dict(resumed.state_dict()), dict(whole.state_dict()))
+    if case.learns:
+        assert first.losses + second.losses == expected.losses
+        assert len(first.losses) == len(second.losses) == 3
+        assert again.global_step == trainer.global_step == 6
+        assert not torch.equal(
+            torch.cat([v.flatten() for v in masker_state(half).values()]),
+            torch.cat([v.flatten() for v in masker_state(resumed).values()]),
+        )
+
+
+@cases()
+def test_a_checkpoint_holds_no_frozen_weights(case: Case, setting: Setting) -> None:
+    module = setting.module(case)
+    trainer, _ = setting.fit(module)
+    path = setting.folder / "c.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=False)["state_dict"]
+    if module.strategy.weights == "frozen":
+        assert all(
+            ".masker." in key or key == "anchor" or key.startswith("strategy.") for key in saved
+        )
+        base_bytes = sum(p.nbytes for p in base_parameters(module.lm).values())
+        learned_bytes = sum(v.nbytes for v in saved.values())
+        assert path.stat().st_size < 3 * learned_bytes + base_bytes / 2  # values and two moments
+    fresh = setting.module(case)
+    fresh.on_load_checkpoint(torch.load(path, weights_only=False))
+    fresh.load_state_dict(saved, strict=False)
+    assert_equal(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+@cases()
+def test_what_is_measured_is_what_ships(case: Case, setting: Setting) -> None:
+    module = setting.module(case)
+    trainer, _ = setting.fit(module)
+    trainer.test(module, datamodule=setting.data(), verbose=False)
+    score = module.scores["overall"]
+    export(module, setting.folder / "out", {})
+    plain = AutoModelForCausalLM.from_pretrained(setting.folder / "out", dtype=torch.float32)
+    data = setting.data()
+    data.setup("test")
+    means = []
+    with torch.no_grad():
+        for window in torch.cat(list(data.test_dataloader()[0])):
+            logits = plain(input_ids=window[None]).logits[0]
+            means.append(F.cross_entropy(logits[:-1], window[1:]).item())
+    assert len(means) == score.windows >= 20
+    assert math.exp(sum(means) / len(means)) == pytest.approx(score.perplexity, rel=1e-6)
+
+
+@cases(PRUNING)
+def test_validation_is_under_the_hard_mask(case: Case, setting: Setting) -> None:
+    module = setting.built(case)
+    tokens = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
+    losses = module.window_losses(tokens)
+    assert torch.equal(module.window_losses(tokens), losses)
+    dense = module.window_losses(tokens, "dense")
+    assert float((losses - dense).abs().max()) > 0.01
+    assert torch.equal(
+        dense,
+        F.cross_entropy(
+            tiny_llama()(input_ids=tokens).logits[:, :-1].flatten(0, 1),
+            tokens[:, 1:].flatten(),
+            reduction="none",
+        )
+        .view(3, 15)
+        .detach(),
+    )
+
+
+@cases(LEARNING)
+def test_accumulated_micro_batches_have_own_draws_and_the_mean_gradient(
+    case: Case, setting: Setting
+) -> None:
+    module = setting.module(case, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    _, recorder = setting.fit(module, steps=2, accumulate_grad_batches=2)
+    assert len(recorder.batches) == 4
+    assert len(recorder.gradients) == 2
+    for step in (0, 1):
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(recorder.values[step][name])
+        module.strategy.anneal(step / 2)
+        found: dict[str, list[Tensor]] = {}
+        for micro_batch in (0, 1):
+            module.zero_grad()
+            batch = recorder.batches[2 * step + micro_batch]
+            loss = module.strategy.loss(HandRun(module, batch, step, micro_batch))
+            assert loss.item() == pytest.approx(
+                recorder.losses[2 * step + micro_batch] * 2, rel=1e-6
+            )
+            loss.backward()
+            for name in recorder.gradients[step]:
+                found.setdefault(name, []).append(module.get_parameter(name).grad.clone())
+        for name, (first, second) in found.items():
+            torch.testing.assert_close(
+                recorder.gradients[step][name], (first + second) / 2, rtol=1e-5, atol=1e-8, msg=name
+            )
+            # Another draw would have given another gradient: the tolerance sees it.
+            assert not torch.allclose(first, second, rtol=1e-2, atol=0), name
+    after = masker_state(module)
+    assert all(bool(value.isfinite().all()) for value in after.values())
+
+
+@cases(LEARNING)
+def test_activation_checkpointing_changes_no_bit(case: Case, setting: Setting) -> None:
+    states, calls = [], [0, 0]
+    for checkpointed in (False, True):
+
+        def count(*_: Any, which: bool = checkpointed) -> None:
+            calls[which] += 1
+
+        module = setting.module(case, gradient_checkpointing=checkpointed)
+        module.configure_model()
+        module._calibrate()
+        for layer in masked_layers(module.lm).values():
+            layer.register_forward_pre_hook(count)
+        _, recorder = setting.fit(module)
+        states.append((masker_state(module), recorder.losses))
+    assert calls[1] == 2 * calls[0] > 0  # every layer ran again in backward
+    assert_equal(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1]
+
+
+@cases(LEARNING)
+def test_noise_follows_seed_step_and_draw(case: Case, setting: Setting) -> None:
+    module = setting.built(case)
+    batch = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def loss(step: int, index: int, seed: int = 0) -> float:
+        module.seed = seed
+        return module.strategy.loss(BatchRun(module, batch, step, index)).item()
+
+    values = [loss(0, 0), loss(0, 1), loss(1, 0), loss(0, 0, seed=1)]
+    torch.manual_seed(7)
+    assert [loss(0, 0), loss(0, 1), loss(1, 0), loss(0, 0, seed=1)] == values
+    assert len(set(values)) == 4

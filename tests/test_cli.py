@@ -1,0 +1,274 @@
+"""The command line, as a user types it, on the tiny model."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sparsify.mask_file import read_masks
+from sparsify.pattern import NMPattern
+from tests.conftest import Cli
+
+CONFIGS = sorted(
+    path.name for path in files("sparsify.configs").iterdir() if path.name.endswith(".yaml")
+)
+
+
+def result(run: Path, name: str = "result.json") -> dict:
+    return json.loads((run / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["dense", "Magnitude", "MaskLLM"])
+def test_fit_ends_with_a_result_an_export_and_a_checkpoint(cli: Cli, name: str) -> None:
+    cli("fit", "--strategy", name)
+    [run] = cli.runs()
+    found = result(run)
+    assert (
+        found["run"]["strategy"]["class"]
+        == f"sparsify.strategies.{name.lower()}.{'Dense' if name == 'dense' else name}"
+    )
+    assert found["run"]["steps"] == (2 if name == "MaskLLM" else 0)
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    AutoModelForCausalLM.from_pretrained(run / "export")
+    zeros = (
+        load_file(run / "export" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        .eq(0)
+        .float()
+        .mean()
+    )
+    assert zeros == (0 if name == "dense" else 0.5)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "4:8"])
+def test_patterns(cli: Cli, pattern: str) -> None:
+    cli(
+        "fit",
+        "--strategy",
+        "maskllm",
+        "--model.pattern",
+        pattern,
+        "--output.folder",
+        "out",
+        steps=1,
+    )
+    n, m = map(int, pattern.split(":"))
+    weights = load_file("out/model.safetensors")
+    for name in read_masks(Path("out")).masks:
+        assert (weights[f"{name}.weight"].unflatten(1, (-1, m)) != 0).sum(-1).eq(n).all(), name
+
+
+def test_maskllm_refuses_a_pattern_with_too_many_candidates(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        cli("fit", "--strategy", "maskllm", "--model.pattern", "8:16")
+    assert "12,870" in capsys.readouterr().err
+
+
+def test_validate_and_test_without_a_checkpoint_measure_the_starting_masks(cli: Cli) -> None:
+    cli("validate", "--strategy", "magnitude")
+    cli("test", "--strategy", "magnitude")
+    cli("test", "--strategy", "dense")
+    validated, tested, dense = cli.runs()
+    found = result(validated, "result-validation.json")
+    assert found["protocol"]["split"] == "validation"
+    assert found["scores"]["overall"]["windows"] == 400 // 16
+    assert result(tested)["scores"]["overall"]["loss"] != result(dense)["scores"]["overall"]["loss"]
+
+
+def test_a_checkpoint_brings_its_settings_and_the_command_line_wins(cli: Cli) -> None:
+    cli(
+        "fit",
+        "--strategy",
+        "maskllm",
+        "--model.pattern",
+        "1:4",
+        "--model.optimizer.init_args.lr=0.1",
+        steps=3,
+    )
+    checkpoint = str(cli.runs()[0] / "checkpoints" / "last.ckpt")
+    bare = [
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+        "--ckpt_path",
+        checkpoint,
+    ]
+    from sparsify.cli import main
+
+    main(["test", *bare, "--data.eval_batch_size", "4"])
+    main(["validate", *bare])
+    main(["export", *bare, "--output.folder", "again"])
+    fitted, tested, validated, exported = cli.runs()
+    for name, score in result(fitted)["scores"].items():
+        assert result(tested)["scores"][name] == pytest.approx(score, rel=1e-5)
+    assert result(tested)["run"]["pattern"] == "1:4"
+    assert result(tested)["run"]["steps"] == 3
+    assert result(validated, "result-validation.json")["run"]["pattern"] == "1:4"
+    settings = yaml.safe_load((tested / "config.yaml").read_text())
+    assert settings["data"]["eval_batch_size"] == 4
+    assert settings["data"]["block_size"] == 16
+    before, after = (load_file(f / "model.safetensors") for f in (fitted / "export", Path("again")))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+
+
+def test_an_existing_export_is_only_replaced_on_request(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli("export", "--strategy", "magnitude", "--output.folder", "out")
+    before = Path("out/model.safetensors").read_bytes()
+    for command in ("fit", "export"):
+        with pytest.raises(SystemExit, match="^2$"):
+            cli(command, "--strategy", "magnitude", "--model.pattern=1:4", "--output.folder", "out")
+        assert "earlier export" in capsys.readouterr().err
+    assert not list(Path().glob("runs/*/*/checkpoints")), "fit trained before it refused"
+    assert Path("out/model.safetensors").read_bytes() == before
+    cli(
+        "export",
+        "--strategy",
+        "magnitude",
+        "--model.pattern=1:4",
+        "--output.folder=out",
+        "--output.overwrite=true",
+    )
+    assert Path("out/model.safetensors").read_bytes() != before
+
+
+def test_print_config_gives_a_config_that_runs_the_same(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparsify.cli import main
+
+    given = [
+        "--strategy",
+        "maskllm",
+        "--model.strategy.alpha=5",
+        "--model.optimizer.init_args.lr=0.05",
+    ]
+    with pytest.raises(SystemExit, match="^0$"):
+        cli("fit", *given, "--print_config")
+    Path("saved.yaml").write_text(capsys.readouterr().out)
+    cli("fit", *given)
+    main(["fit", "--config", "saved.yaml"])
+    first, second = map(result, cli.runs())
+    assert first["scores"] == second["scores"]
+    assert first["run"]["strategy"] == second["run"]["strategy"]
+    assert first["run"]["strategy"]["settings"]["alpha"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [("CSV", "metrics.csv"), ("tensorboard", "events.out.*"), ("wandb", "*.wandb")],
+)
+def test_loggers(cli: Cli, name: str, trace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cli("fit", "--strategy", "maskllm", "--logger", name, "--trainer.log_every_n_steps=1")
+    assert list(Path("runs").rglob(trace))
+    assert len(list(Path("runs").rglob("result.json"))) == 1
+    if name == "wandb":
+        import wandb
+
+        wandb.finish()
+
+
+def test_an_unknown_logger_is_refused(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        cli("fit", "--strategy", "dense", "--logger", "cvs")
+    assert (
+        capsys.readouterr().err
+        == "error: there is no logger 'cvs'; there are csv, tensorboard, wandb, "
+        "or --trainer.logger CLASS\n"
+    )
+
+
+def test_help(capsys: pytest.CaptureFixture[str], cli: Cli) -> None:
+    from sparsify.cli import main
+
+    out = subprocess.run(
+        [sys.executable, "-m", "sparsify", "--help"], capture_output=True, text=True, check=True
+    )  # noqa: S603
+    assert out.stderr == ""
+    assert "N:M sparse masks" in out.stdout
+    for command in ("fit", "validate", "test", "export"):
+        assert f"    {command} " in out.stdout
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["fit", "--help"])
+    page = capsys.readouterr().out
+    for option in (
+        "--strategy NAME",
+        "--logger NAME",
+        "--model.pattern",
+        "--data.train",
+        "--output.folder",
+        "--ckpt_path",
+    ):
+        assert option in page
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_packaged_configs_run(cli: Cli, config: str) -> None:
+    cli(
+        "fit",
+        "--config",
+        str(files("sparsify.configs") / config),
+        *cli.model,
+        *cli.data,
+        "--trainer.max_steps=2",
+    )
+    assert result(cli.runs()[0])["scores"]
+
+
+MY_STRATEGY = Path(__file__).parent / "assets" / "my_package.py"
+
+
+def test_a_strategy_of_a_file_in_the_current_folder(cli: Cli) -> None:
+    Path("my_package.py").write_text(MY_STRATEGY.read_text())
+    try:
+        cli("fit", "--strategy", "my_package.MyStrategy", "--output.folder", "out")
+        cli("test", "--ckpt_path", str(cli.runs()[0] / "checkpoints" / "last.ckpt"))
+    finally:
+        sys.modules.pop("my_package", None)
+    first, second = map(result, cli.runs())
+    assert first["scores"] == second["scores"]
+    weight = load_file(cli.model[0].partition("=")[2] + "/model.safetensors")[
+        "model.layers.1.mlp.down_proj.weight"
+    ]
+    kept = read_masks(Path("out")).masks["model.layers.1.mlp.down_proj"]
+    score = weight.abs() / weight.abs().sum(0) + weight.abs() / weight.abs().sum(1, keepdim=True)
+    assert torch.equal(kept, NMPattern(2, 4).top(score))
+
+
+@pytest.mark.parametrize("exclude", ["*q_proj", '["*q_proj"]', '["*q_proj", "model.layers.0.*"]'])
+def test_exclude_takes_a_glob_or_a_list(cli: Cli, exclude: str) -> None:
+    cli("export", "--strategy", "magnitude", "--model.exclude", exclude, "--output.folder", "out")
+    masks = read_masks(Path("out")).masks
+    assert len(masks) == (6 if "layers.0" in exclude else 12)
+    assert not any(name.endswith("q_proj") for name in masks)
+
+
+@pytest.mark.parametrize("prior", ["out", "out/masks.safetensors"])
+def test_a_prior_from_a_file_starts_where_the_strategy_of_that_name_would(
+    cli: Cli, prior: str
+) -> None:
+    cli("export", "--strategy=magnitude", "--output.folder=out")
+    cli("fit", "--strategy=maskllm", "--model.strategy.prior=magnitude")
+    cli("fit", "--strategy=maskllm", f"--model.strategy.prior={prior}")
+    _, by_name, by_file = map(result, cli.runs())
+    assert by_file["scores"] == by_name["scores"]
+
+
+def test_checkpoints_can_be_turned_off(cli: Cli) -> None:
+    cli("fit", "--strategy=maskllm", "--trainer.enable_checkpointing=false")
+    assert not list(Path().rglob("*.ckpt"))
+    assert (cli.runs()[0] / "export").is_dir()
+
+
+def test_the_strategy_for_the_readme_is_short() -> None:
+    assert len(MY_STRATEGY.read_text().splitlines()) <= 20

@@ -1,0 +1,183 @@
+"""Input that a user can mend: one message, exit status 2, and nothing lost."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.cli import main
+from sparsify.evaluation import write_json
+from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategy import Run
+from tests.conftest import Cli, tiny_llama
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(cli: Cli, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must fail, and gives the message."""
+
+    def run(command: str, *words: str, steps: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli(command, *words, steps=steps)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2, err
+        assert "Traceback" not in err
+        [message] = [line for line in err.splitlines() if line.startswith("error:")]
+        assert err.endswith(f"{message}\n"), "the message is the last line"
+        return message
+
+    return run
+
+
+def test_an_unknown_strategy(fails: Fails) -> None:
+    message = fails("fit", "--strategy", "maskllmm")
+    assert "no strategy 'maskllmm'" in message
+    assert "did you mean 'maskllm'?" in message
+    assert "magnitude" in message
+
+
+def test_a_strategy_that_cannot_be_imported_or_is_none(fails: Fails) -> None:
+    assert "'nowhere.Mine' cannot be imported" in fails("fit", "--strategy", "nowhere.Mine")
+    assert "must be a subclass of sparsify.SparsityStrategy" in fails(
+        "fit", "--strategy", "pathlib.Path"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "2:4:8", "x"])
+def test_a_bad_pattern(fails: Fails, pattern: str) -> None:
+    assert pattern in fails("fit", "--strategy", "magnitude", "--model.pattern", pattern)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_glob_that_matches_nothing(fails: Fails, option: str) -> None:
+    message = fails("fit", "--strategy", "magnitude", f"--model.{option}=*.attention.*")
+    assert "'*.attention.*' matches no linear layer" in message
+    assert "model.layers.*.self_attn.q_proj" in message
+
+
+def test_too_little_text(fails: Fails) -> None:
+    Path("short.txt").write_text("w1 w2 w3")
+    message = fails("fit", "--strategy", "magnitude", "--data.train=short.txt")
+    assert "3 tokens are less than one block of 16" in message
+    assert "--data.block_size" in message
+
+
+def test_text_that_is_missing_or_unreadable(fails: Fails) -> None:
+    assert "nowhere.txt does not exist" in fails(
+        "fit", "--strategy", "magnitude", "--data.train=nowhere.txt"
+    )
+    Path("broken.jsonl.gz").write_bytes(b"this is no gzip file")
+    assert "broken.jsonl.gz cannot be read" in fails(
+        "fit", "--strategy", "magnitude", "--data.train=broken.jsonl.gz"
+    )
+
+
+def test_a_missing_model(fails: Fails) -> None:
+    message = fails("fit", "--strategy", "magnitude", "--model.name_or_path", "nowhere/model")
+    assert "'nowhere/model'" in message
+    assert "--model.name_or_path takes" in message
+
+
+def test_a_checkpoint_of_another_base_model(
+    cli: Cli, fails: Fails, tokenizer: object, tmp_path: Path
+) -> None:
+    cli("fit", "--strategy", "maskllm")
+    checkpoint = cli.runs()[0] / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    message = fails(
+        "test", "--ckpt_path", str(checkpoint), "--model.name_or_path", str(tmp_path / "other")
+    )
+    assert "the checkpoint belongs to base model" in message
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_masks(cli: Cli, fails: Fails) -> None:
+    cli("fit", "--strategy", "maskllm")
+    checkpoint = str(cli.runs()[0] / "checkpoints" / "last.ckpt")
+    assert "do not fit this run" in fails(
+        "test", "--ckpt_path", checkpoint, "--strategy", "magnitude"
+    )
+
+
+def test_a_checkpoint_that_is_garbage_or_missing(fails: Fails) -> None:
+    Path("garbage.ckpt").write_bytes(b"garbage")
+    for name in ("garbage.ckpt", "missing.ckpt"):
+        message = fails("export", "--strategy", "maskllm", "--ckpt_path", name)
+        assert f"--ckpt_path {name}: no checkpoint of a sparsify run could be read there" in message
+    assert Path("garbage.ckpt").read_bytes() == b"garbage"
+
+
+class Breaks(MaskLLM):
+    """Its loss is not a number in step ``at``, counted from zero."""
+
+    def __init__(self, at: int = 3) -> None:
+        super().__init__(prior=None)
+        self.at = at
+
+    def loss(self, run: Run) -> torch.Tensor:
+        loss = super().loss(run)
+        if run.draw().step == self.at:
+            run.task_loss = run.task_loss * float("nan")
+            loss = loss * float("nan")
+        return loss
+
+
+@pytest.mark.parametrize("saved_every", [2, 4, 5])
+@pytest.mark.parametrize("log_every", [5, 100])
+def test_a_loss_that_is_not_finite(
+    cli: Cli, fails: Fails, saved_every: int, log_every: int
+) -> None:
+    message = fails(
+        "fit",
+        "--strategy=tests.test_errors.Breaks",
+        f"--trainer.log_every_n_steps={log_every}",
+        f"--checkpoint.every_n_steps={saved_every}",
+        steps=6,
+    )
+    assert "not finite since optimizer step 3" in message
+    [run] = cli.runs()
+    assert not (run / "export").exists()
+    checkpoints = list(run.rglob("*.ckpt"))
+    assert [path.name for path in checkpoints] == (["last.ckpt"] if saved_every == 2 else [])
+    if checkpoints:
+        saved = torch.load(checkpoints[0], weights_only=True)
+        assert saved["global_step"] == 2
+        assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_a_full_disk_at_the_export(cli: Cli, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: dict) -> None:
+        if path.name == "sparsity_manifest.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, content)
+
+    monkeypatch.setattr("sparsify.export.write_json", full)
+    message = fails("fit", "--strategy", "maskllm")
+    [run] = cli.runs()
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    assert "disk is full" in message
+    command = f"sparsify export --ckpt_path {checkpoint.relative_to(cli.folder)}"
+    assert command in message
+    assert not (run / "export").exists()
+    assert not list(run.glob(".export*"))
+    assert json.loads((run / "result.json").read_text())["scores"]
+    monkeypatch.undo()
+    monkeypatch.chdir(cli.folder)
+    monkeypatch.setattr("sys.argv", ["sparsify"])
+    main(
+        [
+            *command.split()[1:],
+            "--output.folder=out",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    assert Path("out/model.safetensors").is_file()

@@ -1,0 +1,89 @@
+"""Perplexity, against a loop over tokens."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.evaluation import OVERALL, PerplexityMeter, make_result, token_losses, write_json
+
+
+def slow_losses(logits: torch.Tensor, tokens: torch.Tensor) -> list[list[float]]:
+    """Minus the log-probability of every next token."""
+    result = []
+    for window, ids in zip(logits.tolist(), tokens.tolist(), strict=True):
+        row = []
+        for scores, target in zip(window[:-1], ids[1:], strict=True):
+            row.append(math.log(sum(math.exp(s) for s in scores)) - scores[target])
+        result.append(row)
+    return result
+
+
+def test_token_losses() -> None:
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    losses = token_losses(logits, tokens)
+    assert losses.shape == (3, 4)
+    assert losses.tolist() == [pytest.approx(row, rel=1e-5) for row in slow_losses(logits, tokens)]
+    assert token_losses(logits.bfloat16(), tokens).dtype == torch.float32
+
+
+def test_scores_with_uneven_batches_and_texts() -> None:
+    torch.manual_seed(0)
+    windows = {"long": [], "short": []}
+    meter = PerplexityMeter(windows, torch.device("cpu"))
+    for name, batch in (("long", 4), ("short", 2), ("long", 4), ("long", 1)):
+        logits, tokens = 3 * torch.randn(batch, 6, 7), torch.randint(0, 7, (batch, 6))
+        meter.update(name, token_losses(logits, tokens))
+        windows[name] += [sum(row) / len(row) for row in slow_losses(logits, tokens)]
+    scores = meter.scores()
+    assert list(scores) == ["long", "short", OVERALL]
+    windows[OVERALL] = windows["long"] + windows["short"]
+    for name, means in windows.items():
+        loss = sum(means) / len(means)
+        assert scores[name].loss == pytest.approx(loss, rel=1e-6)
+        assert scores[name].perplexity == pytest.approx(math.exp(loss), rel=1e-6)
+        assert scores[name].windows == len(means)
+        assert scores[name].targets == 5 * len(means)
+    unweighted = (scores["long"].loss + scores["short"].loss) / 2
+    assert abs(scores[OVERALL].loss - unweighted) > 1e-3
+
+
+def test_the_mean_of_many_windows_keeps_its_digits() -> None:
+    meter = PerplexityMeter(["text"], torch.device("cpu"))
+    for _ in range(3000):
+        meter.update("text", torch.full((8, 2), 3.1))
+    assert meter.scores()["text"].loss == pytest.approx(torch.tensor(3.1).item(), rel=1e-12)
+
+
+def test_a_window_that_is_not_finite_is_not_left_out() -> None:
+    meter = PerplexityMeter(["text"], torch.device("cpu"))
+    meter.update("text", torch.tensor([[1.0, 2.0], [1.0, float("nan")]]))
+    assert math.isnan(meter.scores()["text"].loss)
+
+
+def test_a_result_is_plain_json(tmp_path: Path) -> None:
+    meter = PerplexityMeter(["text"], torch.device("cpu"))
+    meter.update("text", torch.ones(2, 3))
+    path = tmp_path / "new" / "result.json"
+    write_json(path, make_result({"steps": 1}, {"split": "test"}, meter.scores()))
+    found = json.loads(path.read_text())
+    assert found["scores"]["text"] == {
+        "loss": 1.0,
+        "perplexity": math.e,
+        "windows": 2,
+        "targets": 6,
+    }
+    assert found["run"] == {"steps": 1}
+    assert found["protocol"] == {"split": "test"}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,282 @@
+"""The exported folder: loads anywhere, exact, whole or not at all."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from sparsify import NMPattern, SparseCausalLM, SparsifyError
+from sparsify.base import hash_parameters
+from sparsify.export import MANIFEST, check_target, export, read_manifest
+from sparsify.inject import hard_masks, masked_layers
+from sparsify.mask_file import FILE_NAME, read_masks
+from sparsify.strategies.dense import Dense
+from sparsify.strategies.magnitude import Magnitude
+from tests.conftest import tiny_llama
+from tests.models import FAMILIES
+
+TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def masked_module(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **options: Any
+) -> SparseCausalLM:
+    """A module with magnitude masks, without a Trainer."""
+    module = SparseCausalLM.from_model(model, tokenizer, Magnitude(), **options)
+    module.configure_model()
+    module._calibrate()
+    return module
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that lies in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_loads_as_the_masked_model(
+    family: str, pattern: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = FAMILIES[family]()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dense = model(input_ids=TOKENS).logits
+    module = masked_module(model, tokenizer, pattern=pattern)
+    export(module, tmp_path / "out", {})
+    masks = {name: mask.clone() for name, mask in hard_masks(model)}
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(loaded) is type(model)
+    logits = loaded(input_ids=TOKENS).logits
+    expected = model(input_ids=TOKENS).logits
+    if family == "gpt2":  # Conv1D is another matmul than F.linear
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(logits, expected)
+    assert float((logits - dense).detach().abs().max()) > 0.05
+
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["layers"].keys() == masks.keys()
+    nm = NMPattern.parse(pattern)
+    found = dict(loaded.named_parameters())
+    assert found.keys() == base.keys()
+    for name, parameter in found.items():
+        layer = name.removesuffix(".weight")
+        if layer not in masks:
+            assert torch.equal(parameter, base[name]), name
+            continue
+        transposed = family == "gpt2"  # all its masked layers are Conv1D
+        weight, old = (v.detach().T if transposed else v.detach() for v in (parameter, base[name]))
+        assert manifest["layers"][layer] == {"shape": list(weight.shape), "pattern": pattern}
+        assert torch.equal(weight[masks[layer]], old[masks[layer]]), name
+        assert nm.holds(weight), name
+        # Largest magnitudes of each group along the inputs, found without the pattern's code.
+        groups = old.abs().unflatten(1, (-1, nm.m))
+        smallest = groups.sort(-1, descending=True).values[..., nm.n - 1 : nm.n]
+        assert torch.equal((weight != 0), (groups >= smallest).flatten(1)), name
+        assert not bool(weight[~masks[layer]].signbit().any()), name
+
+
+def test_the_square_conv1d_is_masked_along_its_inputs(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = FAMILIES["gpt2"]()
+    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    stored = load_file(tmp_path / "out" / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
+    assert stored.shape == (
+        32,
+        32,
+    )  # [in, out]: neither its shape nor a load would show a wrong transposition
+    assert NMPattern(2, 4).holds(stored.T)
+    assert not NMPattern(2, 4).holds(stored)
+
+
+def test_the_manifest_says_what_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = tiny_llama()
+    base_hash = hash_parameters({name: p.clone() for name, p in model.named_parameters()})
+    module = masked_module(model, tokenizer, exclude=["*down_proj"])
+    export(module, tmp_path / "a" / "b", {"scores": {"x": 1}})
+    manifest = read_manifest(tmp_path / "a" / "b")
+    assert manifest["schema"] == "sparsify.manifest/1"
+    assert manifest["pattern"] == "2:4"
+    assert manifest["base"]["hash"] == base_hash
+    assert manifest["strategy"]["class"] == "sparsify.strategies.magnitude.Magnitude"
+    assert manifest["strategy"]["weights"] == "frozen"
+    assert manifest["dtype"] == "float32"
+    assert manifest["scores"] == {"x": 1}
+    assert len(manifest["layers"]) == 12
+    assert manifest["dense"]["model.layers.0.mlp.down_proj"] == "excluded by '*down_proj'"
+    assert manifest["dense"]["lm_head"] == "output head"
+    assert str(tmp_path) not in json.dumps(manifest)
+    with pytest.raises(SparsifyError, match="holds no sparsity_manifest.json"):
+        read_manifest(tmp_path / "a")
+
+
+def test_the_folder_holds_its_masks_and_its_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    module = masked_module(tiny_llama(), tokenizer, pattern="2:8")
+    export(module, tmp_path / "out", {})
+    found = read_masks(tmp_path / "out")
+    assert found.base_hash == module.base_hash
+    masks = dict(hard_masks(module.lm))
+    assert found.masks.keys() == masks.keys()
+    assert all(torch.equal(found.masks[name], mask) for name, mask in masks.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not [key for key in load_file(tmp_path / "out" / "model.safetensors") if "masker" in key]
+
+
+def test_a_kept_weight_that_is_zero_is_still_in_the_mask(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, :4] = 0
+    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    mask = read_masks(tmp_path / "out" / FILE_NAME).masks["model.layers.0.mlp.up_proj"]
+    assert mask[0, :4].tolist() == [True, True, False, False]
+
+
+def test_the_dense_reference_exports_the_base(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    expected = model(input_ids=TOKENS).logits
+    module = SparseCausalLM.from_model(model, tokenizer, Dense())
+    module.configure_model()
+    export(module, tmp_path / "out", {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded(input_ids=TOKENS).logits, expected)
+    assert read_manifest(tmp_path / "out")["layers"] == {}
+    assert not (tmp_path / "out" / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("used", ["float32", "float16", "auto"])
+def test_a_base_stored_in_fp16_is_exported_in_fp16(
+    used: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tiny_llama().half().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    module = SparseCausalLM(Magnitude(), name_or_path=str(tmp_path / "base"), dtype=used)  # type: ignore[arg-type]
+    module.configure_model()
+    module._calibrate()
+    export(module, tmp_path / "out", {})
+    assert read_manifest(tmp_path / "out")["dtype"] == "float16"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == base.keys()
+    masks = dict(hard_masks(module.lm))
+    for name, weight in stored.items():
+        assert weight.dtype == torch.float16
+        mask = masks.get(name.removesuffix(".weight"), torch.ones_like(weight, dtype=torch.bool))
+        assert torch.equal(weight, torch.where(mask, base[name], 0)), name
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float16
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    if used == "float32":
+        assert torch.equal(loaded(input_ids=TOKENS).logits, module.lm(input_ids=TOKENS).logits)
+
+
+def test_changed_frozen_weights_are_detected(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    module = masked_module(tiny_llama(), tokenizer)
+    layer = next(iter(masked_layers(module.lm).values()))
+    before = layer.weight.data[3, 5].item()
+    layer.weight.data[3, 5] = before * (1 + 2**-22)  # the last bits of one weight
+    with pytest.raises(SparsifyError, match="base weights changed"):
+        export(module, tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []
+    layer.weight.data[3, 5] = before
+    export(module, tmp_path / "out", {})
+
+
+def test_a_foreign_folder_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    module = masked_module(tiny_llama(), tokenizer)
+    for overwrite in (False, True):
+        with pytest.raises(SparsifyError, match="not an export and stays; name another folder"):
+            check_target(tmp_path / "out", overwrite)
+        with pytest.raises(SparsifyError, match="not an export"):
+            export(module, tmp_path / "out", {}, overwrite)
+    assert files(tmp_path) == {"out/thesis.txt": b"precious"}
+    check_target(tmp_path / "free", False)
+
+
+def test_an_earlier_export_is_replaced_only_if_asked(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    module = masked_module(tiny_llama(), tokenizer)
+    export(module, tmp_path / "out", {"run": 1})
+    (tmp_path / "out" / "note.txt").write_text("of the former export")
+    before = files(tmp_path)
+    with pytest.raises(SparsifyError, match="holds an earlier export; replace it with overwrite"):
+        export(module, tmp_path / "out", {"run": 2})
+    assert files(tmp_path) == before
+    export(module, tmp_path / "out", {"run": 2}, overwrite=True)
+    assert read_manifest(tmp_path / "out")["run"] == 2
+    assert set(before) - set(files(tmp_path)) == {"out/note.txt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert os.access(tmp_path / "out", os.R_OK | os.X_OK)
+
+
+@pytest.mark.parametrize("where", ["weights", "manifest"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_failed_write_leaves_the_former_export(
+    where: str,
+    number: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = masked_module(tiny_llama(), tokenizer)
+    export(module, tmp_path / "out", {"run": 1})
+    before = files(tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        if where == "weights":
+            patch.setattr(PreTrainedModel, "save_pretrained", fail)
+        else:
+            patch.setattr("sparsify.export.write_json", fail)
+        full = number == errno.ENOSPC
+        with pytest.raises(
+            SparsifyError if full else OSError,
+            match="disk is full.*sparsify export" if full else "put/output",
+        ):
+            export(module, tmp_path / "out", {"run": 2}, overwrite=True)
+        with pytest.raises((SparsifyError, OSError)):
+            export(module, tmp_path / "new", {})
+    assert files(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_ranks_that_do_not_write_write_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {}, write=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masks_do_not_change_the_module(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    module = masked_module(tiny_llama(), tokenizer)
+    state: dict[str, Tensor] = {key: value.clone() for key, value in module.state_dict().items()}
+    export(module, tmp_path / "out", {})
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+    assert len(masked_layers(module.lm)) == 14
