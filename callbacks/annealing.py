@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 
 class Annealing(Callback):
     """Sets the scheduled values before every step, from its number alone: resume needs no state."""
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         pl_module.strategy.anneal(trainer.global_step / trainer.estimated_stepping_batches)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from sparsify.run_folder import run_folder
@@ -25,12 +24,12 @@ class Checkpoints(Checkpoint):
         self._saved_at = -1
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.ends_step(batch_idx) and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
-    def save(self, trainer: Trainer) -> Path:
+    def save(self, trainer: Any) -> Path:
         """Save this step, if that has not been done, and tell where."""
         path = run_folder(trainer) / "checkpoints" / "last.ckpt"
         if self._saved_at != trainer.global_step:

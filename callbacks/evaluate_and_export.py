@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import track
@@ -37,12 +37,12 @@ class EvaluateAndExport(Callback):
         self.overwrite = overwrite
         self.enabled = enabled
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # A place that is taken is better known before the work than after it.
         if self.folder is not None and (stage == "fit" or _exporting(trainer)):
             check_target(Path(self.folder), self.overwrite)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
         if stopped or trainer.fast_dev_run:
             return
@@ -61,7 +61,7 @@ class EvaluateAndExport(Callback):
             )
             raise SparsifyError(f"{error} ({kept})") from error
 
-    def _evaluate_and_export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
         datamodule: Any = trainer.datamodule
         datamodule.setup("test")
         if not datamodule.test_names:
@@ -74,19 +74,17 @@ class EvaluateAndExport(Callback):
                 meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
         self._finish(trainer, pl_module, "test", meter.scores())
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._report(trainer, pl_module, "validation", pl_module.scores)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         if _exporting(trainer):
             self._finish(trainer, pl_module, "test", pl_module.scores)
         else:
             self._report(trainer, pl_module, "test", pl_module.scores)
 
-    def _finish(
-        self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]
-    ) -> None:
+    def _finish(self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]) -> None:
         result = self._report(trainer, pl_module, split, scores)
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
@@ -95,7 +93,7 @@ class EvaluateAndExport(Callback):
             _console(trainer).print(f"exported to {folder}", soft_wrap=True)
 
     def _report(
-        self, trainer: Trainer, pl_module: LightningModule, split: str, scores: dict[str, Score]
+        self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]
     ) -> dict[str, Any]:
         result = make_result(
             _describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores
@@ -111,11 +109,11 @@ class EvaluateAndExport(Callback):
         return result
 
 
-def _exporting(trainer: Trainer) -> bool:
+def _exporting(trainer: Any) -> bool:
     return bool(getattr(trainer, "exporting", False))
 
 
-def _describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
     return {
         "strategy": pl_module.describe_strategy(),
@@ -144,5 +142,5 @@ def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
     return table
 
 
-def _console(trainer: Trainer) -> Console:
+def _console(trainer: Any) -> Console:
     return Console(quiet=trainer.progress_bar_callback is None)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 from sparsify.run_folder import run_folder
 
@@ -24,15 +24,13 @@ class GracefulStop(Callback):
         self._asked = False
         self._former: Any = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._former = signal.signal(signal.SIGINT, self._ask)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._restore()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -46,7 +44,7 @@ class GracefulStop(Callback):
         print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Any rank may have been asked; all must agree, or the others would wait for ever.
         asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)

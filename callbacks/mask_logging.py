@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from sparsify.inject import masked_layers, whole_layers
@@ -33,15 +33,15 @@ class MaskLogging(Callback):
         self._last: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self._first:
             self._first = self._last = _ranks(pl_module)
 
     @torch.no_grad()
     def on_train_batch_end(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
+        trainer: Any,
+        pl_module: Any,
         outputs: Any,
         batch: Tensor,
         batch_idx: int,
@@ -90,7 +90,7 @@ class MaskLogging(Callback):
         self._first, self._last = state_dict["first"], state_dict["last"]
 
 
-def _ranks(pl_module: LightningModule) -> dict[str, Tensor]:
+def _ranks(pl_module: Any) -> dict[str, Tensor]:
     """Each layer's hard mask as a rank a group: a quarter of a byte a weight for 2:4."""
     return {
         name: layer.masker.pattern.rank(layer.masker.hard_mask(layer.weight_OI), trusted=True)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 
 class Throughput(Callback):
@@ -23,13 +23,13 @@ class Throughput(Callback):
         self._seen_in = 0.0
         self._since = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._since, self._seen, self._seen_in = time.monotonic(), 0, 0.0
 
     def on_train_batch_end(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
+        trainer: Any,
+        pl_module: Any,
         outputs: Any,
         batch: torch.Tensor,
         batch_idx: int,

@@ -1,4 +1,4 @@
-"""Learn, evaluate and export N:M sparse masks for Hugging Face language models, on PyTorch Lightning."""
+"""Learn, evaluate and export N:M sparse masks for Hugging Face language models."""
 
 from sparsify.api import Sparsified, sparsify
 from sparsify.data import Source, TextDataModule

@@ -42,13 +42,13 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(_location(name_or_path), dtype=dtype)
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name_or_path, error) from error
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
     try:
-        return AutoTokenizer.from_pretrained(_location(name_or_path))  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(_location(name_or_path))
     except (OSError, ValueError) as error:
         raise _not_loaded("tokenizer", name_or_path, error) from error
 
@@ -66,7 +66,8 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> SparsifyError
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of the tensor's type, shape and bytes, in hexadecimal."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    digest.update(values.numpy().data)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -128,9 +128,8 @@ class SparsifyCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        if (
-            config["enable_checkpointing"] is False
-        ):  # Lightning takes the two together for a mistake
+        if config["enable_checkpointing"] is False:
+            # Lightning takes the two together for a mistake.
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in given
@@ -144,8 +143,9 @@ def expand(args: Sequence[str]) -> list[str]:
 
     ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
     config and no model named, the packaged config of that name, made for the embedded model, comes
-    first. ``--logger NAME`` becomes ``--trainer.logger``. With ``--ckpt_path`` the settings of the
-    checkpoint's run come first, so that what is said on the command line wins.
+    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. With
+    ``--ckpt_path`` the settings of the checkpoint's run come first, so that what is said on the
+    command line wins.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -153,34 +153,33 @@ def expand(args: Sequence[str]) -> list[str]:
     if not args or args[0].startswith("-"):
         return list(args)
     command, rest = args[0], _split(args[1:])
-    before: list[str] = []
     given = {word.partition("=")[0] for word in rest}
-    out: list[str] = []
-    words = iter(rest)
-    run_name = None
-    for word in words:
+    run_name, logger = command, "csv"
+    before: list[str] = []
+    after: list[str] = []
+    for word in rest:
         flag, _, value = word.partition("=")
-        if flag in ("--strategy", "--model.strategy") and not value.startswith("{"):
+        if flag == "--logger":
+            logger = value
+        elif flag in ("--strategy", "--model.strategy") and not value.startswith("{"):
             cls = find_strategy(value)
-            out.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
             run_name = cls.__name__.lower()
-            config = files("sparsify.configs") / f"{value.lower()}.yaml"
-            if (
-                not given & {"--config", "-c", "--model.name_or_path", "--ckpt_path"}
-                and config.is_file()
-            ):
-                print(
-                    f"settings for the embedded model from configs/{value.lower()}.yaml",
-                    file=sys.stderr,
-                )
-                before.append(f"--config={config}")
-        elif flag == "--logger":
-            out += _logger(value, run_name)
+            after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
+            if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
+                before += _packaged_config(value.lower())
         else:
-            out.append(word)
-            if flag == "--ckpt_path" and value not in ("", "last", "best", "hpc"):
+            after.append(word)
+            if flag == "--ckpt_path":
                 before.append(f"--config={_settings(Path(value))}")
-    return [command, *before, *out]
+    return [command, *_logger(logger, run_name), *before, *after]
+
+
+def _packaged_config(name: str) -> list[str]:
+    path = files("sparsify.configs") / f"{name}.yaml"
+    if not path.is_file():
+        return []
+    print(f"settings for the embedded model from configs/{name}.yaml", file=sys.stderr)
+    return [f"--config={path}"]
 
 
 def _split(args: Sequence[str]) -> list[str]:
@@ -205,17 +204,17 @@ def _split(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _logger(name: str, run_name: str | None) -> list[str]:
+def _logger(name: str, run_name: str) -> list[str]:
     path = LOGGERS.get(name.lower())
     if path is None:
         raise SparsifyError(
-            f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, or --trainer.logger "
-            "CLASS"
+            f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
+            "or --trainer.logger CLASS"
         )
     options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={RUNS}"]
     if name.lower() == "wandb":
         return [*options, "--trainer.logger.project=sparsify"]
-    return [*options, f"--trainer.logger.name={run_name or 'run'}"]
+    return [*options, f"--trainer.logger.name={run_name}"]
 
 
 def _settings(path: Path) -> str:
@@ -255,7 +254,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except SparsifyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if any(getattr(callback, "stopped", False) for callback in cli.trainer.callbacks):
+    callbacks = cast(Any, cli.trainer).callbacks
+    if any(getattr(callback, "stopped", False) for callback in callbacks):
         sys.exit(130)
 
 

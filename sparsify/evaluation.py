@@ -94,7 +94,8 @@ def make_result(
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
         "run": dict(run),
-        "protocol": dict(protocol),
+        # A run that was told to measure a part of the text has measured another text.
+        "protocol": {**protocol, "windows": {name: s.windows for name, s in scores.items()}},
         "scores": {name: asdict(score) for name, score in scores.items()},
     }
 

@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise SparsifyError(
             f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported"
         )
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _plain_model(
 ) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    plain_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
         plain = plain_class(config)
     buffers = {name: b for name, b in model.named_buffers() if name in plain.state_dict()}
@@ -164,7 +164,7 @@ def _plain_model(
         )
     if model.generation_config is not None:
         plain.generation_config = model.generation_config
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def _manifest(

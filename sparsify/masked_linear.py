@@ -54,7 +54,7 @@ class MaskScope:
 
 class _MaskedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_BI: Tensor,
         weight_OI: Tensor,
@@ -69,7 +69,7 @@ class _MaskedProduct(torch.autograd.Function):
         return layer.multiply(x_BI, masked_OI.to(x_BI.dtype), bias_O), penalty
 
     @staticmethod
-    def backward(ctx: Any, grad_BO: Tensor, grad_penalty: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BO: Tensor, grad_penalty: Tensor) -> tuple[Any, ...]:
         x_BI, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias, _, _, *need_tensors = ctx.needs_input_grad
         needs = [need_weight, *need_tensors]
@@ -154,7 +154,7 @@ class MaskedLinear(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_BI, bias = x_BI.to(dtype), None if bias is None else bias.to(dtype)
-        y_BO, penalty = _MaskedProduct.apply(
+        y_BO, penalty = cast(Any, _MaskedProduct).apply(
             x_BI, self.weight_OI, bias, self, masking, *self.masker_parameters().values()
         )
         if isinstance(masking, Draw):
@@ -190,7 +190,8 @@ class MaskedConv1D(MaskedLinear):
     def plain(self) -> nn.Module:
         with torch.device("meta"):
             conv = Conv1D(self.out_features, self.in_features)
-        conv.weight, conv.bias = self.weight, self.bias
+        conv.weight = cast(nn.Parameter, self.weight)
+        conv.bias = cast(nn.Parameter, self.bias)
         return conv
 
 

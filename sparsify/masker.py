@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import noise
+from sparsify.errors import SparsifyError
 from sparsify.pattern import NMPattern
 
 
@@ -117,7 +118,10 @@ class FixedMasker(Masker):
         Raises:
             SparsifyError: a group does not hold exactly N.
         """
-        self.rank_OG.data.copy_(self.pattern.rank(mask_OI))
+        try:
+            self.rank_OG.data.copy_(self.pattern.rank(mask_OI))
+        except SparsifyError as error:
+            raise SparsifyError(f"{self.name}: {error}") from error
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.unrank(self.rank_OG)

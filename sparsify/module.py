@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
@@ -75,9 +76,8 @@ class SparseCausalLM(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["strategy", "optimizer"])
-        self.strict_loading = (
-            False  # checkpoints hold no frozen weights; on_load_checkpoint checks the rest
-        )
+        # Checkpoints hold no frozen weights; on_load_checkpoint checks the rest.
+        self.strict_loading = False
         self.name_or_path = name_or_path
         self.pattern = NMPattern.parse(pattern)
         self.include = [include] if isinstance(include, str) else include
@@ -86,7 +86,7 @@ class SparseCausalLM(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
-        self.seed = seed
+        self.seed = strategy.seed = seed
         self.model: PreTrainedModel | None = None
         self.strategy = strategy
         self.scope = MaskScope()
@@ -94,9 +94,8 @@ class SparseCausalLM(LightningModule):
         self.base_hash = ""
         self.task_loss: Tensor | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._given: list[
-            PreTrainedModel
-        ] = []  # in a list, so that it is not registered before it is masked
+        # In a list, so that it is not registered before it is masked.
+        self._given: list[PreTrainedModel] = []
         self._meter: PerplexityMeter | None = None
         self._steps_before = 0
         self._bad_since: Tensor | None = None
@@ -191,7 +190,7 @@ class SparseCausalLM(LightningModule):
     def describe_strategy(self) -> dict[str, Any]:
         """The strategy's class and its settings, for a record."""
         strategy = self.strategy
-        settings = {
+        settings: dict[str, Any] = {
             k: v
             for k, v in vars(strategy).items()
             if isinstance(v, bool | int | float | str) and k != "training"
@@ -242,14 +241,21 @@ class SparseCausalLM(LightningModule):
 
     def ends_step(self, batch_idx: int) -> bool:
         """Whether this micro-batch is the last of its optimizer step."""
-        return (
-            batch_idx + 1
-        ) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        whole = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        return whole or self.trainer.is_last_batch
+
+    def on_fit_start(self) -> None:
+        datamodule: Any = cast(Any, self.trainer).datamodule
+        if self.learns and self.name_or_path != EMBEDDED and datamodule.embedded:
+            raise SparsifyError(
+                f"no text was named to learn the masks of {self.name_or_path!r} from, and the "
+                "embedded text is made for the embedded model; give --data.train FILE"
+            )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if not self.learns:
             self.trainer.should_stop = True
-            return cast(Tensor, 0 * self.anchor.sum())
+            return 0 * self.anchor.sum()
         rank, ranks = self.data_parallel()
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         run = BatchRun(self, batch, self.trainer.global_step, micro_batch * ranks + rank)
@@ -269,17 +275,21 @@ class SparseCausalLM(LightningModule):
             self._bad_since = torch.full((), -1, device=self.device)
         now = ~loss.isfinite() & (self._bad_since < 0)
         self._bad_since = torch.where(now, step, self._bad_since)
-        every = self.trainer.log_every_n_steps
+        every = cast(Any, self.trainer).log_every_n_steps
         if every and (step + 1) % every == 0:
             self._check_finite()
 
     def _check_finite(self) -> None:
-        if self._bad_since is not None and self._bad_since >= 0:
-            raise SparsifyError(
-                f"the loss is not finite since optimizer step {int(self._bad_since)}; checkpoints "
-                "from before it are intact: resume from one with a lower learning rate "
-                "(--model.optimizer.init_args.lr), or look at that step's data"
-            )
+        bad = self._bad_since is not None and bool(self._bad_since >= 0)
+        # Data-parallel ranks see different losses, and must stop together.
+        if not self.trainer.strategy.reduce_boolean_decision(bad, all=False):
+            return
+        since = f"optimizer step {int(cast(Tensor, self._bad_since))}" if bad else "another rank's"
+        raise SparsifyError(
+            f"the loss is not finite since {since}; checkpoints from before it are intact: resume "
+            "from one with a lower learning rate (--model.optimizer.init_args.lr), or look at that "
+            "step's data"
+        )
 
     def on_train_end(self) -> None:
         self._check_finite()  # the last steps may lie between two logs
@@ -360,6 +370,8 @@ class SparseCausalLM(LightningModule):
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
         }
         checkpoint["base_hash"] = self.base_hash
+        # Once fit has returned, Lightning has forgotten where in the data it was.
+        checkpoint["resumable"] = self.trainer.training
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
@@ -377,6 +389,21 @@ class SparseCausalLM(LightningModule):
                 f"the checkpoint's masks do not fit this run: {len(found - wanted)} entries are "
                 f"unknown and {len(wanted - found)} are missing (first: {odd[0]}); give the "
                 "strategy, pattern, include and exclude of its run"
+            )
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_resume(checkpoint)
+
+    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
+        step, steps = checkpoint["global_step"], self.trainer.max_steps
+        if not checkpoint["resumable"]:
+            raise SparsifyError(
+                "the checkpoint was saved after fit had returned and does not know its place in "
+                "the data; resume from one that was saved during the run"
+            )
+        if step >= steps > 0:
+            raise SparsifyError(
+                f"the checkpoint is at step {step} of {steps}, so nothing is left to learn; export "
+                "it with sparsify export, or give more steps with --trainer.max_steps"
             )
 
 

@@ -81,6 +81,7 @@ class SparsityStrategy(nn.Module):
         schedules: values that change during the run; the annealing callback writes them to
             ``values``.
         values: the schedules' present values, shared with the maskers.
+        seed: the run's, set by the module before anything is made.
     """
 
     prunes: ClassVar[bool] = True
@@ -90,6 +91,7 @@ class SparsityStrategy(nn.Module):
         super().__init__()
         self.schedules: Mapping[str, Schedule] = {}
         self.values: dict[str, float] = {}
+        self.seed = 0
 
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""

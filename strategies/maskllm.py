@@ -69,7 +69,9 @@ class CandidateMasker(Masker):
         masked = weight_OI * torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
         return masked.to(weight_OI.dtype), masked.float().square().sum()
 
-    def start(self, prior_OI: Tensor | None, std: float, alpha: float, row0: int = 0) -> None:
+    def start(
+        self, prior_OI: Tensor | None, std: float, alpha: float, seed: int, row0: int = 0
+    ) -> None:
         """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
 
         Equation 7. The paper subtracts the mean similarity, which changes no probability, and
@@ -80,7 +82,7 @@ class CandidateMasker(Masker):
             SparsifyError: the prior is a mask of another layer's shape, or of another pattern.
         """
         rows, candidates, groups = self.logits_OKG.shape
-        key = noise.fold("init", self.name)
+        key = noise.fold("init", seed, self.name)
         start = noise.normal(key, rows, candidates * groups, row0, self.logits_OKG.device) * std
         if prior_OI is not None:
             if prior_OI.shape != (rows, groups * self.pattern.m):
@@ -170,7 +172,7 @@ class MaskLLM(SparsityStrategy):
                 "it must cover every masked layer"
             )
         prior_OI = None if result is None else result.mask
-        cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, row0)
+        cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, self.seed, row0)
 
     def loss(self, run: Run) -> Tensor:
         task_loss, _, retained = run(run.draw())

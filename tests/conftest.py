@@ -108,9 +108,8 @@ class Cli:
 
     def runs(self) -> list[Path]:
         """The folders of the runs so far, oldest first."""
-        return sorted(
-            self.folder.glob("runs/*/version_*"), key=lambda path: int(path.name.partition("_")[2])
-        )
+        folders = self.folder.glob("runs/*/version_*")
+        return sorted(folders, key=lambda path: path.stat().st_mtime_ns)
 
 
 @pytest.fixture

@@ -6,9 +6,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparsify
+from sparsify.strategies.maskllm import MaskLLM
+from tests.conftest import tiny_llama
 
 
-def test_a_model_object_learns_masks_and_exports(model, tokenizer, text: Path, tmp_path: Path) -> None:
+def test_a_model_object_learns_masks_and_exports(
+    model, tokenizer, text: Path, tmp_path: Path
+) -> None:
     tokens = torch.randint(0, 64, (2, 16))
     result = sparsify.sparsify(
         model,
@@ -29,3 +33,26 @@ def test_a_model_object_learns_masks_and_exports(model, tokenizer, text: Path, t
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     for name, mask in masks.items():
         assert torch.equal(plain.get_submodule(name).weight != 0, mask)
+
+
+def test_a_checkpoint_saved_after_the_run_says_that_it_cannot_be_resumed(
+    model, tokenizer, text: Path, tmp_path: Path
+) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    result = sparsify.sparsify(model, "maskllm", data, tokenizer, steps=2, trainer=quiet)
+    result.trainer.save_checkpoint(tmp_path / "late.ckpt")
+    assert torch.load(tmp_path / "late.ckpt", weights_only=True)["resumable"] is False
+
+
+def test_the_seed_decides_where_the_logits_start(model, tokenizer, text: Path) -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        module = sparsify.SparseCausalLM.from_model(
+            tiny_llama(), tokenizer, MaskLLM(prior=None), seed=seed
+        )
+        module.configure_model()
+        module._calibrate()
+        starts.append(module.lm.model.layers[0].mlp.up_proj.masker.logits_OKG.detach())
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])

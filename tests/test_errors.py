@@ -181,3 +181,26 @@ def test_a_full_disk_at_the_export(cli: Cli, fails: Fails, monkeypatch: pytest.M
         ]
     )
     assert Path("out/model.safetensors").is_file()
+
+
+def test_a_checkpoint_with_nothing_left_to_learn(cli: Cli, fails: Fails) -> None:
+    cli("fit", "--strategy=maskllm", steps=2)
+    checkpoint = str(cli.runs()[0] / "checkpoints" / "last.ckpt")
+    message = fails("fit", "--strategy=maskllm", "--ckpt_path", checkpoint, steps=2)
+    assert "the checkpoint is at step 2 of 2" in message
+    assert "--trainer.max_steps" in message
+
+
+def test_a_checkpoint_that_lost_its_place_in_the_data(cli: Cli, fails: Fails) -> None:
+    cli("fit", "--strategy=maskllm", steps=3)
+    path = cli.runs()[0] / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["resumable"] = False
+    torch.save(checkpoint, path)
+    message = fails("fit", "--strategy=maskllm", "--ckpt_path", str(path), steps=5)
+    assert "saved after fit had returned" in message
+
+
+def test_the_embedded_text_is_not_learned_from_for_another_model(cli: Cli) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        cli("fit", "--strategy=maskllm", "--data.block_size=16", data=False)

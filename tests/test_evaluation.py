@@ -77,7 +77,7 @@ def test_a_result_is_plain_json(tmp_path: Path) -> None:
         "targets": 6,
     }
     assert found["run"] == {"steps": 1}
-    assert found["protocol"] == {"split": "test"}
+    assert found["protocol"] == {"split": "test", "windows": {"text": 2, "overall": 2}}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ class TextDataModule(LightningDataModule):
         self._packed_with: PreTrainedTokenizerBase | None = None
 
     @property
+    def embedded(self) -> bool:
+        """Whether the training text is the package's own."""
+        return self.sources["train"] == _embedded("train")
+
+    @property
     def validation_names(self) -> list[str]:
         """Names of the validation sources, in the order of `val_dataloader`."""
         return list(self.sources["validation"])

@@ -1,14 +1,11 @@
 """Learn masks of a tiny model in one process or in several, and save what was learned.
 
-    torchrun --nproc_per_node 2 shard_run.py STRATEGY TEXT OUT
+torchrun --nproc_per_node 2 shard_run.py STRATEGY TEXT OUT
 """
 
 import os
 import sys
-import warnings
 from pathlib import Path
-
-warnings.simplefilter("ignore")
 
 import torch
 from lightning.pytorch import Callback
@@ -51,7 +48,9 @@ def main(strategy: str, text: str, out: str) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1) if ranks > 1 else "auto",
+        strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        if ranks > 1
+        else "auto",
         accumulate_grad_batches=1 if ranks > 1 else 2,
         max_steps=5,
         use_distributed_sampler=False,
