@@ -14,7 +14,13 @@ from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.throughput import Throughput
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import PerplexityMeter, Score, make_result, write_json
+from sparsify.evaluation import (
+    PerplexityMeter,
+    Score,
+    make_result,
+    score_metrics,
+    write_json,
+)
 from sparsify.export import check_target, export
 from sparsify.run_folder import run_folder
 
@@ -54,25 +60,20 @@ class EvaluateAndExport(Callback):
         try:
             self._evaluate_and_export(trainer, pl_module)
         except SparsifyError as error:
-            kept = (
-                f"the run is kept: sparsify export --ckpt_path {checkpoint}"
-                if checkpoint
-                else "no checkpoint was asked for"
-            )
-            raise SparsifyError(f"{error} ({kept})") from error
+            kept = f"the run is kept: sparsify export --ckpt_path {checkpoint}"
+            lost = "no checkpoint was asked for"
+            raise SparsifyError(f"{error} ({kept if checkpoint else lost})") from error
 
     def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
-        datamodule: Any = trainer.datamodule
-        datamodule.setup("test")
-        if not datamodule.test_names:
-            self._finish(trainer, pl_module, "test", {})
-            return
-        meter = PerplexityMeter(datamodule.test_names, pl_module.device)
-        for name, loader in zip(meter.names, datamodule.test_dataloader(), strict=True):
-            quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
-            for batch in track(loader, f"testing on {name}", disable=quiet, transient=True):
-                meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
-        self._finish(trainer, pl_module, "test", meter.scores())
+        data: Any = trainer.datamodule
+        # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
+        if trainer.limit_val_batches and pl_module.validated_at != trainer.global_step:
+            scores = _measure(trainer, pl_module, data.validation_names, data.val_dataloader())
+            _log(trainer, "val", scores)
+        data.setup("test")
+        scores = _measure(trainer, pl_module, data.test_names, data.test_dataloader())
+        _log(trainer, "test", scores)
+        self._finish(trainer, pl_module, "test", scores)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -99,14 +100,29 @@ class EvaluateAndExport(Callback):
             _describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores
         )
         if trainer.is_global_zero:
-            path = run_folder(trainer) / (
-                "result.json" if split == "test" else f"result-{split}.json"
-            )
+            name = "result.json" if split == "test" else f"result-{split}.json"
+            path = run_folder(trainer) / name
             write_json(path, result)
             if scores:
                 _console(trainer).print(_table(result, scores))
             _console(trainer).print(f"result in {path}", soft_wrap=True)
         return result
+
+
+def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> dict[str, Score]:
+    """The scores of named texts under the hard masks; none where there is no text."""
+    meter = PerplexityMeter(names, pl_module.device)
+    quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+    for name, loader in zip(names, loaders, strict=True):
+        for batch in track(loader, f"measuring {name}", disable=quiet, transient=True):
+            meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
+    return meter.scores() if names else {}
+
+
+def _log(trainer: Any, split: str, scores: dict[str, Score]) -> None:
+    if scores:
+        for logger in trainer.loggers:
+            logger.log_metrics(score_metrics(split, scores), step=trainer.global_step)
 
 
 def _exporting(trainer: Any) -> bool:
@@ -115,6 +131,7 @@ def _exporting(trainer: Any) -> bool:
 
 def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
+    device = pl_module.device
     return {
         "strategy": pl_module.describe_strategy(),
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
@@ -123,9 +140,7 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,
         "seconds": round(speed.seconds, 1),
-        "device": torch.cuda.get_device_name(pl_module.device)
-        if pl_module.device.type == "cuda"
-        else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 

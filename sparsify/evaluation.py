@@ -77,6 +77,15 @@ class PerplexityMeter:
         return result
 
 
+def score_metrics(split: str, scores: Mapping[str, Score]) -> dict[str, float]:
+    """Scores under the names of a dashboard: ``split/loss`` overall, ``split/text/loss`` each."""
+    metrics = {}
+    for name, score in scores.items():
+        where = split if name == OVERALL else f"{split}/{name}"
+        metrics |= {f"{where}/loss": score.loss, f"{where}/perplexity": score.perplexity}
+    return metrics
+
+
 def make_result(
     run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]
 ) -> dict[str, Any]:

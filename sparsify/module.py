@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import OVERALL, PerplexityMeter, Score, token_losses
+from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.inject import decoder_blocks, inject, masked_layers, select
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
@@ -98,6 +98,7 @@ class SparseCausalLM(LightningModule):
         self._given: list[PreTrainedModel] = []
         self._meter: PerplexityMeter | None = None
         self._steps_before = 0
+        self.validated_at = -1
         self._bad_since: Tensor | None = None
 
     @classmethod
@@ -332,6 +333,7 @@ class SparseCausalLM(LightningModule):
         meter.update(meter.names[dataloader_idx], self.window_losses(batch))
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_at = self.trainer.global_step
         self._log_scores("val", cast(PerplexityMeter, self._meter).scores())
 
     def on_test_epoch_start(self) -> None:
@@ -345,10 +347,8 @@ class SparseCausalLM(LightningModule):
 
     def _log_scores(self, split: str, scores: dict[str, Score]) -> None:
         self.scores = scores
-        for name, score in scores.items():
-            where = split if name == OVERALL else f"{split}/{name}"
-            self.log(f"{where}/loss", score.loss)
-            self.log(f"{where}/perplexity", score.perplexity, prog_bar=name == OVERALL)
+        for name, value in score_metrics(split, scores).items():
+            self.log(name, value, prog_bar=name == f"{split}/perplexity")
 
     # -- checkpoints: what is learned, and the name of the base ------------------------------------
 

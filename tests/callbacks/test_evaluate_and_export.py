@@ -1,5 +1,6 @@
 """The result file, against plain transformers."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -110,3 +111,15 @@ def test_without_test_text_the_model_is_exported_unmeasured(cli: Cli, text: Path
     assert json.loads((cli.runs()[0] / "result.json").read_text())["scores"] == {}
     weight = load_file("out/model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert weight.eq(0).float().mean() == 0.5
+
+
+def test_a_run_that_ends_within_an_epoch_is_validated_and_tested(cli: Cli) -> None:
+    cli("fit", "--strategy=maskllm", steps=3)
+    [run] = cli.runs()
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = {name: value for row in rows for name, value in row.items() if value}
+    tested = json.loads((run / "result.json").read_text())["scores"]["overall"]
+    assert float(last["test/perplexity"]) == pytest.approx(tested["perplexity"])
+    assert float(last["val/perplexity"]) > 1
+    assert last["step"] == "3"
