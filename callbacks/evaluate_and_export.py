@@ -22,6 +22,7 @@ from sparsify.evaluation import (
     write_json,
 )
 from sparsify.export import check_target, export
+from sparsify.record import describe_protocol, describe_strategy, sparsity
 from sparsify.run_folder import run_folder
 
 
@@ -97,7 +98,9 @@ class EvaluateAndExport(Callback):
         self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]
     ) -> dict[str, Any]:
         result = make_result(
-            _describe_run(trainer, pl_module), pl_module.protocol(trainer.datamodule, split), scores
+            _describe_run(trainer, pl_module),
+            describe_protocol(pl_module, trainer.datamodule, split),
+            scores,
         )
         if trainer.is_global_zero:
             name = "result.json" if split == "test" else f"result-{split}.json"
@@ -133,9 +136,9 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
     device = pl_module.device
     return {
-        "strategy": pl_module.describe_strategy(),
+        "strategy": describe_strategy(pl_module.strategy),
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
-        "sparsity": pl_module.sparsity(),
+        "sparsity": sparsity(pl_module),
         "seed": pl_module.seed,
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,

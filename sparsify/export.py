@@ -26,6 +26,7 @@ from sparsify.inject import hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, write_masks
 from sparsify.masked_linear import MaskedLinear
 from sparsify.module import SparseCausalLM
+from sparsify.record import describe_strategy
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"
@@ -175,7 +176,7 @@ def _manifest(
         "schema": MANIFEST_SCHEMA,
         "pattern": pattern,
         "base": {"name": module.name_or_path, "hash": module.base_hash},
-        "strategy": module.describe_strategy(),
+        "strategy": describe_strategy(module.strategy),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": {
             name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()

@@ -2,14 +2,13 @@
 
 One training step: Lightning gives a batch of token ids; the strategy asks the :class:`Run` for one
 or more forward passes, each under a draw; every masked layer makes its mask for that draw and
-forgets it; the loss goes back through the layers,
-which make their masks again; the optimizer updates what the strategy learns.
+forgets it; the loss goes back through the layers, which make their masks again; the optimizer
+updates what the strategy learns.
 
-Shapes: B windows, T tokens, V vocabulary.
+Shapes: B windows, T tokens.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -22,17 +21,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
+from sparsify.batch_run import BatchRun, checkpoint_activations
+from sparsify.checkpoint import check_fits, check_resumes
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
+from sparsify.finite import FiniteWatch
 from sparsify.inject import decoder_blocks, inject, masked_layers, select
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.pattern import NMPattern
 from sparsify.schedule import Schedule
-from sparsify.strategy import Block, LayerResult, RunResult, SparsityStrategy
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 
@@ -99,7 +100,7 @@ class SparseCausalLM(LightningModule):
         self._meter: PerplexityMeter | None = None
         self._steps_before = 0
         self.validated_at = -1
-        self._bad_since: Tensor | None = None
+        self._finite = FiniteWatch()
 
     @classmethod
     def from_model(
@@ -188,40 +189,6 @@ class SparseCausalLM(LightningModule):
             fully_shard(block, mesh=mesh)
         fully_shard(self.lm, mesh=mesh)
 
-    def describe_strategy(self) -> dict[str, Any]:
-        """The strategy's class and its settings, for a record."""
-        strategy = self.strategy
-        settings: dict[str, Any] = {
-            k: v
-            for k, v in vars(strategy).items()
-            if isinstance(v, bool | int | float | str) and k != "training"
-        }
-        settings |= {name: asdict(schedule) for name, schedule in strategy.schedules.items()}
-        path = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
-        return {"class": path, "weights": strategy.weights, "settings": settings}
-
-    def protocol(self, datamodule: Any, split: str) -> dict[str, Any]:
-        """How a score on a split is measured: what must agree for two to be compared."""
-        return {
-            "metric": "token perplexity: exp of the mean over windows of the mean cross-entropy "
-            "of the next token",
-            "split": split,
-            "base": {"name": self.name_or_path, "hash": self.base_hash, "dtype": self.dtype_name},
-            "data": datamodule.describe(split),
-        }
-
-    def sparsity(self) -> float:
-        """The share of zeros that the masks make, of the weights in blocks' linear layers."""
-        shapes = [layer.masker.shape for layer in masked_layers(self.lm).values()]
-        masked = sum(rows * columns for rows, columns in shapes)
-        total = sum(
-            p.numel()
-            for b in decoder_blocks(self.lm).values()
-            for n, p in b.named_parameters()
-            if p.ndim == 2 and ".masker." not in n
-        )
-        return masked * (1 - self.pattern.density) / total
-
     @property
     def steps(self) -> int:
         """Optimizer steps that made the present masks."""
@@ -259,41 +226,19 @@ class SparseCausalLM(LightningModule):
             return 0 * self.anchor.sum()
         rank, ranks = self.data_parallel()
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        run = BatchRun(self, batch, self.trainer.global_step, micro_batch * ranks + rank)
+        first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
+        run = BatchRun(self.lm, self.scope, batch, first)
         loss = self.strategy.loss(run)
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
-        self._watch(self.task_loss)
+        self._finite.watch(self.task_loss, self.trainer)
         self.log("train/loss", loss.detach())
         self.log("train/task_loss", self.task_loss, prog_bar=True)
         for name, value in self.strategy.metrics().items():
             self.log(f"train/{name}", value)
         return loss
 
-    def _watch(self, loss: Tensor) -> None:
-        """Remember on the device since when the loss is not finite; look when logging."""
-        step = self.trainer.global_step
-        if self._bad_since is None:
-            self._bad_since = torch.full((), -1, device=self.device)
-        now = ~loss.isfinite() & (self._bad_since < 0)
-        self._bad_since = torch.where(now, step, self._bad_since)
-        every = cast(Any, self.trainer).log_every_n_steps
-        if every and (step + 1) % every == 0:
-            self._check_finite()
-
-    def _check_finite(self) -> None:
-        bad = self._bad_since is not None and bool(self._bad_since >= 0)
-        # Data-parallel ranks see different losses, and must stop together.
-        if not self.trainer.strategy.reduce_boolean_decision(bad, all=False):
-            return
-        since = f"optimizer step {int(cast(Tensor, self._bad_since))}" if bad else "another rank's"
-        raise SparsifyError(
-            f"the loss is not finite since {since}; checkpoints from before it are intact: resume "
-            "from one with a lower learning rate (--model.optimizer.init_args.lr), or look at that "
-            "step's data"
-        )
-
     def on_train_end(self) -> None:
-        self._check_finite()  # the last steps may lie between two logs
+        self._finite.check(self.trainer)  # the last steps may lie between two logs
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -364,7 +309,7 @@ class SparseCausalLM(LightningModule):
         return set(self.state_dict()) - base
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_finite()
+        self._finite.check(self.trainer)
         kept = self._saved_keys()
         checkpoint["state_dict"] = {
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
@@ -376,74 +321,6 @@ class SparseCausalLM(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
-        if checkpoint.get("base_hash") != self.base_hash:
-            raise SparsifyError(
-                f"the checkpoint belongs to base model {str(checkpoint.get('base_hash'))[:12]}, "
-                f"but {self.name_or_path!r} as {self.dtype_name} is {self.base_hash[:12]}; give "
-                "the --model.name_or_path and --model.dtype of its run"
-            )
-        wanted, found = self._saved_keys(), set(checkpoint["state_dict"])
-        if wanted != found:
-            odd = sorted(wanted ^ found)
-            raise SparsifyError(
-                f"the checkpoint's masks do not fit this run: {len(found - wanted)} entries are "
-                f"unknown and {len(wanted - found)} are missing (first: {odd[0]}); give the "
-                "strategy, pattern, include and exclude of its run"
-            )
+        check_fits(checkpoint, self.base_hash, self._saved_keys())
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_resume(checkpoint)
-
-    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
-        step, steps = checkpoint["global_step"], self.trainer.max_steps
-        if not checkpoint["resumable"]:
-            raise SparsifyError(
-                "the checkpoint was saved after fit had returned and does not know its place in "
-                "the data; resume from one that was saved during the run"
-            )
-        if step >= steps > 0:
-            raise SparsifyError(
-                f"the checkpoint is at step {step} of {steps}, so nothing is left to learn; export "
-                "it with sparsify export, or give more steps with --trainer.max_steps"
-            )
-
-
-class BatchRun:
-    """One micro-batch of a training step (see :class:`sparsify.strategy.Run`).
-
-    Args:
-        module: what to run.
-        batch: token ids ``[B, T]``.
-        step: the optimizer step.
-        index: micro-batch x data-parallel ranks + rank.
-    """
-
-    def __init__(self, module: SparseCausalLM, batch: Tensor, step: int, index: int) -> None:
-        self._module, self._batch = module, batch
-        self._step, self._index = step, index
-        self.task_loss: Tensor | None = None
-
-    def draw(self, k: int = 0, of: int = 1) -> Draw:
-        return Draw(self._module.seed, self._step, self._index * of + k)
-
-    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
-        module = self._module
-        with torch.set_grad_enabled(grad), module.scope.use(masking) as penalties:
-            logits = module.lm(input_ids=self._batch, use_cache=False).logits
-            loss = token_losses(logits, self._batch).mean()
-        self.task_loss = loss.detach()
-        return RunResult(
-            loss, logits, torch.stack(penalties).sum() if penalties else loss.new_zeros(())
-        )
-
-
-def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
-    """Recompute each decoder block in backward, under the draw of its own forward."""
-    options = {"use_reentrant": False, "context_fn": scope.checkpoint_contexts}
-    # Newer Transformers 5 renamed it and warns of the old name.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable(options)
-    for module in model.modules():
-        # Transformers checkpoints a block only in training mode; its children stay as they are, so
-        # dropout stays off.
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+            check_resumes(checkpoint, self.trainer.max_steps)

@@ -62,7 +62,11 @@ class CandidateMasker(Masker):
             draw.key(self.name), rows, candidates * groups, row0, weight_OI.device
         )
         scores = self.values["kappa"] * self.logits_OKG + gumbel.view_as(self.logits_OKG)
-        soft = torch.softmax(scores / self.values["tau"], dim=1)
+        scores = scores / self.values["tau"]
+        # Shares below e**-30 are lost beside 1 in fp32, and as denormal numbers they would make a
+        # CPU's products a hundred times slower.
+        scores = (scores - scores.detach().amax(1, keepdim=True)).clamp(min=-30.0)
+        soft = torch.softmax(scores, dim=1)
         if self.hard:
             one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
             soft = one_hot + (soft - soft.detach())

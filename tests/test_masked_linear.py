@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import Draw, FixedMasker, Masker, NMPattern, noise
+from sparsify.batch_run import checkpoint_activations
 from sparsify.inject import inject, select
 from sparsify.masked_linear import MaskedConv1D, MaskedLinear, MaskScope, linear_shape, masked
 from sparsify.masker import Masking
-from sparsify.module import checkpoint_activations
 from sparsify.strategies.maskllm import CandidateMasker
 
 ROWS, COLUMNS = 12, 16

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import sparsify.strategies
 from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrategy, TextDataModule
 from sparsify.base import hash_parameters
+from sparsify.batch_run import BatchRun
 from sparsify.callbacks.annealing import Annealing
 from sparsify.export import base_parameters, export
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.masker import Masking
-from sparsify.module import BatchRun
 from sparsify.registry import STRATEGIES, plugins
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
@@ -399,7 +399,8 @@ def test_noise_follows_seed_step_and_draw(case: Case, setting: Setting) -> None:
 
     def loss(step: int, index: int, seed: int = 0) -> float:
         module.seed = seed
-        return module.strategy.loss(BatchRun(module, batch, step, index)).item()
+        run = BatchRun(module.lm, module.scope, batch, Draw(module.seed, step, index))
+        return module.strategy.loss(run).item()
 
     values = [loss(0, 0), loss(0, 1), loss(1, 0), loss(0, 0, seed=1)]
     torch.manual_seed(7)

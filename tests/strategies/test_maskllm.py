@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, Schedule, SparseCausalLM, SparsifyError, noise
+from sparsify.batch_run import BatchRun
 from sparsify.export import export
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, write_masks
-from sparsify.module import BatchRun
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from tests.conftest import tiny_llama
@@ -253,7 +253,7 @@ def test_the_loss_is_cross_entropy_less_the_retained_norm(
 ) -> None:
     strategy = MaskLLM(penalty_weight=Schedule(1e-2, 0.0))
     module = built(strategy, model, tokenizer, seed=5)
-    loss = strategy.loss(BatchRun(module, TOKENS, 3, 1))
+    loss = strategy.loss(BatchRun(module.lm, module.scope, TOKENS, Draw(5, 3, 1)))
     # By hand: put the sampled weights into a plain copy of the model.
     plain = LlamaForCausalLM(model.config).eval()
     weights = {n: p for n, p in model.named_parameters() if ".masker." not in n}

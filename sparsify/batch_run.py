@@ -1,0 +1,60 @@
+"""One micro-batch of a training step, and activation checkpointing that keeps to its draws.
+
+Shapes: B windows, T tokens.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sparsify.evaluation import token_losses
+from sparsify.masked_linear import MaskScope
+from sparsify.masker import Draw, Masking
+from sparsify.strategy import RunResult
+
+
+class BatchRun:
+    """Runs a model on one micro-batch as often as a strategy asks (:class:`sparsify.strategy.Run`).
+
+    Args:
+        model: the masked model.
+        scope: its scope.
+        batch_BT: token ids.
+        first: the draw of a strategy that takes one a micro-batch; index = micro-batch x
+            data-parallel ranks + rank.
+
+    Attributes:
+        task_loss: of the last run, 0-d, without a graph.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, scope: MaskScope, batch_BT: Tensor, first: Draw
+    ) -> None:
+        self._model, self._scope = model, scope
+        self._batch_BT, self._first = batch_BT, first
+        self.task_loss: Tensor | None = None
+
+    def draw(self, k: int = 0, of: int = 1) -> Draw:
+        return Draw(self._first.seed, self._first.step, self._first.index * of + k)
+
+    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+        with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
+            logits = self._model(input_ids=self._batch_BT, use_cache=False).logits
+            loss = token_losses(logits, self._batch_BT).mean()
+        self.task_loss = loss.detach()
+        penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
+        return RunResult(loss, logits, penalty)
+
+
+def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
+    """Recompute each decoder block in backward, under the draw of its own forward."""
+    options = {"use_reentrant": False, "context_fn": scope.checkpoint_contexts}
+    # Newer Transformers 5 renamed it and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(options)
+    for module in model.modules():
+        # Transformers checkpoints a block only in training mode; its children stay as they are, so
+        # dropout stays off.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

@@ -1,0 +1,51 @@
+"""What is written down about a run: its strategy, its protocol, how sparse its model is."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sparsify.inject import decoder_blocks, masked_layers
+from sparsify.module import SparseCausalLM
+from sparsify.strategy import SparsityStrategy
+
+METRIC = (
+    "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token"
+)
+
+
+def describe_strategy(strategy: SparsityStrategy) -> dict[str, Any]:
+    """The strategy's class and its settings."""
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in vars(strategy).items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    }
+    settings |= {name: asdict(schedule) for name, schedule in strategy.schedules.items()}
+    path = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+    return {"class": path, "weights": strategy.weights, "settings": settings}
+
+
+def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> dict[str, Any]:
+    """How a score on a split is measured: what must agree for two to be compared."""
+    return {
+        "metric": METRIC,
+        "split": split,
+        "base": {
+            "name": module.name_or_path,
+            "hash": module.base_hash,
+            "dtype": module.dtype_name,
+        },
+        "data": datamodule.describe(split),
+    }
+
+
+def sparsity(module: SparseCausalLM) -> float:
+    """The share of zeros that the masks make, of the weights in the blocks' linear layers."""
+    shapes = [layer.masker.shape for layer in masked_layers(module.lm).values()]
+    masked = sum(rows * columns for rows, columns in shapes)
+    total = sum(
+        parameter.numel()
+        for block in decoder_blocks(module.lm).values()
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 2 and ".masker." not in name
+    )
+    return masked * (1 - module.pattern.density) / total
