@@ -1,14 +1,10 @@
 """The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
@@ -20,15 +16,9 @@ from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
-from sparsify.registry import CALLBACKS, find_strategy, plugins
+from sparsify.registry import CALLBACKS, STRATEGIES, plugins
+from sparsify.short_forms import RUNS, expand
 from sparsify.trainer import Trainer
-
-LOGGERS = {
-    "csv": "lightning.pytorch.loggers.CSVLogger",
-    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
-    "wandb": "lightning.pytorch.loggers.WandbLogger",
-}
-RUNS = "runs"
 
 TRAINER_DEFAULTS = {
     "default_root_dir": RUNS,
@@ -41,10 +31,11 @@ TRAINER_DEFAULTS = {
     "callbacks": [],
 }
 
-_SHORT_FORMS = """
+_SHORT_FORMS = f"""
 
---strategy NAME stands for --model.strategy: a built-in name in any case, or an import path such as
-my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for --trainer.logger.
+--strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
+import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for
+--trainer.logger.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
 run hold wherever the command line says nothing else."""
 _ABOUT = {
@@ -99,16 +90,26 @@ class SparsifyCLI(LightningCLI):
             "export": {"model", "datamodule"},
         }
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What this tool is about first: Lightning's Trainer has more options than all the rest."""
+        parser.add_lightning_class_args(SparseCausalLM, "model")
         # The module's own default, said so that each of its arguments can be set by itself.
         parser.set_defaults(
             {"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": ADAMW}}
         )
+        parser.add_lightning_class_args(TextDataModule, "data")
         for name, point in plugins(CALLBACKS).items():
             parser.add_lightning_class_args(point.load(), name)
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for command in cast(Any, parser)._subcommands_action._choices_actions:
+            command.help = _ABOUT[command.dest]
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint's settings come before the command line's (:func:`expand`)."""
+        """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
 
     def validate(self, **kwargs: Any) -> None:
         """Without Lightning's table beside ours."""
@@ -136,97 +137,6 @@ class SparsifyCLI(LightningCLI):
         ):
             callbacks = [*callbacks, Progress()]
         return super()._instantiate_trainer(config, callbacks)
-
-
-def expand(args: Sequence[str]) -> list[str]:
-    """Rewrite the short forms of a command line.
-
-    ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
-    config and no model named, the packaged config of that name, made for the embedded model, comes
-    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. With
-    ``--ckpt_path`` the settings of the checkpoint's run come first, so that what is said on the
-    command line wins.
-
-    Raises:
-        SparsifyError: the strategy, the logger or the checkpoint is unknown.
-    """
-    if not args or args[0].startswith("-"):
-        return list(args)
-    command, rest = args[0], _split(args[1:])
-    given = {word.partition("=")[0] for word in rest}
-    run_name, logger = command, "csv"
-    before: list[str] = []
-    after: list[str] = []
-    for word in rest:
-        flag, _, value = word.partition("=")
-        if flag == "--logger":
-            logger = value
-        elif flag in ("--strategy", "--model.strategy") and not value.startswith("{"):
-            cls = find_strategy(value)
-            run_name = cls.__name__.lower()
-            after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
-            if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
-                before += _packaged_config(value.lower())
-        else:
-            after.append(word)
-            if flag == "--ckpt_path":
-                before.append(f"--config={_settings(Path(value))}")
-    return [command, *_logger(logger, run_name), *before, *after]
-
-
-def _packaged_config(name: str) -> list[str]:
-    path = files("sparsify.configs") / f"{name}.yaml"
-    if not path.is_file():
-        return []
-    print(f"settings for the embedded model from configs/{name}.yaml", file=sys.stderr)
-    return [f"--config={path}"]
-
-
-def _split(args: Sequence[str]) -> list[str]:
-    """Join ``--flag value`` to ``--flag=value`` for the flags that :func:`expand` reads."""
-    out: list[str] = []
-    words = iter(args)
-    for word in words:
-        if word in (
-            "--strategy",
-            "--model.strategy",
-            "--logger",
-            "--ckpt_path",
-            "--config",
-            "-c",
-            "--model.name_or_path",
-        ):
-            value = next(words, None)
-            if value is None:
-                raise SparsifyError(f"{word} needs a value")
-            word = f"{'--config' if word == '-c' else word}={value}"
-        out.append(word)
-    return out
-
-
-def _logger(name: str, run_name: str) -> list[str]:
-    path = LOGGERS.get(name.lower())
-    if path is None:
-        raise SparsifyError(
-            f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
-            "or --trainer.logger CLASS"
-        )
-    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={RUNS}"]
-    if name.lower() == "wandb":
-        return [*options, "--trainer.logger.project=sparsify"]
-    return [*options, f"--trainer.logger.name={run_name}"]
-
-
-def _settings(path: Path) -> str:
-    """The model and data settings of a checkpoint's run, as JSON."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return json.dumps(checkpoint["hyper_parameters"]["config"])
-    except Exception as error:
-        raise SparsifyError(
-            f"--ckpt_path {path}: no checkpoint of a sparsify run could be read there "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
