@@ -55,5 +55,5 @@ class GracefulStop(Callback):
         path = Path(run_folder(trainer)) / "checkpoints" / "interrupted.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            say = f"stopped after step {trainer.global_step}; resume with the same command and"
-            print(f"{say} --ckpt_path {path}", file=sys.stderr)
+            say = f"stopped after step {trainer.global_step}; resume with"
+            print(f"{say} sparsify fit --ckpt_path {path}", file=sys.stderr)

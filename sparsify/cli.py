@@ -31,6 +31,9 @@ TRAINER_DEFAULTS = {
     "callbacks": [],
 }
 
+# Settings of one command, not of the run that a checkpoint continues.
+OWN = ("config", "ckpt_path")
+
 _SHORT_FORMS = f"""
 
 --strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
@@ -124,7 +127,7 @@ class SparsifyCLI(LightningCLI):
         dump = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         )
-        self.model.save_hyperparameters({"config": {"model": dump["model"], "data": dump["data"]}})
+        self.model.save_hyperparameters({"config": {k: v for k, v in dump.items() if k not in OWN}})
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         given = config["callbacks"] or []

@@ -51,7 +51,7 @@ def expand(args: Sequence[str]) -> list[str]:
         else:
             after.append(word)
             if flag == "--ckpt_path":
-                before.append(f"--config={_settings(Path(value))}")
+                before.append(f"--config={_settings(Path(value), resumes=command == 'fit')}")
     return [command, *_logger(logger, run_name), *before, *after]
 
 
@@ -98,13 +98,14 @@ def _logger(name: str, run_name: str) -> list[str]:
     return [*options, f"--trainer.logger.name={run_name}"]
 
 
-def _settings(path: Path) -> str:
-    """The model and data settings of a checkpoint's run, as JSON."""
+def _settings(path: Path, resumes: bool) -> str:
+    """The settings of a checkpoint's run as JSON: all to resume it, else of its model and data."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return json.dumps(checkpoint["hyper_parameters"]["config"])
+        config = checkpoint["hyper_parameters"]["config"]
     except Exception as error:
         raise SparsifyError(
             f"--ckpt_path {path}: no checkpoint of a sparsify run could be read there "
             f"({type(error).__name__}: {error})"
         ) from error
+    return json.dumps(config if resumes else {part: config[part] for part in ("model", "data")})

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
+from sparsify.cli import main
 from tests.conftest import Cli
 
 STEPS = 8  # of two micro-batches; an epoch has eleven, so its sixth step has one
@@ -67,9 +68,8 @@ def check_same(whole: Path, resumed: Path, at: int) -> None:
     assert a["run"]["tokens"] == b["run"]["tokens"] == (2 * 11 - 2 - 5) * 4 * 16
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Be aware that when using `ckpt_path`"
-)  # of the callback that kept all
+# Of the callback that kept all.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) -> None:
     keep = [
         "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -86,13 +86,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) ->
     assert any(float(v) > 0 for (_, name), v in logged(whole).items() if name == "masks/flips"), (
         "nothing was learned"
     )
-    for at in (
-        1,
-        5,
-        6,
-        7,
-    ):  # in mid-epoch, before and after the epoch's odd last step, and in the next epoch
-        cli("fit", *options, f"--ckpt_path=kept/step={at}.ckpt", steps=STEPS)
+    # In mid-epoch, before and after the epoch's odd last step, and in the next epoch.
+    for at in (1, 5, 6, 7):
+        again = [f"--ckpt_path=kept/step={at}.ckpt", "--trainer.callbacks=[]"]
+        cli("fit", *options, *again, steps=STEPS)
         check_same(whole, cli.runs()[-1], at)
 
 
@@ -125,12 +122,12 @@ def test_ctrl_c_finishes_the_step_and_saves(
         stopped = cli.runs()[-1]
         checkpoint = stopped / "checkpoints" / "interrupted.ckpt"
         shown = f"runs/maskllm/{stopped.name}/checkpoints/interrupted.ckpt"
-        say = f"stopped after step {step}; resume with the same command and --ckpt_path {shown}"
+        say = f"stopped after step {step}; resume with sparsify fit --ckpt_path {shown}"
         assert say in capfd.readouterr().err
         assert torch.load(checkpoint, weights_only=True)["global_step"] == step
         assert not (stopped / "export").exists()
         assert not (stopped / "result.json").exists()
-        cli("fit", *options, "--ckpt_path", str(checkpoint), steps=STEPS)
+        main(["fit", "--ckpt_path", str(checkpoint), "--trainer.callbacks=[]"])
         check_same(whole, cli.runs()[-1], step)
 
 
