@@ -270,5 +270,7 @@ def test_checkpoints_can_be_turned_off(cli: Cli) -> None:
     assert (cli.runs()[0] / "export").is_dir()
 
 
-def test_the_strategy_for_the_readme_is_short() -> None:
-    assert len(MY_STRATEGY.read_text().splitlines()) <= 20
+def test_the_readme_shows_this_strategy_and_it_is_short() -> None:
+    code = MY_STRATEGY.read_text()
+    assert len(code.splitlines()) <= 20
+    assert code in (MY_STRATEGY.parents[2] / "README.md").read_text(encoding="utf-8")
