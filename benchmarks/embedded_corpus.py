@@ -1,7 +1,6 @@
-"""Make the text of the embedded default: three freely licensed domains, cut into train, validation
-and test.
+"""Make the text of the embedded default: three freely licensed domains, in three splits.
 
-Run on Debian with network access to the package index and to Debian's packages::
+Run it on Debian, with access to the package index and to Debian's packages::
 
     python benchmarks/embedded_corpus.py sparsify/embedded/text
 

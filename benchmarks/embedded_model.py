@@ -1,7 +1,8 @@
-"""Train the embedded default: a Llama of three million parameters and its tokenizer, on the text
-shipped beside it.
+"""Train the embedded default: a Llama of three million parameters, and its tokenizer.
 
-    python benchmarks/embedded_model.py sparsify/embedded --steps 5000
+It learns the text that is shipped beside it::
+
+    python benchmarks/embedded_model.py sparsify/embedded
 
 About an hour on two cores; an interrupted run continues from its last checkpoint. Matrices are
 trained with Muon and the rest with AdamW, under a learning rate that rises for 100 steps and then

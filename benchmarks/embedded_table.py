@@ -1,9 +1,9 @@
-"""Compare strategies on the embedded model: each is learned, tested and exported by the command
-line itself.
+"""Compare strategies on the embedded model; each runs through the command line itself.
 
-python benchmarks/embedded_table.py                              # what `make demo` runs
-python benchmarks/embedded_table.py --seeds 0 1 2 --save DIR     # mean and spread, and the results
-as one JSON file
+One seed, which is what ``make demo`` runs, or several, and the results as one JSON file::
+
+    python benchmarks/embedded_table.py
+    python benchmarks/embedded_table.py --seeds 0 1 2 --save benchmarks/results
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Token perplexity, and the result file that every later command reads.
 
-Perplexity follows the protocol of SparseGPT and Wanda: windows of equal length without overlap, the
-mean cross-entropy over the L - 1 targets of each, and the exponential of the mean over windows.
+Perplexity follows the usual protocol of pruning papers: windows of equal length without overlap,
+the mean cross-entropy over the L - 1 targets of each, and the exponential of the mean over windows.
 Shapes: B windows, T tokens, V vocabulary.
 """
 

@@ -54,7 +54,7 @@ class SparseCausalLM(LightningModule):
         exclude: a glob, or several, of layers to leave dense.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
-        optimizer: what learns, unless the strategy brings its own; AdamW as in the MaskLLM paper.
+        optimizer: what updates the logits, unless the strategy brings its own.
         lr_final: the learning rate at the end as a share of the one at the start; the way there is
             half a cosine.
         warmup_steps: optimizer steps over which the learning rate first rises from zero.
