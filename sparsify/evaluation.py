@@ -54,6 +54,7 @@ class PerplexityMeter:
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         self.names = list(names)
+        # torchmetrics' MeanMetric drops losses that are not numbers, and sums in fp32.
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = dict.fromkeys(self.names, zero)
         self._targets = dict.fromkeys(self.names, 0)
