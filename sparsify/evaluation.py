@@ -80,7 +80,7 @@ class PerplexityMeter:
 
 def score_metrics(split: str, scores: Mapping[str, Score]) -> dict[str, float]:
     """Scores under the names of a dashboard: ``split/loss`` overall, ``split/text/loss`` each."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, score in scores.items():
         where = split if name == OVERALL else f"{split}/{name}"
         metrics |= {f"{where}/loss": score.loss, f"{where}/perplexity": score.perplexity}
