@@ -23,8 +23,11 @@ from sparsify.masker import Draw, Masker, Masking
 
 
 class MaskScope:
-    """What all masked layers of one model share: how to mask now, and the penalties of the forward
-    under way.
+    """What all masked layers of one model share.
+
+    Attributes:
+        masking: how to mask now.
+        penalties: those of the forward under way, 0-d, one a layer.
     """
 
     def __init__(self) -> None:
@@ -33,9 +36,7 @@ class MaskScope:
 
     @contextmanager
     def use(self, masking: Masking) -> Iterator[list[Tensor]]:
-        """Run the model under ``masking``; yields the list that fills with one 0-d penalty a
-        layer.
-        """
+        """Run the model under ``masking``; yields the list that fills with penalties."""
         before = self.masking, self.penalties
         self.masking, self.penalties = masking, []
         try:
@@ -46,9 +47,7 @@ class MaskScope:
     def checkpoint_contexts(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
-        """For activation checkpointing (``context_fn``): the recomputation uses the draw of its own
-        forward.
-        """
+        """For activation checkpointing: a recomputation uses the draw of its own forward."""
         return nullcontext(), self.use(self.masking)
 
 
@@ -102,8 +101,7 @@ def _mask(
 
 
 class MaskedLinear(nn.Module):
-    """Takes the place of a linear layer: the same Parameters under the same keys, and a masker
-    beside them.
+    """Takes the place of a linear layer: its Parameters under its keys, and a masker beside them.
 
     Args:
         linear: the layer to replace; its Parameters are shared, not copied.

@@ -54,8 +54,9 @@ class CandidateMasker(Masker):
         self.register_buffer("table_KM", pattern.table().float(), persistent=False)
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Gumbel-softmax over the candidates (section 3.2, equations 4 to 6); the penalty is the
-        retained norm's square.
+        """Mix the candidates by Gumbel-softmax (equations 6 and 7, with kappa as in algorithm 1).
+
+        The penalty is the square of the retained weights' norm (equation 8).
         """
         rows, candidates, groups = self.logits_OKG.shape
         gumbel = noise.gumbel(
@@ -78,9 +79,9 @@ class CandidateMasker(Masker):
     ) -> None:
         """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
 
-        Equation 7. The paper subtracts the mean similarity, which changes no probability, and
-        scales by the measured standard deviation of the whole layer, which a shard does not know:
-        the nominal one stands in for it.
+        Equations 9 and 10. The paper subtracts the mean similarity, which changes no probability,
+        and scales by the measured standard deviation of the whole layer, which a shard does not
+        know: the nominal one stands in for it.
 
         Raises:
             SparsifyError: the prior is a mask of another layer's shape, or of another pattern.
@@ -126,7 +127,7 @@ class MaskLLM(SparsityStrategy):
         init_std: standard deviation of the logits' random start.
         kappa: scale of the logits before noise is added; rising, it makes the distribution sharper.
         tau: temperature of the softmax; falling, it makes the mixture of candidates a choice.
-        penalty_weight: of the retained norm, which keeps gradients from vanishing (section 3.3; the
+        penalty_weight: of the retained norm, which keeps gradients from vanishing (equation 8; the
             decay to zero is in the authors' code only).
         hard: train with sampled hard masks and a straight-through gradient.
     """

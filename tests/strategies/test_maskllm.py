@@ -153,7 +153,7 @@ def test_the_soft_mask_at_the_prior(kappa: float, tau: float, kept: float, dropp
 
 @pytest.mark.parametrize("text", ["1:4", "2:4", "4:8"])
 @pytest.mark.parametrize("alpha", [0.0, 3.0, 7.5])
-def test_the_logits_start_as_in_equation_7(text: str, alpha: float) -> None:
+def test_the_logits_start_as_in_equation_10(text: str, alpha: float) -> None:
     pattern = NMPattern.parse(text)
     shape = (6, 32)
     prior = random_prior(pattern, shape)
