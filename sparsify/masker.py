@@ -39,8 +39,7 @@ class Masker(nn.Module):
     """Owns every tensor that decides the mask of one layer; subclass it for a new kind of mask.
 
     A tensor of the layer's size has O (out_features) as its first dimension, so that it shards by
-    rows with the weight.
-    Shapes: O out, I in.
+    rows with the weight. Shapes: O out, I in.
 
     Args:
         name: the layer's qualified name; part of its noise key.
@@ -72,31 +71,23 @@ class Masker(nn.Module):
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The mask that is validated, logged and exported: bool ``[O, I]``, deterministic, exactly
-        N:M.
-        """
+        """The mask that ships: bool ``[O, I]``, deterministic, exactly N:M."""
         raise NotImplementedError(f"{type(self).__name__} must define hard_mask(weight_OI, row0)")
 
     def harden(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The weight under the hard mask; dropped positions are +0.0, where a product would leave
-        -0.0.
-        """
+        """The weight under the hard mask; what is dropped is +0.0, where a product leaves -0.0."""
         with torch.no_grad():
             mask = self.hard_mask(weight_OI, row0)
         return torch.where(mask, weight_OI, weight_OI.new_zeros(()))
 
     def forward(self, weight_OI: Tensor, masking: Masking, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight as asked: ``(masked weight, penalty)``. Called by the masked product;
-        override ``sample``.
-        """
+        """Mask the weight as asked: (masked weight, penalty). To change it, override ``sample``."""
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors that describe the mask's distribution; shown per layer and averaged over
-        weights.
-        """
+        """0-d tensors that describe the distribution; logged per layer and over all weights."""
         return {}
 
 

@@ -110,8 +110,7 @@ class SparsityStrategy(nn.Module):
     def init_masker(
         self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
-        """Give the masker its first values, from what calibration found for its rows, or from
-        nothing.
+        """Give the masker its first values, from what calibration found, or from nothing.
 
         Args:
             masker: what ``make_masker`` made.
