@@ -22,6 +22,7 @@ from sparsify.evaluation import (
     write_json,
 )
 from sparsify.export import check_target, export
+from sparsify.progress import Progress
 from sparsify.record import describe_protocol, describe_strategy, sparsity
 from sparsify.run_folder import run_folder
 
@@ -66,6 +67,8 @@ class EvaluateAndExport(Callback):
             raise SparsifyError(f"{error} ({kept if checkpoint else lost})") from error
 
     def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
+        if isinstance(trainer.progress_bar_callback, Progress):
+            trainer.progress_bar_callback.finish()
         data: Any = trainer.datamodule
         # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
         if trainer.limit_val_batches and pl_module.validated_at != trainer.global_step:

@@ -13,12 +13,16 @@ from sparsify.export import export
 from sparsify.inject import fold, hard_masks
 from sparsify.mask_file import write_masks
 from sparsify.module import SparseCausalLM
+from sparsify.progress import Progress
+from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, make_strategy, plugins
 from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import Trainer
 
+CALLBACK_NAMES = ("annealing", "masks", "speed", "stop")
 
-@dataclass
+
+@dataclass(repr=False)
 class Sparsified:
     """A model with its masks.
 
@@ -32,6 +36,10 @@ class Sparsified:
     model: PreTrainedModel
     module: SparseCausalLM
     trainer: Trainer
+
+    def __repr__(self) -> str:
+        strategy, pattern = type(self.module.strategy).__name__, self.module.pattern
+        return f"Sparsified({strategy} {pattern}, {self.module.steps} steps)"
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The hard masks by layer name: bool ``[O, I]``, True = kept."""
@@ -86,11 +94,14 @@ def sparsify(
         data = TextDataModule(train=dict(data) if isinstance(data, Mapping) else data)
     data.tokenizer = tokenizer
     module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
-    callbacks = [
-        plugins(CALLBACKS)[name].load()() for name in ("annealing", "masks", "speed", "stop")
-    ]
+    callbacks = [plugins(CALLBACKS)[name].load()() for name in CALLBACK_NAMES]
+    if (trainer or {}).get("enable_progress_bar", True):
+        callbacks.append(Progress())
+    quiet()
     settings: dict[str, Any] = {
         "max_steps": steps,
+        "max_epochs": -1,
+        "enable_model_summary": False,
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,

@@ -54,7 +54,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> SparsifyError:
-    reason = str(error).strip().splitlines()[0]
+    is_path = name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists()
+    reason = "there is no such folder" if is_path else str(error).strip().splitlines()[0]
     return SparsifyError(
         f"no {what} could be loaded from {name_or_path!r} ({reason}); "
         "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sparsify.errors import SparsifyError
 
 
-def check_fits(checkpoint: Mapping[str, Any], base_hash: str, keys: set[str]) -> None:
+def check_fits(
+    checkpoint: Mapping[str, Any], base_hash: str, state: Mapping[str, torch.Tensor]
+) -> None:
     """Check that a checkpoint was made for this base model and these masks.
 
     Args:
         checkpoint: what Lightning read.
         base_hash: the hash of the base model at hand.
-        keys: the names of the tensors that this run would save.
+        state: the tensors that this run would save, by name.
 
     Raises:
         SparsifyError: it was not.
@@ -23,12 +27,14 @@ def check_fits(checkpoint: Mapping[str, Any], base_hash: str, keys: set[str]) ->
             f"this one is {base_hash[:12]}; give the --model.name_or_path and --model.dtype of "
             "its run"
         )
-    found = set(checkpoint["state_dict"])
-    if keys != found:
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if odd := sorted(set(found.items()) ^ set(wanted.items())):
+        name = odd[0][0]
         raise SparsifyError(
-            f"the checkpoint's masks do not fit this run: {len(found - keys)} entries are unknown "
-            f"and {len(keys - found)} are missing (first: {min(keys ^ found)}); give the strategy, "
-            "pattern, include and exclude of its run"
+            f"the checkpoint's masks do not fit this run: {name} is {found.get(name, 'missing')} "
+            f"in it and {wanted.get(name, 'unknown')} here; give the strategy, pattern, include "
+            "and exclude of its run"
         )
 
 

@@ -60,6 +60,11 @@ def select(
         SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups, or it is
             tied to another.
     """
+    if masked_layers(model):
+        raise SparsifyError(
+            f"this {type(model).__name__} has masked layers already, from an earlier run on the "
+            "same object; load it again"
+        )
     layers = {name: module for name, module in model.named_modules() if can_mask(module)}
     for glob in [*(include or ()), *exclude]:
         if not any(fnmatchcase(name, glob) for name in layers):

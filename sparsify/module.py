@@ -8,6 +8,7 @@ updates what the strategy learns.
 Shapes: B windows, T tokens.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -250,6 +251,11 @@ class SparseCausalLM(LightningModule):
         params = [p for p in self.parameters() if p.requires_grad]
         optimizer = self.strategy.optimizer(params, self.make_optimizer)
         steps = self.trainer.estimated_stepping_batches
+        if not 1 <= steps < math.inf:
+            raise SparsifyError(
+                f"a run of {steps} optimizer steps: schedules need an end, at step 1 or later; "
+                "give --trainer.max_steps"
+            )
         decay = Schedule(1.0, self.lr_final, "cosine")
 
         def factor(step: int) -> float:
@@ -321,6 +327,7 @@ class SparseCausalLM(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
-        check_fits(checkpoint, self.base_hash, self._saved_keys())
+        state = self.state_dict()
+        check_fits(checkpoint, self.base_hash, {key: state[key] for key in self._saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_resumes(checkpoint, self.trainer.max_steps)

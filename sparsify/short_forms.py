@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsify.errors import SparsifyError
-from sparsify.registry import find_strategy
+from sparsify.registry import STRATEGIES, find_strategy, plugins
 
 LOGGERS = {
     "csv": "lightning.pytorch.loggers.CSVLogger",
@@ -17,6 +17,7 @@ LOGGERS = {
     "wandb": "lightning.pytorch.loggers.WandbLogger",
 }
 RUNS = "runs"
+STRATEGY_FLAGS = ("--strategy", "--model.strategy")
 
 
 def expand(args: Sequence[str]) -> list[str]:
@@ -35,6 +36,17 @@ def expand(args: Sequence[str]) -> list[str]:
         return list(args)
     command, rest = args[0], _split(args[1:])
     given = {word.partition("=")[0] for word in rest}
+    asks = any(word.endswith(("-h", "help")) or "print_config" in word for word in given)
+    if not asks and not given & {*STRATEGY_FLAGS, "--config", "--ckpt_path"}:
+        raise SparsifyError(
+            f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
+            "import path) or --ckpt_path FILE"
+        )
+    if "--trainer.strategy=fsdp" in rest:
+        raise SparsifyError(
+            "--trainer.strategy fsdp: Lightning's FSDP cannot hold frozen bf16 weights beside fp32 "
+            "logits; take lightning.pytorch.strategies.ModelParallelStrategy"
+        )
     run_name, logger = command, "csv"
     before: list[str] = []
     after: list[str] = []
@@ -42,7 +54,7 @@ def expand(args: Sequence[str]) -> list[str]:
         flag, _, value = word.partition("=")
         if flag == "--logger":
             logger = value
-        elif flag in ("--strategy", "--model.strategy") and not value.startswith("{"):
+        elif flag in STRATEGY_FLAGS and not value.startswith("{"):
             cls = find_strategy(value)
             run_name = cls.__name__.lower()
             after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
@@ -69,8 +81,8 @@ def _split(args: Sequence[str]) -> list[str]:
     words = iter(args)
     for word in words:
         if word in (
-            "--strategy",
-            "--model.strategy",
+            *STRATEGY_FLAGS,
+            "--trainer.strategy",
             "--logger",
             "--ckpt_path",
             "--config",
@@ -100,12 +112,15 @@ def _logger(name: str, run_name: str) -> list[str]:
 
 def _settings(path: Path, resumes: bool) -> str:
     """The settings of a checkpoint's run as JSON: all to resume it, else of its model and data."""
+    if not path.is_file():
+        hint = "; give the checkpoints/last.ckpt of a run" if path.is_dir() else ""
+        raise SparsifyError(f"--ckpt_path {path}: there is no such file{hint}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = checkpoint["hyper_parameters"]["config"]
+        config = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = config["hyper_parameters"]["config"]
     except Exception as error:
         raise SparsifyError(
-            f"--ckpt_path {path}: no checkpoint of a sparsify run could be read there "
-            f"({type(error).__name__}: {error})"
+            f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote, or it is damaged; "
+            "give the checkpoints/last.ckpt of a run"
         ) from error
     return json.dumps(config if resumes else {part: config[part] for part in ("model", "data")})

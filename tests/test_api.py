@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -56,3 +57,12 @@ def test_the_seed_decides_where_the_logits_start(model, tokenizer, text: Path) -
         starts.append(module.lm.model.layers[0].mlp.up_proj.masker.logits_OKG.detach())
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
+
+
+def test_a_model_that_was_masked_before_is_refused(model, tokenizer, text: Path, tmp_path) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    result = sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+    assert "Magnitude 2:4" in repr(result)
+    with pytest.raises(sparsify.SparsifyError, match="load it again"):
+        sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)

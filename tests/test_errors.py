@@ -109,9 +109,12 @@ def test_a_checkpoint_of_other_masks(cli: Cli, fails: Fails) -> None:
 
 def test_a_checkpoint_that_is_garbage_or_missing(fails: Fails) -> None:
     Path("garbage.ckpt").write_bytes(b"garbage")
-    for name in ("garbage.ckpt", "missing.ckpt"):
+    for name, reason in (
+        ("garbage.ckpt", "this is not a checkpoint that sparsify wrote, or it is damaged"),
+        ("missing.ckpt", "there is no such file"),
+    ):
         message = fails("export", "--strategy", "maskllm", "--ckpt_path", name)
-        assert f"--ckpt_path {name}: no checkpoint of a sparsify run could be read there" in message
+        assert f"--ckpt_path {name}: {reason}" in message
     assert Path("garbage.ckpt").read_bytes() == b"garbage"
 
 
@@ -204,3 +207,32 @@ def test_a_checkpoint_that_lost_its_place_in_the_data(cli: Cli, fails: Fails) ->
 def test_the_embedded_text_is_not_learned_from_for_another_model(cli: Cli) -> None:
     with pytest.raises(SystemExit, match="^2$"):
         cli("fit", "--strategy=maskllm", "--data.block_size=16", data=False)
+
+
+def test_a_checkpoint_of_another_pattern(cli: Cli, fails: Fails) -> None:
+    cli("fit", "--strategy=maskllm", steps=2)
+    checkpoint = str(cli.runs()[0] / "checkpoints" / "last.ckpt")
+    message = fails("fit", "--ckpt_path", checkpoint, "--model.pattern=1:4", steps=4)
+    assert "down_proj.masker.logits_OKG is (32, 6, 16) in it and (32, 4, 16) here" in message
+
+
+def test_a_run_of_no_steps(fails: Fails) -> None:
+    assert "give --trainer.max_steps" in fails("fit", "--strategy=maskllm", steps=0)
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+def test_neither_strategy_nor_checkpoint(fails: Fails, command: str) -> None:
+    message = fails(command)
+    assert f"sparsify {command} needs --strategy NAME (dense, magnitude, maskllm" in message
+    assert "--ckpt_path" in message
+
+
+def test_lightnings_own_fsdp(fails: Fails) -> None:
+    message = fails("fit", "--strategy=maskllm", "--trainer.strategy", "fsdp")
+    assert "ModelParallelStrategy" in message
+
+
+def test_a_folder_given_as_a_checkpoint(cli: Cli, fails: Fails) -> None:
+    cli("fit", "--strategy=magnitude", steps=1)
+    message = fails("test", "--ckpt_path", str(cli.runs()[0] / "export"))
+    assert "give the checkpoints/last.ckpt of a run" in message
