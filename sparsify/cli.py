@@ -18,7 +18,7 @@ from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
 from sparsify.short_forms import RUNS, expand
-from sparsify.trainer import Trainer
+from sparsify.trainer import Trainer, leave_process_group
 
 TRAINER_DEFAULTS = {
     "default_root_dir": RUNS,
@@ -167,6 +167,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except SparsifyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    leave_process_group()
     callbacks = cast(Any, cli.trainer).callbacks
     if any(getattr(callback, "stopped", False) for callback in callbacks):
         sys.exit(130)

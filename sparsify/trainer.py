@@ -1,5 +1,6 @@
 """Lightning's Trainer with one more entry point."""
 
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
@@ -22,3 +23,13 @@ class Trainer(LightningTrainer):
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+
+def leave_process_group() -> None:
+    """End a run of several processes together; Lightning leaves it to the interpreter's exit.
+
+    There, a backend's threads may still be at work, and the process is aborted.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -15,7 +15,7 @@ from sparsify import SparseCausalLM, TextDataModule
 from sparsify.callbacks.annealing import Annealing
 from sparsify.inject import hard_masks, whole_layers
 from sparsify.registry import make_strategy
-from sparsify.trainer import Trainer
+from sparsify.trainer import Trainer, leave_process_group
 from tests.conftest import tiny_llama, word_tokenizer
 
 
@@ -61,6 +61,7 @@ def main(strategy: str, text: str, out: str) -> None:
         callbacks=[Annealing(), Save(Path(out))],
     )
     trainer.fit(module, datamodule=TextDataModule(train=text, block_size=16, batch_size=2))
+    leave_process_group()
 
 
 if __name__ == "__main__":
