@@ -1,4 +1,4 @@
-# make demo   learn 2:4 masks of the embedded model and compare them: about five minutes on two cores
+# make demo   learn 2:4 masks of the embedded model and compare them: about three minutes on two cores
 # make test   the tests
 # make lint   ruff and mypy
 # Each makes .venv first; PYTHON names the interpreter (3.10 or later).
