@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from sparsify.trainer import data_parallel
+
 
 class Throughput(Callback):
     """Logs tokens per second since the last look, and the peak memory of the process or its GPU.
@@ -34,7 +36,7 @@ class Throughput(Callback):
         batch: torch.Tensor,
         batch_idx: int,
     ) -> None:
-        ranks = pl_module.data_parallel()[1]
+        ranks = data_parallel(trainer)[1]
         self.tokens += batch.numel() * ranks
         self._seen += batch.numel() * ranks
         now = time.monotonic()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sparsify.base import hash_parameters
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
-from sparsify.inject import hard_masks, masked_layers
+from sparsify.inject import base_parameters, hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, write_masks
 from sparsify.masked_linear import MaskedLinear
 from sparsify.module import SparseCausalLM
@@ -104,11 +104,6 @@ def export(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The Parameters of the dense model by name: all but the maskers'."""
-    return {name: p for name, p in model.named_parameters() if ".masker." not in name}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -142,6 +142,17 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     }
 
 
+def base_parameters(model: nn.Module, all_names: bool = False) -> dict[str, nn.Parameter]:
+    """The Parameters of the dense model by name: all but the maskers'.
+
+    Args:
+        model: the model, masked or not.
+        all_names: list a shared Parameter under each of its names.
+    """
+    named = model.named_parameters(remove_duplicate=not all_names)
+    return {name: parameter for name, parameter in named if ".masker." not in name}
+
+
 def whole_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
     """Yield the masked layers with whole Parameters; a sharded block is gathered while its layers
     are looked at.

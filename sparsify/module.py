@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -29,12 +28,13 @@ from sparsify.checkpoint import check_fits, check_resumes
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch
-from sparsify.inject import decoder_blocks, inject, masked_layers, select
+from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.pattern import NMPattern
 from sparsify.schedule import Schedule
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.trainer import data_parallel
 
 ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 
@@ -200,14 +200,6 @@ class SparseCausalLM(LightningModule):
         """Whether training changes anything but the anchor."""
         return any(p.requires_grad for name, p in self.named_parameters() if name != "anchor")
 
-    def data_parallel(self) -> tuple[int, int]:
-        """(rank, number of ranks) of this process among those that see different data."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ParallelStrategy):
-            return 0, 1
-        sampler = strategy.distributed_sampler_kwargs
-        return sampler["rank"], sampler["num_replicas"]
-
     def ends_step(self, batch_idx: int) -> bool:
         """Whether this micro-batch is the last of its optimizer step."""
         whole = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
@@ -225,7 +217,7 @@ class SparseCausalLM(LightningModule):
         if not self.learns:
             self.trainer.should_stop = True
             return 0 * self.anchor.sum()
-        rank, ranks = self.data_parallel()
+        rank, ranks = data_parallel(self.trainer)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.lm, self.scope, batch, first)
@@ -307,11 +299,7 @@ class SparseCausalLM(LightningModule):
         """The state's keys that a checkpoint holds: all but base weights that stay as they are."""
         if self.strategy.weights in ("trained", "updated"):
             return set(self.state_dict())
-        base = {
-            f"model.{name}"
-            for name, _ in self.lm.named_parameters(remove_duplicate=False)
-            if ".masker." not in name
-        }
+        base = {f"model.{name}" for name in base_parameters(self.lm, all_names=True)}
         return set(self.state_dict()) - base
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from sparsify.inject import decoder_blocks, masked_layers
+from sparsify.inject import base_parameters, decoder_blocks, masked_layers
 from sparsify.module import SparseCausalLM
 from sparsify.strategy import SparsityStrategy
 
@@ -45,7 +45,7 @@ def sparsity(module: SparseCausalLM) -> float:
     total = sum(
         parameter.numel()
         for block in decoder_blocks(module.lm).values()
-        for name, parameter in block.named_parameters()
-        if parameter.ndim == 2 and ".masker." not in name
+        for parameter in base_parameters(block).values()
+        if parameter.ndim == 2
     )
     return masked * (1 - module.pattern.density) / total

@@ -1,5 +1,7 @@
 """Lightning's Trainer with one more entry point."""
 
+from typing import Any
+
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
@@ -23,6 +25,13 @@ class Trainer(LightningTrainer):
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+
+def data_parallel(trainer: Any) -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that see different data."""
+    strategy = None if trainer is None else trainer.strategy
+    sampler = getattr(strategy, "distributed_sampler_kwargs", None)
+    return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
 
 
 def leave_process_group() -> None:

@@ -18,6 +18,19 @@ from sparsify.cli import main
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
 
 EOS = "<eos>"
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 WORDS = [f"w{i}" for i in range(62)]
 
 
@@ -36,19 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     """Two blocks, 32 wide, weights large enough that masks change the loss."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
+    config = LlamaConfig(**SIZES)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()

@@ -10,7 +10,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.conftest import tiny_llama
+from tests.conftest import SIZES, tiny_llama
 
 
 def tied_llama() -> LlamaForCausalLM:
@@ -24,20 +24,7 @@ def tied_llama() -> LlamaForCausalLM:
 
 def tiny_qwen2() -> Qwen2ForCausalLM:
     """Two blocks with biases, not zero, at query, key and value."""
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return _randomised(Qwen2ForCausalLM, config)
+    return _randomised(Qwen2ForCausalLM, Qwen2Config(**SIZES | {"intermediate_size": 48}))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

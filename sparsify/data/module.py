@@ -17,15 +17,16 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from sparsify.base import EMBEDDED_FOLDER
 from sparsify.data.blend import BatchesOfRank, BlendSampler, apportion, check_weights
 from sparsify.data.packing import PackedText, pack
 from sparsify.data.sources import BadRows, BadRowsPolicy, Source, read_documents, source_stem
 from sparsify.errors import SparsifyError
+from sparsify.trainer import data_parallel
 
 Sources = str | list[str] | dict[str, str | Source] | None
 Split = Literal["train", "validation", "test"]
 
-EMBEDDED_TEXT = Path(__file__).resolve().parent.parent / "embedded" / "text"
 EMBEDDED_NAMES = ("shakespeare", "bible", "python")
 SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -141,7 +142,7 @@ class TextDataModule(LightningDataModule):
         """
         packed = self._pack("train")["train"]
         sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
-        rank, world = self._rank_and_world()
+        rank, world = data_parallel(self.trainer)
         if len(sampler) < self.batch_size * world:
             raise SparsifyError(
                 f"train: {len(sampler)} blocks are less than one batch of {self.batch_size} on "
@@ -255,11 +256,6 @@ class TextDataModule(LightningDataModule):
             )
         return tokenizer
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        strategy = None if self.trainer is None else self.trainer.strategy
-        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
     def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor]]:
         # Every process reads all blocks: a sum over them is then exact and the same on each with no
         # communication, and FSDP needs the same number of forwards on every process.
@@ -304,7 +300,8 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 def _embedded(split: Split) -> dict[str, Source]:
     return {
-        name: Source(str(EMBEDDED_TEXT / name / f"{split}.jsonl.gz")) for name in EMBEDDED_NAMES
+        name: Source(str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
+        for name in EMBEDDED_NAMES
     }
 
 

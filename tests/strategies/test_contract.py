@@ -24,8 +24,8 @@ from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrateg
 from sparsify.base import hash_parameters
 from sparsify.batch_run import BatchRun
 from sparsify.callbacks.annealing import Annealing
-from sparsify.export import base_parameters, export
-from sparsify.inject import hard_masks, masked_layers
+from sparsify.export import export
+from sparsify.inject import base_parameters, hard_masks, masked_layers
 from sparsify.masker import Masking
 from sparsify.registry import STRATEGIES, plugins
 from sparsify.strategies.dense import Dense
