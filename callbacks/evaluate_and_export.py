@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sparsify.callbacks.checkpoints import Checkpoints
@@ -22,8 +21,8 @@ from sparsify.evaluation import (
     write_json,
 )
 from sparsify.export import check_target, export
-from sparsify.progress import Progress
-from sparsify.record import describe_protocol, describe_strategy, sparsity
+from sparsify.progress import Progress, tracked
+from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
 
 
@@ -118,9 +117,8 @@ class EvaluateAndExport(Callback):
 def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> dict[str, Score]:
     """The scores of named texts under the hard masks; none where there is no text."""
     meter = PerplexityMeter(names, pl_module.device)
-    quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
     for name, loader in zip(names, loaders, strict=True):
-        for batch in track(loader, f"measuring {name}", disable=quiet, transient=True):
+        for batch in tracked(loader, f"measuring {name}", trainer):
             meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
     return meter.scores() if names else {}
 
@@ -139,9 +137,10 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
     device = pl_module.device
     return {
-        "strategy": describe_strategy(pl_module.strategy),
+        "strategy": pl_module.strategy.describe(),
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
         "sparsity": sparsity(pl_module),
+        "calibration": pl_module.calibrated,
         "seed": pl_module.seed,
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,

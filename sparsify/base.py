@@ -3,7 +3,8 @@ it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,42 +25,72 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def _location(name_or_path: str) -> str:
-    return str(EMBEDDED_FOLDER) if name_or_path == EMBEDDED else name_or_path
+def _location(name_or_path: str) -> dict[str, str]:
+    """The arguments by which Transformers finds a model."""
+    if name_or_path == EMBEDDED:
+        return {"pretrained_model_name_or_path": str(EMBEDDED_FOLDER)}
+    if _is_gguf(name_or_path):
+        folder, _, file = name_or_path.rpartition("/")
+        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    return {"pretrained_model_name_or_path": name_or_path}
+
+
+def _is_gguf(name_or_path: str) -> bool:
+    return name_or_path.lower().endswith(".gguf")
 
 
 def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     """Load a causal LM in evaluation mode on CPU.
 
     Args:
-        name_or_path: ``embedded``, a local folder, or a Hugging Face id.
+        name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either of
+            the last two, as ``folder/file.gguf``; its quantised weights are expanded.
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
 
     Raises:
         SparsifyError: nothing that can be loaded is there.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(_location(name_or_path), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model", name_or_path, error) from error
+    with _load_errors("model", name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype)
+    if _is_gguf(name_or_path):
+        # The weights are plain now; what is left of the quantisation would forbid to save them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
     return model.eval()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
+    with _load_errors("tokenizer", name_or_path):
+        return AutoTokenizer.from_pretrained(**_location(name_or_path))
+
+
+@contextmanager
+def _load_errors(what: str, name_or_path: str) -> Iterator[None]:
     try:
-        return AutoTokenizer.from_pretrained(_location(name_or_path))
-    except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", name_or_path, error) from error
+        yield
+    except ImportError as error:
+        raise SparsifyError(
+            f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}); for "
+            "GGUF files: pip install 'sparsify[gguf]'"
+        ) from error
+    # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
+    # know.
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise _not_loaded(what, name_or_path, error) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> SparsifyError:
     is_path = name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists()
-    reason = "there is no such folder" if is_path else str(error).strip().splitlines()[0]
+    reason = "there is no such path" if is_path else _first_line(error)
     return SparsifyError(
         f"no {what} could be loaded from {name_or_path!r} ({reason}); "
         "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
-        "or a Hugging Face id"
+        "a Hugging Face id, or a GGUF file"
     )
 
 
@@ -81,5 +112,9 @@ def hash_parameters(parameters: Mapping[str, torch.Tensor]) -> str:
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:
-    """The type in which a model's weights are stored."""
-    return AutoConfig.from_pretrained(_location(name_or_path)).dtype or torch.float32
+    """The type in which a model's weights are stored; of a GGUF file's, the one that holds them
+    all.
+    """
+    if _is_gguf(name_or_path):
+        return torch.float32
+    return AutoConfig.from_pretrained(**_location(name_or_path)).dtype or torch.float32

@@ -26,7 +26,6 @@ from sparsify.inject import base_parameters, hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, write_masks
 from sparsify.masked_linear import MaskedLinear
 from sparsify.module import SparseCausalLM
-from sparsify.record import describe_strategy
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"
@@ -171,7 +170,7 @@ def _manifest(
         "schema": MANIFEST_SCHEMA,
         "pattern": pattern,
         "base": {"name": module.name_or_path, "hash": module.base_hash},
-        "strategy": describe_strategy(module.strategy),
+        "strategy": module.strategy.describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": {
             name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()

@@ -78,6 +78,11 @@ def write_masks(path: Path, masks: dict[str, Tensor], pattern: NMPattern, base_h
     )
 
 
+def find_file(path: Path) -> Path:
+    """The mask file itself, where an exported folder is named."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def read_masks(path: Path) -> MaskFile:
     """Read a mask file, or the one in an exported folder.
 
@@ -85,7 +90,7 @@ def read_masks(path: Path) -> MaskFile:
         SparsifyError: it is missing, no mask file, of another version, or its contents do not add
             up.
     """
-    path = path / FILE_NAME if path.is_dir() else path
+    path = find_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

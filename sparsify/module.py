@@ -9,7 +9,7 @@ Shapes: B windows, T tokens.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
 from sparsify.batch_run import BatchRun, checkpoint_activations
+from sparsify.calibration import Calibration, Layerwise
 from sparsify.checkpoint import check_fits, check_resumes
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
@@ -32,8 +33,9 @@ from sparsify.inject import base_parameters, decoder_blocks, inject, masked_laye
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.pattern import NMPattern
+from sparsify.progress import tracked
 from sparsify.schedule import Schedule
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import data_parallel
 
 ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
@@ -55,6 +57,7 @@ class SparseCausalLM(LightningModule):
         exclude: a glob, or several, of layers to leave dense.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
+        calibration: the text from which masks are computed in one shot, or learned masks start.
         optimizer: what updates the logits, unless the strategy brings its own.
         lr_final: the learning rate at the end as a share of the one at the start; the way there is
             half a cosine.
@@ -71,13 +74,14 @@ class SparseCausalLM(LightningModule):
         exclude: str | list[str] | None = None,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
+        calibration: Calibration = Calibration(),
         optimizer: OptimizerCallable = _adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["strategy", "optimizer"])
+        self.save_hyperparameters(ignore=["strategy", "optimizer", "calibration"])
         # Checkpoints hold no frozen weights; on_load_checkpoint checks the rest.
         self.strict_loading = False
         self.name_or_path = name_or_path
@@ -86,6 +90,8 @@ class SparseCausalLM(LightningModule):
         self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.calibration = calibration
+        self.calibrated: dict[str, Any] | None = None
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
         self.seed = strategy.seed = seed
@@ -154,7 +160,8 @@ class SparseCausalLM(LightningModule):
         if self.gradient_checkpointing:
             checkpoint_activations(model, self.scope)
         self.model = model
-        if self._trainer is not None:  # without one the masks come from a checkpoint
+        # Without a trainer the masks come from a checkpoint too.
+        if self._trainer is not None and not getattr(self._trainer, "restores", False):
             self._calibrate()
         if not any(p.requires_grad for p in self.parameters()):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
@@ -163,26 +170,45 @@ class SparseCausalLM(LightningModule):
         if self._device_mesh is not None:
             self._shard()
 
-    @torch.no_grad()
     def _calibrate(self) -> None:
-        layers = masked_layers(self.lm)
-        results: dict[str, LayerResult] = dict(self.strategy.calibrate(self._blocks()))
-        for name, layer in layers.items():
-            result = results.pop(name, None)
-            self.strategy.init_masker(layer.masker, layer.weight_OI, result)
-            if result is not None and result.weight is not None:
-                layer.weight_OI.copy_(result.weight)
+        trainer = self._trainer
+        device = self.lm.device if trainer is None else trainer.strategy.root_device
 
-    def _blocks(self) -> Iterator[Block]:
-        left = masked_layers(self.lm)
-        for name in decoder_blocks(self.lm):
-            inside = {
-                layer: left.pop(layer) for layer in list(left) if layer.startswith(f"{name}.")
-            }
-            if inside:
-                yield Block(name, inside)
-        if left:
-            yield Block("", left)
+        def watch(blocks: Iterable[str]) -> Iterable[str]:
+            return tracked(blocks, "calibrating", trainer)
+
+        engine = Layerwise(
+            self.lm,
+            self.scope,
+            self.calibration_windows,
+            self.calibration,
+            self.base_hash,
+            device,
+            watch,
+        )
+        layers = masked_layers(self.lm)
+        left = dict(layers)
+        for name, result in engine.run(self.strategy):
+            layer = left.pop(name)
+            self.strategy.init_masker(layer.masker, layer.weight_OI, result)
+            if result.weight is not None:
+                layer.weight_OI.data.copy_(result.weight)
+        for layer in left.values():
+            self.strategy.init_masker(layer.masker, layer.weight_OI, None)
+        self.calibrated = engine.record
+
+    def calibration_windows(self) -> Tensor:
+        """Windows of training text, int64 ``[S, T]``."""
+        datamodule: Any = cast(Any, self.trainer).datamodule
+        self._check_text(datamodule, "compute")
+        return datamodule.calibration(self.calibration.samples, self.calibration.seed)
+
+    def _check_text(self, datamodule: Any, verb: str) -> None:
+        if self.name_or_path != EMBEDDED and datamodule.embedded:
+            raise SparsifyError(
+                f"no text was named to {verb} the masks of {self.name_or_path!r} from, and the "
+                "embedded text is made for the embedded model; give --data.train FILE"
+            )
 
     def _shard(self) -> None:
         mesh = cast(Any, self.device_mesh)["data_parallel"]
@@ -206,12 +232,8 @@ class SparseCausalLM(LightningModule):
         return whole or self.trainer.is_last_batch
 
     def on_fit_start(self) -> None:
-        datamodule: Any = cast(Any, self.trainer).datamodule
-        if self.learns and self.name_or_path != EMBEDDED and datamodule.embedded:
-            raise SparsifyError(
-                f"no text was named to learn the masks of {self.name_or_path!r} from, and the "
-                "embedded text is made for the embedded model; give --data.train FILE"
-            )
+        if self.learns:
+            self._check_text(cast(Any, self.trainer).datamodule, "learn")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if not self.learns:
@@ -309,12 +331,14 @@ class SparseCausalLM(LightningModule):
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
         }
         checkpoint["base_hash"] = self.base_hash
+        checkpoint["calibration"] = self.calibrated
         # Once fit has returned, Lightning has forgotten where in the data it was.
         checkpoint["resumable"] = self.trainer.training
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
+        self.calibrated = checkpoint.get("calibration")
         state = self.state_dict()
         check_fits(checkpoint, self.base_hash, {key: state[key] for key in self._saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

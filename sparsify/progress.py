@@ -1,9 +1,13 @@
 """The progress bar of the command line."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import track
+
+T = TypeVar("T")
 
 
 class Progress(RichProgressBar):
@@ -20,3 +24,9 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+def tracked(items: Iterable[T], description: str, trainer: Any) -> Iterable[T]:
+    """Show a bar with the time left while going through ``items``, where the trainer shows one."""
+    shown = trainer is not None and trainer.progress_bar_callback and trainer.is_global_zero
+    return track(items, description, transient=True) if shown else items

@@ -1,27 +1,13 @@
-"""What is written down about a run: its strategy, its protocol, how sparse its model is."""
+"""What is written down about a run: its protocol, how sparse its model is."""
 
-from dataclasses import asdict
 from typing import Any
 
 from sparsify.inject import base_parameters, decoder_blocks, masked_layers
 from sparsify.module import SparseCausalLM
-from sparsify.strategy import SparsityStrategy
 
 METRIC = (
     "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token"
 )
-
-
-def describe_strategy(strategy: SparsityStrategy) -> dict[str, Any]:
-    """The strategy's class and its settings."""
-    settings: dict[str, Any] = {
-        name: value
-        for name, value in vars(strategy).items()
-        if isinstance(value, bool | int | float | str) and name != "training"
-    }
-    settings |= {name: asdict(schedule) for name, schedule in strategy.schedules.items()}
-    path = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
-    return {"class": path, "weights": strategy.weights, "settings": settings}
 
 
 def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The interface of a sparsification method."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,6 +41,17 @@ class Run(Protocol):
         ...
 
 
+S = TypeVar("S")
+
+
+class BlockStatistics(Protocol):
+    """What calibration text tells of the layers of one block."""
+
+    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]: ...
+
+    def gradient_norms(self) -> dict[str, Tensor]: ...
+
+
 @dataclass
 class Block:
     """One decoder block during calibration.
@@ -47,10 +59,38 @@ class Block:
     Attributes:
         name: its qualified name.
         layers: its masked layers by qualified name.
+        text: gives statistics of the calibration text.
     """
 
     name: str
     layers: Mapping[str, MaskedLinear]
+    text: BlockStatistics | None = None
+
+    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]:
+        """Show the inputs of every layer, window by window, to a statistic of a kind.
+
+        One forward pass of the block over all windows, with the weights of this block unpruned.
+
+        Args:
+            kind: :class:`~sparsify.calibration.Moments`, :class:`~sparsify.calibration.Hessian`, or
+                any class that is made with (number of inputs, device) and has ``add(x_TI)``.
+
+        Returns:
+            By layer name; layers that are given the same input share one object.
+        """
+        return self._text.collect(kind)
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The l2 norm over windows of the loss's gradient at each weight, fp32 ``[O, I]`` by layer
+        name; of the dense model, whatever was pruned since.
+        """
+        return self._text.gradient_norms()
+
+    @property
+    def _text(self) -> BlockStatistics:
+        if self.text is None:
+            raise RuntimeError(f"block {self.name!r} was made without calibration text")
+        return self.text
 
 
 @dataclass
@@ -85,7 +125,7 @@ class SparsityStrategy(nn.Module):
     """
 
     prunes: ClassVar[bool] = True
-    weights: ClassVar[Literal["frozen", "updated", "trained", "proxy"]] = "frozen"
+    weights: Literal["frozen", "updated", "trained", "proxy"] = "frozen"
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +144,18 @@ class SparsityStrategy(nn.Module):
         return FixedMasker(name, shape, pattern)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        """Compute masks, layer by layer, without learning; yields (layer name, result)."""
+        """Compute masks, layer by layer, without learning; yields (layer name, result).
+
+        Yield a block's layers before the next block is taken: the statistics of a block are
+        collected on the output of the blocks before it as their results have pruned them.
+        """
         return iter(())
+
+    def calibrator(self) -> "SparsityStrategy":
+        """The strategy on which the results of ``calibrate`` depend: another one where this one
+        only starts from its masks.
+        """
+        return self
 
     def init_masker(
         self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
@@ -145,3 +195,19 @@ class SparsityStrategy(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors to log beside the loss."""
         return {}
+
+    def describe(self) -> dict[str, Any]:
+        """The class and its settings, for the record of a run."""
+        settings: dict[str, Any] = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, bool | int | float | str) and name not in ("training", "weights")
+        }
+        settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
+        settings |= {
+            name: part.describe()
+            for name, part in self.named_children()
+            if isinstance(part, SparsityStrategy)
+        }
+        path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": path, "weights": self.weights, "settings": settings}

@@ -8,9 +8,21 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 
 class Trainer(LightningTrainer):
-    """A Trainer that can also export a checkpoint; everything else is Lightning's."""
+    """A Trainer that can also export a checkpoint; everything else is Lightning's.
+
+    Attributes:
+        exporting: whether ``export`` is at work.
+        restores: whether a checkpoint is about to be loaded, so that nothing that it holds needs to
+            be computed.
+    """
 
     exporting = False
+    restores = False
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
+        self.restores = kwargs.get("ckpt_path") is not None
+        return super()._run(*args, **kwargs)
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None

@@ -5,7 +5,6 @@ Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 from sparsify import noise
 from sparsify.errors import SparsifyError
-from sparsify.mask_file import read_masks
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
-from sparsify.registry import make_strategy
+from sparsify.prior import make_prior
 from sparsify.schedule import Schedule
 from sparsify.strategy import Block, LayerResult, Run, SparsityStrategy
 
@@ -134,7 +132,7 @@ class MaskLLM(SparsityStrategy):
 
     def __init__(
         self,
-        prior: SparsityStrategy | str | None = "magnitude",
+        prior: SparsityStrategy | str | None = "sparsegpt",
         alpha: float = 3.0,
         init_std: float = 0.01,
         kappa: Schedule = Schedule(100.0, 500.0),
@@ -143,7 +141,7 @@ class MaskLLM(SparsityStrategy):
         hard: bool = False,
     ) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior = make_prior(prior)
         self.alpha = alpha
         self.init_std = init_std
         self.hard = hard
@@ -160,20 +158,19 @@ class MaskLLM(SparsityStrategy):
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        if isinstance(self.prior, str) and Path(self.prior).exists():
-            masks = read_masks(Path(self.prior)).masks
-            return ((name, LayerResult(mask)) for name, mask in masks.items())
-        prior = make_strategy(self.prior) if isinstance(self.prior, str) else self.prior
-        found = iter(()) if prior is None else prior.calibrate(blocks)
+        found = iter(()) if self.prior is None else self.prior.calibrate(blocks)
         # Only the prior's masks: a weight that it would update stays as it is here.
         return ((name, LayerResult(result.mask)) for name, result in found)
+
+    def calibrator(self) -> SparsityStrategy:
+        return self if self.prior is None else self.prior
 
     def init_masker(
         self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
         if result is None and self.prior is not None:
             raise SparsifyError(
-                f"{masker.name}: the prior {self.prior!r} holds no mask of it; "
+                f"{masker.name}: the prior {type(self.prior).__name__} holds no mask of it; "
                 "it must cover every masked layer"
             )
         prior_OI = None if result is None else result.mask

@@ -1,0 +1,7 @@
+"""Layerwise calibration: what one-shot strategies learn from text."""
+
+from sparsify.calibration.layerwise import Layerwise
+from sparsify.calibration.settings import Calibration
+from sparsify.calibration.statistics import Hessian, Moments
+
+__all__ = ["Calibration", "Hessian", "Layerwise", "Moments"]

@@ -1,0 +1,139 @@
+"""Results of calibration on disk, under the hash of all that they depend on.
+
+One folder a result, one safetensors file a layer in the order of computation; the folder gets its
+name when it is whole.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsify.errors import SparsifyError
+from sparsify.pattern import NMPattern
+from sparsify.strategy import LayerResult, SparsityStrategy
+
+log = logging.getLogger("sparsify")
+
+ENGINE = tuple(sorted(Path(__file__).parent.glob("*.py")))
+
+
+def cache_folder() -> Path:
+    """``$SPARSIFY_CACHE``, or ``sparsify`` in the user's cache folder."""
+    if own := os.environ.get("SPARSIFY_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sparsify"
+
+
+def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path:
+    """Where a result is kept: under the hash of what it depends on.
+
+    Args:
+        strategy: whose results they are; its settings and its source code count.
+        inputs: base model, text, pattern, layers: anything that JSON takes.
+    """
+    sources = {
+        sys.modules[cls.__module__].__file__
+        for part in strategy.modules()
+        for cls in type(part).__mro__
+        if issubclass(cls, SparsityStrategy)
+    }
+    files = [*ENGINE, *sorted(Path(source) for source in sources if source)]
+    content = {
+        "strategy": strategy.describe(),
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        **inputs,
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / key
+
+
+def text_hash(windows_ST: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(windows_ST.numpy().tobytes()).hexdigest()
+
+
+class ResultWriter:
+    """Stores results layer by layer; without :meth:`finish` nothing is kept.
+
+    A disk that is full costs the cache, not the run.
+
+    Args:
+        folder: where the whole result will be.
+        patterns: of each layer.
+    """
+
+    def __init__(self, folder: Path, patterns: Mapping[str, NMPattern]) -> None:
+        self._folder, self._patterns = folder, patterns
+        self._partial: Path | None = None
+        self._count = 0
+        with self._guard():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            log.warning("the calibration's result is not kept for later runs: %s", error)
+            self.close()
+
+    def add(self, name: str, result: LayerResult) -> None:
+        """Store one layer's result."""
+        if self._partial is None:
+            return
+        rank_OG = self._patterns[name].rank(result.mask)
+        tensors = {"rank_OG": rank_OG.cpu().contiguous()}
+        if result.weight is not None:
+            tensors["weight_OI"] = result.weight.cpu().contiguous()
+        with self._guard():
+            save_file(tensors, self._partial / f"{self._count:05}.safetensors", {"layer": name})
+        self._count += 1
+
+    def finish(self) -> None:
+        """Put the result in its place, unless another run was faster."""
+        if self._partial is not None and not self._folder.exists():
+            with self._guard():
+                self._partial.rename(self._folder)
+                log.info("kept the calibration's result in %s", self._folder)
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+
+
+def read_results(
+    folder: Path, patterns: Mapping[str, NMPattern]
+) -> Iterator[tuple[str, LayerResult]]:
+    """Yield stored results in the order in which they were computed.
+
+    Raises:
+        SparsifyError: a file is damaged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                name = file.metadata()["layer"]
+                mask_OI = patterns[name].unrank(file.get_tensor("rank_OG"))
+                updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
+                weight_OI = file.get_tensor("weight_OI") if updated else None
+        except (OSError, SafetensorError) as error:
+            raise SparsifyError(
+                f"{path}, a result of an earlier calibration, is damaged ({error}); delete its "
+                "folder, or give --model.calibration.cache false"
+            ) from error
+        yield name, LayerResult(mask_OI, weight_OI)

@@ -1,0 +1,64 @@
+"""Norms of the loss's gradient over calibration windows.
+
+Shapes: S windows, T tokens, O out, I in.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify.evaluation import token_losses
+from sparsify.masked_linear import MaskedLinear
+
+
+def gradient_norms(
+    model: PreTrainedModel,
+    layers: Mapping[str, MaskedLinear],
+    windows_ST: Tensor,
+    keep_on: torch.device,
+) -> dict[str, Tensor]:
+    """The l2 norm over windows of each weight's gradient, with all weights in use.
+
+    One backward pass a window; a gradient is freed as soon as its square is added, so what is held
+    is one fp32 number a weight.
+
+    Args:
+        model: the model, on the device to compute on, its scope set to dense.
+        layers: those whose weights are looked at.
+        windows_ST: token ids.
+        keep_on: where the sums are kept.
+
+    Returns:
+        fp32 ``[O, I]`` by layer name.
+    """
+    stored: dict[nn.Parameter, Tensor] = {}
+
+    def take(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            stored[parameter] += parameter.grad.float().square().to(keep_on)
+            parameter.grad = None
+
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for layer in layers.values():
+            weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+            if weight not in stored:
+                stored[weight] = torch.zeros_like(weight, dtype=torch.float32, device=keep_on)
+                weight.requires_grad_(True)
+                hook = weight.register_post_accumulate_grad_hook(take)
+                stack.callback(hook.remove)
+        for tokens_T in windows_ST:
+            tokens_BT = tokens_T[None].to(model.device)
+            with torch.enable_grad():
+                logits = model(input_ids=tokens_BT, use_cache=False).logits
+                token_losses(logits, tokens_BT).mean().backward()
+    # as_stored is its own inverse: a transpose, or nothing.
+    return {
+        name: layer.as_stored(stored[layer.weight].sqrt())  # type: ignore[index]
+        for name, layer in layers.items()
+    }

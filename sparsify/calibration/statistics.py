@@ -1,0 +1,65 @@
+"""What is known of a layer's input after all calibration windows have passed.
+
+Layers that are given the same tensor share one object. Shapes: I in, T tokens.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """Anything that is made for a layer's inputs and is shown them window by window."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None: ...
+
+    def add(self, x_TI: Tensor) -> None:
+        """Take in the layer's input of one window, in the model's type."""
+        ...
+
+
+class Moments:
+    """First and second moments of each input, in fp32.
+
+    Attributes:
+        sum_I: sum over all tokens.
+        square_I: sum of squares over all tokens.
+        tokens: how many there were.
+        windows: in how many windows.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.sum_I = torch.zeros(inputs, device=device)
+        self.square_I = torch.zeros(inputs, device=device)
+        self.tokens = self.windows = 0
+
+    def add(self, x_TI: Tensor) -> None:
+        x_TI = x_TI.float()
+        self.sum_I += x_TI.sum(0)
+        self.square_I += x_TI.square().sum(0)
+        self.tokens += len(x_TI)
+        self.windows += 1
+
+    @property
+    def norm_I(self) -> Tensor:
+        """The l2 norm of each input over all tokens."""
+        return self.square_I.sqrt()
+
+
+class Hessian:
+    """X^T X over all tokens, in fp32: half the Hessian of the layer's squared output error.
+
+    Attributes:
+        matrix_II: the sum.
+        tokens: how many there were.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.matrix_II = torch.zeros(inputs, inputs, device=device)
+        self.tokens = 0
+
+    def add(self, x_TI: Tensor) -> None:
+        x_TI = x_TI.float()
+        self.matrix_II.addmm_(x_TI.T, x_TI)
+        self.tokens += len(x_TI)

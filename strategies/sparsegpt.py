@@ -1,0 +1,139 @@
+"""SparseGPT: the weights whose loss an update of the others mends best are dropped (Frantar and
+Alistarh, ICML 2023, arXiv 2301.00774).
+
+Notation: the layer's squared output error of a change dW is tr(dW H dW^T), with H = X^T X over all
+tokens, damped; H^-1 = U^T U with U upper triangular. Then ``U_jj^2`` is the first diagonal entry of
+the inverse of ``H[j:, j:]``, and ``U[j, j:] / U_jj`` is the optimal update of the weights from j on
+when w_j is removed (optimal brain surgeon, restricted to columns not decided yet).
+
+Shapes: O out, I in, M group size.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsify.calibration import Hessian
+from sparsify.errors import SparsifyError
+from sparsify.pattern import NMPattern
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
+
+COLUMNS = 128  # whose updates of later columns are done as one product
+RETRIES = 4
+
+
+class SparseGPT(SparsityStrategy):
+    """Keeps weights of large ``W_ij^2 / U_jj^2``, and can update those that are kept.
+
+    Args:
+        update_weights: make up for dropped weights in those to their right. The default only
+            chooses: one score on the dense weights, as the prior of learned masks.
+        damping: added to H's diagonal, as a share of its mean; ten times more at each retry if H
+            cannot be factored.
+    """
+
+    weights: Literal["frozen", "updated"] = "frozen"
+
+    def __init__(self, update_weights: bool = False, damping: float = 0.01) -> None:
+        super().__init__()
+        if damping < 0:
+            raise SparsifyError(f"damping={damping}; it must not be negative: 0.01 is usual")
+        self.update_weights = update_weights
+        self.damping = damping
+        self.weights = "updated" if update_weights else "frozen"
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            factors: dict[int, tuple[Tensor, Tensor]] = {}  # one for layers with the same input
+            hessians = block.collect(Hessian)
+            for name, layer in block.layers.items():
+                hessian_II = hessians[name].matrix_II
+                if id(hessian_II) not in factors:
+                    factors[id(hessian_II)] = (
+                        inverse_factor(hessian_II, self.damping, name),
+                        hessian_II.diagonal() == 0,
+                    )
+                factor_II, dead_I = factors[id(hessian_II)]
+                weight_OI = layer.weight_OI.float().masked_fill(dead_I, 0)
+                pattern = layer.masker.pattern
+                if self.update_weights:
+                    mask_OI, new_OI = prune_and_update(weight_OI, factor_II, pattern)
+                    yield name, LayerResult(mask_OI, new_OI.to(layer.weight_OI.dtype))
+                else:
+                    score_OI = (weight_OI / factor_II.diagonal()).square()
+                    yield name, LayerResult(pattern.top(score_OI))
+
+
+def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of the damped Hessian.
+
+    An input that is always zero gets a one on the diagonal.
+
+    Args:
+        hessian_II: symmetric, fp32; it is not changed.
+        damping: first share of the mean diagonal to add.
+        name: of the layer, for messages.
+
+    Raises:
+        SparsifyError: it holds values that are not finite, or cannot be factored.
+    """
+    diagonal_I = hessian_II.diagonal()
+    if not diagonal_I.isfinite().all():
+        raise SparsifyError(
+            f"{name}: its calibration activations overflow or are not numbers; load the model with "
+            "--model.dtype float32 or bfloat16"
+        )
+    alive_I = torch.where(diagonal_I == 0, 1.0, diagonal_I)
+    share = damping
+    for _ in range(RETRIES + 1):
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().copy_(alive_I + share * alive_I.mean())
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if not failed:
+            upper_II, failed = torch.linalg.cholesky_ex(
+                torch.cholesky_inverse(lower_II), upper=True
+            )
+            if not failed:
+                return upper_II
+        share = max(10 * share, 1e-4)
+    raise SparsifyError(
+        f"{name}: its Hessian cannot be factored, not even with {share / 10:g} of its mean added "
+        f"to the diagonal; raise --model.calibration.samples, or damping (now {damping:g})"
+    )
+
+
+def prune_and_update(
+    weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern
+) -> tuple[Tensor, Tensor]:
+    """Go through the columns; choose at the start of each group, among weights as updated so far.
+
+    Args:
+        weight_OI: fp32; it is not changed.
+        factor_II: from :func:`inverse_factor`.
+        pattern: N of M to keep.
+
+    Returns:
+        The mask and the updated weight, zero where it is dropped.
+    """
+    # Columns as rows: each step works on contiguous memory.
+    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+    mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+    scale_I = factor_II.diagonal()
+    inputs, m = len(weight_IO), pattern.m
+    width = m * max(1, COLUMNS // m)  # no group straddles two runs of columns
+    for start in range(0, inputs, width):
+        run = slice(start, min(start + width, inputs))
+        columns_CO = weight_IO[run]
+        factor_CC = factor_II[run, run]
+        error_CO = torch.empty_like(columns_CO)
+        for c in range(len(columns_CO)):
+            if c % m == 0:
+                group = slice(start + c, start + c + m)
+                score_MO = (weight_IO[group] / scale_I[group, None]).square()
+                mask_IO[group] = pattern.top(score_MO.T).T
+            error_CO[c] = columns_CO[c].masked_fill(mask_IO[start + c], 0) / factor_CC[c, c]
+            columns_CO[c + 1 :].addr_(factor_CC[c, c + 1 :], error_CO[c], alpha=-1)
+        weight_IO[run.stop :].addmm_(factor_II[run, run.stop :].T, error_CO, alpha=-1)
+    return mask_IO.T, torch.where(mask_IO, weight_IO, 0).T

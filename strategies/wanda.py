@@ -1,0 +1,20 @@
+"""Wanda: magnitude times the norm of the input (Sun et al., ICLR 2024, arXiv 2306.11695).
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from sparsify.calibration import Moments
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
+
+
+class Wanda(SparsityStrategy):
+    """Keeps weights of large ``|W_ij| * ||X_j||``, where X_j is input j over all tokens."""
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            moments = block.collect(Moments)
+            for name, layer in block.layers.items():
+                score_OI = layer.weight_OI.float().abs() * moments[name].norm_I
+                yield name, LayerResult(layer.masker.pattern.top(score_OI))
