@@ -201,7 +201,8 @@ class SparsityStrategy(nn.Module):
         settings: dict[str, Any] = {
             name: value
             for name, value in vars(self).items()
-            if isinstance(value, bool | int | float | str) and name not in ("training", "weights")
+            if isinstance(value, bool | int | float | str | list)
+            and name not in ("training", "weights")
         }
         settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
         settings |= {

@@ -43,15 +43,19 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
         strategy: whose results they are; its settings and its source code count.
         inputs: base model, text, pattern, layers: anything that JSON takes.
     """
+    parts = [part for part in strategy.modules() if isinstance(part, SparsityStrategy)]
+    classes = {cls for part in parts for cls in type(part).__mro__}
     sources = {
-        sys.modules[cls.__module__].__file__
-        for part in strategy.modules()
-        for cls in type(part).__mro__
-        if issubclass(cls, SparsityStrategy)
+        sys.modules[cls.__module__].__file__ for cls in classes if issubclass(cls, SparsityStrategy)
     }
     files = [*ENGINE, *sorted(Path(source) for source in sources if source)]
     content = {
         "strategy": strategy.describe(),
+        # A setting of any other type counts too: what has no plain repr is never found again.
+        "state": [
+            {key: repr(value) for key, value in vars(part).items() if not key.startswith("_")}
+            for part in parts
+        ],
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         **inputs,
     }

@@ -1,0 +1,26 @@
+"""Pruner-Zero: a score found by genetic programming (Dong et al., ICML 2024, arXiv 2406.02924).
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
+
+
+class PrunerZero(SparsityStrategy):
+    """Keeps weights of large ``W_ij^2 * (G_ij - min G)``, with G as in GBLM-Pruner.
+
+    The published score also divides by ``max G - min G`` of the layer, which changes no choice
+    within a group. The authors take the gradients of WikiText-2's training text and measure on its
+    test text; here they are of the calibration text. To repeat their setting name WikiText's as
+    ``--data.train``, and call its WikiText perplexity what it is: a leak.
+    """
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            gradients = block.gradient_norms()
+            for name, layer in block.layers.items():
+                gradient_OI = gradients[name]
+                score_OI = layer.weight_OI.float().square() * (gradient_OI - gradient_OI.min())
+                yield name, LayerResult(layer.masker.pattern.top(score_OI))
