@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sparsify.batch import split_batch
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.throughput import Throughput
@@ -121,7 +122,8 @@ def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> di
     quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
     for name, loader in zip(names, loaders, strict=True):
         for batch in track(loader, f"measuring {name}", disable=quiet, transient=True):
-            meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
+            batch = batch.to(pl_module.device)
+            meter.update(name, pl_module.window_losses(batch), split_batch(batch)[1])
     return meter.scores() if names else {}
 
 
