@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
+from sparsify.batch import split_batch
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.throughput import Throughput
@@ -119,7 +120,8 @@ def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> di
     meter = PerplexityMeter(names, pl_module.device)
     for name, loader in zip(names, loaders, strict=True):
         for batch in tracked(loader, f"measuring {name}", trainer):
-            meter.update(name, pl_module.window_losses(batch.to(pl_module.device)))
+            batch = batch.to(pl_module.device)
+            meter.update(name, pl_module.window_losses(batch), split_batch(batch)[1])
     return meter.scores() if names else {}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from sparsify.batch import TokenBatch
 from sparsify.trainer import data_parallel
 
 
@@ -33,7 +34,7 @@ class Throughput(Callback):
         trainer: Any,
         pl_module: Any,
         outputs: Any,
-        batch: torch.Tensor,
+        batch: torch.Tensor | TokenBatch,
         batch_idx: int,
     ) -> None:
         ranks = data_parallel(trainer)[1]

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsify.evaluation import token_losses
+from sparsify.batch import TokenBatch, split_batch
+from sparsify.evaluation import mean_loss, token_losses
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.strategy import RunResult
@@ -20,7 +21,7 @@ class BatchRun:
     Args:
         model: the masked model.
         scope: its scope.
-        batch_BT: token ids.
+        batch: token ids, with their targets where not all are.
         first: the draw of a strategy that takes one a micro-batch; index = micro-batch x
             data-parallel ranks + rank.
 
@@ -29,10 +30,15 @@ class BatchRun:
     """
 
     def __init__(
-        self, model: PreTrainedModel, scope: MaskScope, batch_BT: Tensor, first: Draw
+        self,
+        model: PreTrainedModel,
+        scope: MaskScope,
+        batch: Tensor | TokenBatch,
+        first: Draw,
     ) -> None:
         self._model, self._scope = model, scope
-        self._batch_BT, self._first = batch_BT, first
+        self._tokens_BT, self._targets_BT = split_batch(batch)
+        self._first = first
         self.task_loss: Tensor | None = None
 
     def draw(self, k: int = 0, of: int = 1) -> Draw:
@@ -40,8 +46,8 @@ class BatchRun:
 
     def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
         with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
-            logits = self._model(input_ids=self._batch_BT, use_cache=False).logits
-            loss = token_losses(logits, self._batch_BT).mean()
+            logits = self._model(input_ids=self._tokens_BT, use_cache=False).logits
+            loss = mean_loss(token_losses(logits, self._tokens_BT), self._targets_BT)
         self.task_loss = loss.detach()
         penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
         return RunResult(loss, logits, penalty)

@@ -1,7 +1,8 @@
 """Token perplexity, and the result file that every later command reads.
 
 Perplexity follows the usual protocol of pruning papers: windows of equal length without overlap,
-the mean cross-entropy over the L - 1 targets of each, and the exponential of the mean over windows.
+the mean cross-entropy over the L - 1 targets of each (of instruction data those in responses), and
+the exponential of the mean over windows.
 Shapes: B windows, T tokens, V vocabulary.
 """
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.errors import SparsifyError
+
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"
 
@@ -32,6 +35,19 @@ def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     return flat.view(targets.shape)
 
 
+def mean_loss(losses_BT: Tensor, targets_BT: Tensor | None) -> Tensor:
+    """The mean over the tokens that are targets, 0-d; 0 with a graph where there is none.
+
+    Args:
+        losses_BT: from :func:`token_losses`.
+        targets_BT: bool, ``[B, T]``, for all tokens of the windows; None where all are targets.
+    """
+    if targets_BT is None:
+        return losses_BT.mean()
+    predicted = targets_BT[:, 1:]
+    return losses_BT.masked_fill(~predicted, 0).sum() / predicted.sum().clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Score:
     """Perplexity of one text.
@@ -39,7 +55,7 @@ class Score:
     Attributes:
         loss: mean cross-entropy a token, nats.
         perplexity: its exponential.
-        windows: how many windows were measured.
+        windows: how many windows with targets were measured.
         targets: how many tokens were predicted.
     """
 
@@ -57,24 +73,46 @@ class PerplexityMeter:
         # torchmetrics' MeanMetric drops losses that are not numbers, and sums in fp32.
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = dict.fromkeys(self.names, zero)
-        self._targets = dict.fromkeys(self.names, 0)
-        self._windows = dict.fromkeys(self.names, 0)
+        # Tensors where they depend on what the targets are.
+        self._targets: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
+        self._windows: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
 
-    def update(self, name: str, losses_BT: Tensor) -> None:
-        """Add the windows of one batch, from :func:`token_losses`."""
-        self._sums[name] = self._sums[name] + losses_BT.double().mean(1).sum()
-        self._windows[name] += losses_BT.shape[0]
-        self._targets[name] += losses_BT.numel()
+    def update(self, name: str, losses_BT: Tensor, targets_BT: Tensor | None = None) -> None:
+        """Add the windows of one batch, from :func:`token_losses`; those without target do not
+        count.
+        """
+        if targets_BT is None:
+            self._sums[name] = self._sums[name] + losses_BT.double().mean(1).sum()
+            self._windows[name] += losses_BT.shape[0]
+            self._targets[name] += losses_BT.numel()
+            return
+        predicted = targets_BT[:, 1:]
+        counts = predicted.sum(1)
+        sums = losses_BT.double().masked_fill(~predicted, 0).sum(1)
+        self._sums[name] = self._sums[name] + (sums / counts.clamp(min=1)).sum()
+        self._windows[name] = self._windows[name] + (counts > 0).sum()
+        self._targets[name] = self._targets[name] + counts.sum()
 
     def scores(self) -> dict[str, Score]:
-        """The score of every text, and over all windows as ``overall``."""
+        """The score of every text, and over all windows as ``overall``.
+
+        Raises:
+            SparsifyError: no token of a text is a target.
+        """
         result = {}
         for name in self.names:
-            loss = self._sums[name].item() / self._windows[name]
-            result[name] = Score(loss, math.exp(loss), self._windows[name], self._targets[name])
-        windows = sum(self._windows.values())
+            windows, targets = int(self._windows[name]), int(self._targets[name])
+            if not windows:
+                raise SparsifyError(
+                    f"{name}: none of its windows has a target of the loss, and perplexity is of "
+                    "targets: add text whose responses are long enough, or remove it"
+                )
+            loss = self._sums[name].item() / windows
+            result[name] = Score(loss, math.exp(loss), windows, targets)
+        windows = sum(score.windows for score in result.values())
         loss = sum(score.loss * score.windows for score in result.values()) / windows
-        result[OVERALL] = Score(loss, math.exp(loss), windows, sum(self._targets.values()))
+        targets = sum(score.targets for score in result.values())
+        result[OVERALL] = Score(loss, math.exp(loss), windows, targets)
         return result
 
 

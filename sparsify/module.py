@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
+from sparsify.batch import TokenBatch, split_batch
 from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.checkpoint import check_fits, check_resumes
@@ -235,7 +236,7 @@ class SparseCausalLM(LightningModule):
         if self.learns:
             self._check_text(cast(Any, self.trainer).datamodule, "learn")
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor | TokenBatch, batch_idx: int) -> Tensor:
         if not self.learns:
             self.trainer.should_stop = True
             return 0 * self.anchor.sum()
@@ -283,8 +284,9 @@ class SparseCausalLM(LightningModule):
 
     # -- evaluation: always under the hard mask, which is what ships -------------------------------
 
-    def window_losses(self, tokens_BT: Tensor, masking: Masking = "hard") -> Tensor:
-        """Losses of every next token, nats, ``[B, T - 1]``, without a graph."""
+    def window_losses(self, batch: Tensor | TokenBatch, masking: Masking = "hard") -> Tensor:
+        """Losses of every next token, target or not, nats, ``[B, T - 1]``, without a graph."""
+        tokens_BT = split_batch(batch)[0]
         with torch.no_grad(), self.scope.use(masking):
             return token_losses(self.lm(input_ids=tokens_BT, use_cache=False).logits, tokens_BT)
 
@@ -293,9 +295,12 @@ class SparseCausalLM(LightningModule):
             cast(Any, self.trainer).datamodule.validation_names, self.device
         )
 
-    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: Tensor | TokenBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         meter = cast(PerplexityMeter, self._meter)
-        meter.update(meter.names[dataloader_idx], self.window_losses(batch))
+        name, targets_BT = meter.names[dataloader_idx], split_batch(batch)[1]
+        meter.update(name, self.window_losses(batch), targets_BT)
 
     def on_validation_epoch_end(self) -> None:
         self.validated_at = self.trainer.global_step
@@ -304,7 +309,9 @@ class SparseCausalLM(LightningModule):
     def on_test_epoch_start(self) -> None:
         self._meter = PerplexityMeter(cast(Any, self.trainer).datamodule.test_names, self.device)
 
-    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(
+        self, batch: Tensor | TokenBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:

@@ -19,7 +19,7 @@ class RunResult(NamedTuple):
     """What one forward pass over the micro-batch gives.
 
     Attributes:
-        task_loss: mean cross-entropy of the next token, nats, 0-d.
+        task_loss: mean cross-entropy of the next token where it is a target, nats, 0-d.
         logits: the model's output, ``[B, T, V]``.
         penalty: the sum of the maskers' penalties, 0-d.
     """

@@ -68,6 +68,24 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
     return given
 
 
+def check_same_data(saved: Any, own: Any) -> None:
+    """Checks that a saved position is one in the data of this run.
+
+    Args:
+        saved: What the saved position's data depend on.
+        own: The same of this run.
+
+    Raises:
+        SparsifyError: They differ.
+    """
+    if saved != own:
+        raise SparsifyError(
+            f"the checkpoint's data position is in {saved} and this run has {own}; both must be "
+            "the same to resume: use the same data settings and number of processes, or start a "
+            "new run from the checkpoint's weights"
+        )
+
+
 class BlendSampler(Sampler[int]):
     """Indices into the concatenated blocks of several sources, in the order of one epoch.
 

@@ -18,9 +18,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED_FOLDER
-from sparsify.data.blend import BatchesOfRank, BlendSampler, apportion, check_weights
-from sparsify.data.packing import PackedText, pack
-from sparsify.data.sources import BadRows, BadRowsPolicy, Source, read_documents, source_stem
+from sparsify.batch import TokenBatch
+from sparsify.data.blend import (
+    BatchesOfRank,
+    BlendSampler,
+    apportion,
+    check_same_data,
+    check_weights,
+)
+from sparsify.data.documents import Judge, open_source, read_documents
+from sparsify.data.packing import PackedText, Packer, pack, to_batch, unmarked
+from sparsify.data.sources import BadRows, BadRowsPolicy, Source, source_stem
+from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks, StreamLoader
 from sparsify.errors import SparsifyError
 from sparsify.trainer import data_parallel
 
@@ -36,7 +45,9 @@ SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
 
 
 class TextDataModule(LightningDataModule):
-    """Batches of token blocks [B, T], int64, from text files.
+    """Batches of token blocks [B, T], int64, from text files and data sets.
+
+    A batch is a Tensor, or a `TokenBatch` where a source has tokens that are context only.
 
     A split is one path, a list of paths (each named after its file, with the folder's name before
     it where two would be the same), or a mapping of names to paths
@@ -56,7 +67,8 @@ class TextDataModule(LightningDataModule):
         tokenizer: Turns text into token ids. None takes the ``tokenizer`` of the trainer's module.
 
     Raises:
-        SparsifyError: A number is out of range, or a split is given with no source.
+        SparsifyError: A number is out of range, a split is given with no source, or a source's
+            settings contradict each other.
     """
 
     def __init__(
@@ -87,9 +99,19 @@ class TextDataModule(LightningDataModule):
             split: _embedded(split) if train is None and value is None else _named(split, value)
             for split, value in given.items()
         }
+        for sources in self.sources.values():
+            for name, source in sources.items():
+                source.check(name)
         self.weights = check_weights(
             list(self.sources["train"]), [s.weight for s in self.sources["train"].values()]
         )
+        if self.endless and self.weights is None and len(self.sources["train"]) > 1:
+            names = ", ".join(name for name, s in self.sources["train"].items() if s.endless)
+            raise SparsifyError(
+                f"train source {names} streams without end, and no source has a weight; a blend "
+                "with a stream has no other shares: give every source a weight, or the stream a "
+                "limit of documents"
+            )
         self._packed: dict[Split, dict[str, PackedText]] = {}
         self._packed_with: PreTrainedTokenizerBase | None = None
 
@@ -97,6 +119,11 @@ class TextDataModule(LightningDataModule):
     def embedded(self) -> bool:
         """Whether the training text is the package's own."""
         return self.sources["train"] == _embedded("train")
+
+    @property
+    def endless(self) -> bool:
+        """Whether training reads a stream, which has no end and no epochs."""
+        return any(source.endless for source in self.sources["train"].values())
 
     @property
     def validation_names(self) -> list[str]:
@@ -134,15 +161,18 @@ class TextDataModule(LightningDataModule):
             warnings.filterwarnings("ignore", message=message)
         self._pack(*SPLITS_OF_STAGE[stage])
 
-    def train_dataloader(self) -> StatefulDataLoader[Tensor]:
+    def train_dataloader(self) -> StatefulDataLoader[Tensor | TokenBatch] | StreamLoader:
         """This process's training batches [B, T], int64; the loader can save its position.
 
         Raises:
-            SparsifyError: The blocks are fewer than one batch for every process.
+            SparsifyError: The blocks are fewer than one batch for every process, or the trainer
+                asks a stream for its end.
         """
         packed = self._pack("train")["train"]
-        sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
         rank, world = data_parallel(self.trainer)
+        if self.endless:
+            return self._stream_loader(packed, rank, world)
+        sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
         if len(sampler) < self.batch_size * world:
             raise SparsifyError(
                 f"train: {len(sampler)} blocks are less than one batch of {self.batch_size} on "
@@ -153,18 +183,18 @@ class TextDataModule(LightningDataModule):
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return _TrainLoader(
-                ConcatDataset([_Blocks(p) for p in packed.values()]),
+                ConcatDataset([_Blocks(p, self._masked) for p in packed.values()]),
                 batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
                 # Its own generator: a loader draws a number at the start of each epoch, and drawing
                 # it from the global one would make a resumed run's dropout differ.
                 generator=torch.Generator(),
             )
 
-    def val_dataloader(self) -> list[DataLoader[Tensor]]:
+    def val_dataloader(self) -> list[DataLoader[Tensor | TokenBatch]]:
         """One loader of batches [B, T], int64, for each of `validation_names`."""
         return self._eval_dataloaders("validation")
 
-    def test_dataloader(self) -> list[DataLoader[Tensor]]:
+    def test_dataloader(self) -> list[DataLoader[Tensor | TokenBatch]]:
         """One loader of batches [B, T], int64, for each of `test_names`."""
         return self._eval_dataloaders("test")
 
@@ -173,7 +203,7 @@ class TextDataModule(LightningDataModule):
 
         Args:
             samples: Number of blocks, at least 1.
-            seed: Chooses the blocks; not negative.
+            seed: Chooses the blocks; not negative. Of a stream they are the first in any case.
 
         Returns:
             Token ids [samples, T], int64.
@@ -183,20 +213,21 @@ class TextDataModule(LightningDataModule):
         """
         _at_least("samples", samples, 1)
         packed = self._pack("train")["train"]
-        sizes = [len(p.blocks) for p in packed.values()]
+        names = list(self.sources["train"])
+        # A stream's share comes from weights; without any there is no other source.
+        sizes = [len(packed[name].blocks) if name in packed else 1 for name in names]
         rng = np.random.default_rng(seed)
         chosen = []
-        for (name, p), share in zip(
-            packed.items(), apportion(samples, self.weights or sizes), strict=True
-        ):
-            if share > len(p.blocks):
+        for name, share in zip(names, apportion(samples, self.weights or sizes), strict=True):
+            blocks = packed[name].blocks if name in packed else self._first_blocks(name, share)
+            if share > len(blocks):
                 raise SparsifyError(
                     f"calibration asks for {share} of {samples} blocks from train source {name}, "
-                    f"which has {len(p.blocks)}; blocks are used once: ask for fewer samples, or "
+                    f"which has {len(blocks)}; blocks are used once: ask for fewer samples, or "
                     "add text"
                 )
-            chosen.append(p.blocks[rng.permutation(len(p.blocks))[:share]])
-        return torch.cat(chosen)[rng.permutation(samples)].long()
+            chosen.append(blocks[rng.permutation(len(blocks))[:share]])
+        return unmarked(torch.cat(chosen)[rng.permutation(samples)])
 
     def describe(self, split: Split) -> dict[str, Any]:
         """What a split holds, for the record of a run; free of absolute paths.
@@ -206,21 +237,16 @@ class TextDataModule(LightningDataModule):
 
         Returns:
             ``block_size``, and under ``sources`` for each name the file name, the numbers of
-            documents, tokens, blocks and dropped tokens, and the digest of the token ids.
+            documents, tokens, blocks and dropped tokens, and the digest of the token ids; of a
+            stream, which has none of these, that it is one.
         """
         packed = self._pack(split)[split]
         return {
             "block_size": self.block_size,
             "sources": {
-                name: {
-                    "file": Path(self.sources[split][name].path).name,
-                    "documents": p.documents,
-                    "tokens": p.tokens,
-                    "blocks": len(p.blocks),
-                    "dropped": p.dropped,
-                    "sha256": p.sha256,
-                }
-                for name, p in packed.items()
+                name: source.describe()
+                | (_numbers(packed[name]) if name in packed else {"streaming": True})
+                for name, source in self.sources[split].items()
             },
         }
 
@@ -234,12 +260,13 @@ class TextDataModule(LightningDataModule):
                 if split not in self._packed:
                     self._packed[split] = {
                         name: pack(
-                            read_documents(source, self.bad_rows, report),
+                            read_documents(source, self.bad_rows, report, tokenizer),
                             tokenizer,
                             self.block_size,
                             name,
                         )
                         for name, source in self.sources[split].items()
+                        if split != "train" or not source.endless
                     }
         finally:  # rows left out may be why there is too little text
             report.warn()
@@ -256,41 +283,122 @@ class TextDataModule(LightningDataModule):
             )
         return tokenizer
 
-    def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor]]:
+    @property
+    def _masked(self) -> bool:
+        return any(source.masked for source in self.sources["train"].values())
+
+    def _stream_loader(
+        self, packed: Mapping[str, PackedText], rank: int, world: int
+    ) -> StreamLoader:
+        _check_trainer_of_stream(self.trainer)
+        sources: list[Blocks] = []
+        identity: dict[str, Any] = {}
+        for number, (name, source) in enumerate(self.sources["train"].items()):
+            identity[name] = source.identity()
+            if name in packed:
+                identity[name]["blocks"] = len(packed[name].blocks)
+                sources.append(PackedBlocks(packed[name].blocks, self.seed, number))
+            else:
+                stream = self._stream(name)
+                identity[name]["parts"] = len(stream.shards)
+                sources.append(stream)
+        return StreamLoader(
+            sources,
+            self.weights or [1.0],
+            self._masked,
+            self.seed,
+            self.batch_size,
+            rank,
+            world,
+            {
+                "sources": identity,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "block_size": self.block_size,
+                "processes": world,
+            },
+        )
+
+    def _stream(self, name: str) -> StreamedBlocks:
+        source, tokenizer, report = self.sources["train"][name], self._tokenizer(), BadRows()
+        return StreamedBlocks(
+            name,
+            open_source(source, stream=True),
+            Judge(source, self.bad_rows, report, tokenizer),
+            report,
+            Packer(tokenizer, name),
+            self.block_size,
+            self.seed,
+            list(self.sources["train"]).index(name),
+            source.shuffle_buffer,
+        )
+
+    def _first_blocks(self, name: str, count: int) -> Tensor:
+        """The first blocks of a stream, or all of its first epoch if they are fewer."""
+        stream, blocks = self._stream(name), list[Tensor]()
+        while len(blocks) < count:
+            block = next(stream)
+            if stream.epoch:
+                break
+            blocks.append(block)
+        empty = torch.empty(0, self.block_size, dtype=torch.int32)
+        return torch.stack(blocks) if blocks else empty
+
+    def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor | TokenBatch]]:
         # Every process reads all blocks: a sum over them is then exact and the same on each with no
         # communication, and FSDP needs the same number of forwards on every process.
         return [
             DataLoader(
-                _Blocks(packed), batch_size=self.eval_batch_size, generator=torch.Generator()
+                _Blocks(packed, self.sources[split][name].masked),
+                batch_size=self.eval_batch_size,
+                generator=torch.Generator(),
             )
-            for packed in self._pack(split)[split].values()
+            for name, packed in self._pack(split)[split].items()
         ]
 
 
-class _TrainLoader(StatefulDataLoader[Tensor]):  # type: ignore[misc]  # torchdata has no types
+class _TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[misc]  # torchdata has no types
     def state_dict(self) -> dict[str, Any]:
         return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = self.batch_sampler.identity()
-        if state["of"] != own:
-            raise SparsifyError(
-                f"the checkpoint's data position is in {state['of']} and this run has {own}; both "
-                "must be the same to resume: use the same data settings and number of processes, "
-                "or start a new run from the checkpoint's weights"
-            )
+        check_same_data(state["of"], self.batch_sampler.identity())
         super().load_state_dict(state["position"])
 
 
-class _Blocks(Dataset[Tensor]):
-    def __init__(self, packed: PackedText) -> None:
-        self.blocks = packed.blocks
+class _Blocks(Dataset[Tensor | TokenBatch]):
+    def __init__(self, packed: PackedText, masked: bool) -> None:
+        self.blocks, self.masked = packed.blocks, masked
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.blocks[index].long()
+    def __getitem__(self, index: int) -> Tensor | TokenBatch:
+        return to_batch(self.blocks[index], self.masked)
+
+
+def _numbers(packed: PackedText) -> dict[str, Any]:
+    return {
+        "documents": packed.documents,
+        "tokens": packed.tokens,
+        "blocks": len(packed.blocks),
+        "dropped": packed.dropped,
+        "sha256": packed.sha256,
+    }
+
+
+def _check_trainer_of_stream(trainer: Any) -> None:
+    if getattr(trainer, "max_steps", 1) == -1:
+        raise SparsifyError(
+            "the trainer has max_steps -1, and train streams without end; a run ends by its "
+            "steps: give --trainer.max_steps"
+        )
+    interval = getattr(trainer, "val_check_interval", 1.0)
+    if isinstance(interval, float) and interval != 1.0:
+        raise SparsifyError(
+            f"the trainer has val_check_interval {interval}, a share of an epoch, and train "
+            "streams without end; give a whole number of batches"
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -1,14 +1,18 @@
 """Packs documents into blocks of token ids of one length.
 
+A token that is context only, such as one of a prompt, is stored as the complement of its id, which
+is negative: blocks then need no second tensor, and those of plain text cost nothing.
+
 Shapes: T tokens of a block.
 """
 
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsify.batch import TokenBatch
+from sparsify.data.documents import Document, Instruction
 from sparsify.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
@@ -29,6 +35,7 @@ class PackedText:
 
     Args:
         blocks: int32 token ids [blocks, T]; int32 because token ids fit and it halves the memory.
+            The complement of an id is a token that is context only.
         documents: Number of documents.
         tokens: Number of tokens of all documents and separators, before the last partial block
             was dropped.
@@ -44,15 +51,103 @@ class PackedText:
     sha256: str
 
 
+class Packer:
+    """Joins documents with the end-of-text token.
+
+    The end of text is context only where the token before it is: what is learned ends with it.
+
+    Args:
+        tokenizer: Must have an ``eos_token``, which separates documents. It adds no other special
+            token.
+        name: Name of the source, for messages.
+
+    Attributes:
+        ids: int32 ids not yet taken, context only as complements.
+        documents: Number of documents so far.
+
+    Raises:
+        SparsifyError: The tokenizer has no end-of-text token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        separator = tokenizer.eos_token_id
+        if not isinstance(separator, int):
+            raise SparsifyError(
+                f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}; documents are "
+                "separated by it: use a tokenizer that has one, or set tokenizer.eos_token"
+            )
+        self.ids = array("i")
+        self.documents = 0
+        self._separator = separator
+        self._last = 0  # id before the next one
+        self._tokenizer, self._name = tokenizer, name
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Appends documents.
+
+        Args:
+            documents: Few enough to tokenise at once.
+
+        Raises:
+            SparsifyError: The tokenizer does not tell which token stands for which text.
+        """
+        for document in self._encode(documents):
+            if self.documents:
+                self.ids.append(self._separator if self._last >= 0 else ~self._separator)
+            self.ids.extend(document)
+            if self.ids:
+                self._last = self.ids[-1]
+            self.documents += 1
+
+    def take(self, count: int) -> Tensor:
+        """Removes the first ids: int32 [count]."""
+        taken = torch.from_numpy(np.array(self.ids[:count], dtype=np.int32))
+        del self.ids[:count]
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added and not yet taken."""
+        ids = torch.from_numpy(np.array(self.ids, dtype=np.int32))
+        return {"ids": ids, "documents": self.documents, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to what `state_dict` gave."""
+        self.ids = array("i", state["ids"].tolist())
+        self.documents, self._last = state["documents"], state["last"]
+
+    def _encode(self, documents: Sequence[Document]) -> Iterator[list[int]]:
+        texts = [d.text if isinstance(d, Instruction) else d for d in documents]
+        marked = any(isinstance(d, Instruction) for d in documents)
+        if marked and not getattr(self._tokenizer, "is_fast", False):
+            raise SparsifyError(
+                f"{self._name}: {type(self._tokenizer).__name__} does not tell which token stands "
+                "for which text, and prompts are told from responses by it: use a fast tokenizer"
+            )
+        # verbose=False: a document may be longer than the model's context, it is cut later
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=marked,
+            verbose=False,
+        )
+        if not marked:
+            yield from encoded["input_ids"]
+            return
+        for document, ids, offsets in zip(
+            documents, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            yield _mark(ids, offsets, document) if isinstance(document, Instruction) else ids
+
+
 def pack(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
 ) -> PackedText:
     """Joins documents with the end-of-text token and cuts them into blocks.
 
     Args:
         documents: The texts, read once.
-        tokenizer: Must have an ``eos_token``, which separates documents. It adds no other special
-            token.
+        tokenizer: As for `Packer`.
         block_size: Tokens a block.
         name: Name of the source, for messages.
 
@@ -62,24 +157,10 @@ def pack(
     Raises:
         SparsifyError: The tokenizer has no end-of-text token, or the text is less than one block.
     """
-    separator = tokenizer.eos_token_id
-    if not isinstance(separator, int):
-        raise SparsifyError(
-            f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}; documents are "
-            "separated by it: use a tokenizer that has one, or set tokenizer.eos_token"
-        )
-    ids = array("i")
-    count = 0
+    packer = Packer(tokenizer, name)
     for texts in _batches(documents, DOCUMENTS_A_CALL):
-        # verbose=False: a document may be longer than the model's context, it is cut below
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        for document in encoded["input_ids"]:
-            if count:
-                ids.append(separator)
-            ids.extend(document)
-            count += 1
+        packer.add(texts)
+    ids = packer.ids
     blocks, dropped = divmod(len(ids), block_size)
     if not blocks:
         raise SparsifyError(
@@ -89,13 +170,42 @@ def pack(
     stream = np.frombuffer(ids, dtype=np.int32)  # shares the array's memory
     packed = PackedText(
         blocks=torch.from_numpy(stream[: blocks * block_size]).view(blocks, block_size),
-        documents=count,
+        documents=packer.documents,
         tokens=len(ids),
         dropped=dropped,
         sha256=hashlib.sha256(stream.astype("<i4", copy=False).data).hexdigest(),
     )
     _log(name, packed)
     return packed
+
+
+def unmarked(blocks: Tensor) -> Tensor:
+    """The token ids of blocks, context or not, int64 of the same shape."""
+    blocks = blocks.long()
+    return torch.where(blocks < 0, ~blocks, blocks)
+
+
+def to_batch(blocks: Tensor, masked: bool) -> Tensor | TokenBatch:
+    """Blocks as training takes them.
+
+    Args:
+        blocks: int32 ids, context only as complements.
+        masked: Whether there may be any of those.
+
+    Returns:
+        int64 token ids, with their targets if `masked`.
+    """
+    return TokenBatch(unmarked(blocks), blocks >= 0) if masked else blocks.long()
+
+
+def _mark(ids: list[int], offsets: list[tuple[int, int]], document: Instruction) -> list[int]:
+    start, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    learned = np.zeros(len(ids), dtype=bool)
+    for first, last in document.learned:
+        learned |= (end > first) & (start < last)  # a token across the border is learned
+    tokens = np.array(ids, dtype=np.int64)
+    marked: list[int] = np.where(learned, tokens, ~tokens).tolist()
+    return marked
 
 
 @rank_zero_only
@@ -110,7 +220,7 @@ def _log(name: str, packed: PackedText) -> None:
     )
 
 
-def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
     documents = iter(documents)
     while texts := list(islice(documents, size)):
         yield texts

@@ -1,14 +1,12 @@
-"""Reads documents from text and JSON-lines files, and accounts for rows that are not usable."""
+"""What a source of text is, and an account of its rows that are not usable."""
 
-import gzip
-import json
+import importlib
 import logging
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,8 +14,10 @@ from sparsify.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
 
+HUB = "hf://"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json")
+PARQUET_SUFFIX = ".parquet"
 
 BadRowsPolicy = Literal["error", "skip"]
 
@@ -28,16 +28,149 @@ class Source:
 
     Args:
         path: A file, or a folder that is read recursively in sorted order. Plain text (.txt, .text,
-            .md) is one document a file; JSON lines (.jsonl, .json) is one document a line. Each may
-            end in .gz.
+            .md) is one document a file; JSON lines (.jsonl, .json) and Parquet (.parquet) are one
+            document a row. Text and JSON lines may end in .gz. ``hf://`` and a name is a data set
+            of the Hugging Face hub, or a local folder in the hub's layout.
         weight: Share of this source in a training epoch, relative to the other sources' weights.
             None gives every block once an epoch. Has no effect outside training.
-        text_key: Key of the text in each JSON row.
+        text_key: Key of the text in each row.
+        config: Configuration of a hub's data set.
+        split: Split of a hub's data set.
+        streaming: Read a hub's data set over the network as it is needed. Training on a source that
+            streams, with no limit of `documents`, packs its blocks as they are needed, without end.
+        documents: Read at most so many documents.
+        shuffle_buffer: Documents that a training stream shuffles together; it then shuffles the
+            order of the files too. 0 keeps the order of the source.
+        prompt_key: Key of a text that is context only; the response follows with nothing between.
+        response_key: Key of the text that is learned after the prompt, and the end of text with it.
+        messages_key: Key of a list of {role, content}, written by the tokenizer's chat template;
+            what the assistant says is learned.
+        joined: Join all rows, empty ones too, by blank lines into one document, as papers measure
+            perplexity.
     """
 
     path: str
     weight: float | None = None
     text_key: str = "text"
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    documents: int | None = None
+    shuffle_buffer: int = 1000
+    prompt_key: str | None = None
+    response_key: str | None = None
+    messages_key: str | None = None
+    joined: bool = False
+
+    @property
+    def hub(self) -> bool:
+        """Whether the path names a data set, not a file or folder."""
+        return self.path.startswith(HUB)
+
+    @property
+    def endless(self) -> bool:
+        """Whether training reads it as a stream without end."""
+        return self.streaming and self.documents is None
+
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens are context only."""
+        return self.response_key is not None or self.messages_key is not None
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of a row that are read."""
+        if self.messages_key is not None:
+            return [self.messages_key]
+        if self.prompt_key is not None and self.response_key is not None:
+            return [self.prompt_key, self.response_key]
+        return [self.text_key]
+
+    def check(self, name: str) -> None:
+        """Checks the settings, and that they go together; reads nothing.
+
+        Args:
+            name: Name of the source, for messages.
+
+        Raises:
+            SparsifyError: A setting is out of range, or two contradict each other.
+        """
+
+        def refuse(problem: str, fix: str) -> None:
+            raise SparsifyError(f"source {name}: {problem}: {fix}")
+
+        if self.documents is not None and self.documents < 1:
+            refuse(f"documents is {self.documents}; it must be at least 1", "raise it")
+        if self.shuffle_buffer < 0:
+            rule = "it must be at least 0, which does not shuffle"
+            refuse(f"shuffle_buffer is {self.shuffle_buffer}; {rule}", "raise it")
+        if (self.prompt_key is None) != (self.response_key is None):
+            given = f"prompt_key {self.prompt_key!r} and response_key {self.response_key!r}"
+            refuse(f"it has {given}; they go together", "give both or neither")
+        if self.messages_key is not None and self.prompt_key is not None:
+            rule = "a row is either messages or a prompt and a response"
+            refuse(f"it has messages_key and prompt_key; {rule}", "remove one")
+        if self.joined and (self.masked or self.endless):
+            other = "messages or responses" if self.masked else "a stream without end"
+            rule = "plain rows that end can be joined"
+            refuse(f"it is joined and has {other}; {rule}", "remove one, or give documents")
+        if not self.hub and (self.config is not None or self.split != "train"):
+            given = f"config {self.config!r} and split {self.split!r}"
+            rule = f"files have neither, only a path that begins with {HUB}"
+            refuse(f"it has {given} and the path {self.path}; {rule}", "correct the path")
+
+    def describe(self) -> dict[str, Any]:
+        """Where the text is from, free of absolute paths."""
+        if not self.hub:
+            return {"file": Path(self.path).name}
+        name = self.path.removeprefix(HUB)
+        name = Path(name).name if Path(name).is_absolute() else name
+        return {"file": HUB + name, "config": self.config, "split": self.split}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is read, in plain values free of absolute paths."""
+        return asdict(self) | {"path": self.describe()["file"]}
+
+
+class Rows(Protocol):
+    """Rows of one part of a source, in a fixed order."""
+
+    def __iter__(self) -> Iterator[tuple[int, object]]: ...
+
+    def __next__(self) -> tuple[int, object]:
+        """Number of the next row, from 1, and its value or an `Unusable`."""
+        ...
+
+    def position(self) -> Any:
+        """Where the next row is, in plain values."""
+        ...
+
+
+class Shard(Protocol):
+    """One part of a source that is read from end to end.
+
+    Attributes:
+        name: For messages.
+    """
+
+    name: str
+
+    def rows(self, position: Any = None) -> Rows:
+        """The rows from a position that `Rows.position` gave; None is the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row that could not be read.
+
+    Args:
+        reason: Why; rows are counted by it.
+        detail: More for a message about this row alone.
+    """
+
+    reason: str
+    detail: str = ""
 
 
 @dataclass
@@ -72,68 +205,42 @@ class BadRows:
             )
 
 
-def read_documents(source: Source, bad_rows: BadRowsPolicy, report: BadRows) -> Iterator[str]:
-    """Yields the documents of a source in a fixed order.
+def optional(package: str, path: str) -> Any:
+    """Imports a package that not every installation has.
 
     Args:
-        source: What to read.
-        bad_rows: "error" raises at the first row that is not usable; "skip" counts it in `report`.
-        report: Receives the rows that "skip" leaves out.
-
-    Yields:
-        The text of one document, never empty.
+        package: Its import name.
+        path: The source that needs it, for messages.
 
     Raises:
-        SparsifyError: The path is missing, has no readable text file, cannot be read or decoded,
-            or a row is bad and `bad_rows` is "error".
+        SparsifyError: It is not installed.
     """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise SparsifyError(
+            f"{path} needs the package {package.partition('.')[0]}, which is not installed: "
+            "pip install 'sparsify[datasets]'"
+        ) from error
 
-    def bad(file: Path, line: int, reason: str, detail: str = "") -> None:
-        where = f"{file}:{line}"
-        if bad_rows == "error":
-            raise SparsifyError(
-                f"{where}: {reason}{detail}; every document must be a text that is not empty: mend "
-                "it, or use --data.bad_rows skip, which counts such rows and leaves them out"
-            )
-        report.add(reason, where)
 
-    for file in _files(source.path):
-        try:
-            with _open(file) as lines:
-                if _kind(file) in TEXT_SUFFIXES:
-                    text = lines.read()
-                    if text.strip():
-                        yield text
-                    else:
-                        bad(file, 1, "empty text")
-                    continue
-                blank: int | None = None
-                for number, line in enumerate(lines, 1):
-                    if blank is not None:
-                        bad(file, blank, "blank line")
-                        blank = None
-                    if not line.strip():
-                        blank = number  # judged at the next line: a blank last line is no row
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        bad(file, number, "invalid JSON", f" ({error}); each line must be one row")
-                        continue
-                    if (reason := _why_bad(row, source.text_key)) is not None:
-                        bad(file, number, reason)
-                    else:
-                        yield row[source.text_key]
-        except UnicodeDecodeError as error:
-            raise SparsifyError(
-                f"{file} is not UTF-8 ({error.reason} at byte {error.start} of a chunk); text must "
-                "be UTF-8: convert the file"
-            ) from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise SparsifyError(
-                f"{file} cannot be read ({error}); every file of a source must be a readable file, "
-                "and one named .gz a whole gzip file: mend or remove it"
-            ) from error
+def check_columns(path: object, columns: list[str], keys: list[str]) -> None:
+    """Checks that a table has the columns that are read.
+
+    Args:
+        path: Of the table, for messages.
+        columns: Those that there are.
+        keys: Those that are read.
+
+    Raises:
+        SparsifyError: One is missing.
+    """
+    missing = [key for key in keys if key not in columns]
+    if missing:
+        raise SparsifyError(
+            f"{path} has no column {missing[0]!r}; its columns are {', '.join(columns)}: name the "
+            "right one by text_key, prompt_key and response_key, or messages_key"
+        )
 
 
 def source_stem(path: str) -> str:
@@ -147,59 +254,8 @@ def source_stem(path: str) -> str:
     """
     name = Path(path).name or Path(path).absolute().name
     lower = name.lower()
-    for suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES):
+    for suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX):
         for ending in (suffix + ".gz", suffix):
             if lower.endswith(ending) and len(name) > len(ending):
                 return name[: -len(ending)]
     return name
-
-
-def _kind(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def _files(path: str) -> list[Path]:
-    root = Path(path).expanduser()
-    known = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
-    rule = f"the names of text files end in one of {' '.join(known)}, each also with .gz"
-    if root.is_dir():
-        # posix form: the same order, and so the same data, on every system
-        files = sorted(
-            (file for file in root.rglob("*") if file.is_file() and _kind(file) in known),
-            key=lambda file: file.relative_to(root).as_posix(),
-        )
-        if not files:
-            raise SparsifyError(f"{path} has no text file; {rule}: add one or name another folder")
-        return files
-    if not root.exists():
-        raise SparsifyError(
-            f"{path} does not exist; a source must be a file or a folder: correct the path"
-        )
-    if _kind(root) not in known:
-        raise SparsifyError(f"{path} is not a known kind of text; {rule}: rename or convert it")
-    return [root]
-
-
-def _open(file: Path) -> IO[str]:
-    # utf-8-sig: as UTF-8, less the byte order mark that some editors put first
-    if file.name.lower().endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig")
-    return file.open(encoding="utf-8-sig")
-
-
-def _why_bad(row: object, key: str) -> str | None:
-    if not isinstance(row, dict):
-        return "row is not an object"
-    if key not in row:
-        return f"no key {key!r}"
-    text = row[key]
-    if not isinstance(text, str):
-        return f"value of {key!r} is not a string"
-    if not text.strip():
-        return "empty text"
-    try:
-        text.encode()  # JSON escapes can spell half a surrogate pair, which no tokenizer takes
-    except UnicodeEncodeError:
-        return "text is not valid Unicode"
-    return None

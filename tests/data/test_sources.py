@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.data.sources import BadRows, Source, read_documents, source_stem
+from sparsify.data.documents import read_documents
+from sparsify.data.sources import BadRows, Source, source_stem
 from sparsify.errors import SparsifyError
 from tests.data.conftest import write_jsonl
 

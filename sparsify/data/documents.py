@@ -1,0 +1,198 @@
+"""Turns the rows of a source into documents."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.data.files import file_shards
+from sparsify.data.hub import hub_shards
+from sparsify.data.sources import BadRows, BadRowsPolicy, Shard, Source, Unusable
+from sparsify.errors import SparsifyError
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A document of which only parts are learned.
+
+    Args:
+        text: The whole text.
+        learned: Start and end of each part that is learned, in characters.
+    """
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+
+
+Document = str | Instruction
+
+
+def open_source(source: Source, stream: bool = False) -> Sequence[Shard]:
+    """The parts of a source, in a fixed order.
+
+    Args:
+        source: What to read.
+        stream: Whether to give the parts of a data set one by one, each with positions.
+
+    Raises:
+        SparsifyError: It cannot be found or opened.
+    """
+    return hub_shards(source, stream) if source.hub else file_shards(source)
+
+
+def read_documents(
+    source: Source,
+    bad_rows: BadRowsPolicy,
+    report: BadRows,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[Document]:
+    """Yields the documents of a source in a fixed order.
+
+    Args:
+        source: What to read.
+        bad_rows: "error" raises at the first row that is not usable; "skip" counts it in `report`.
+        report: Receives the rows that "skip" leaves out.
+        tokenizer: Its chat template writes messages; other sources need none.
+
+    Yields:
+        One document, never empty.
+
+    Raises:
+        SparsifyError: The source is missing, has nothing of a known kind, cannot be read or
+            decoded, or a row is bad and `bad_rows` is "error".
+    """
+    judge = Judge(source, bad_rows, report, tokenizer)
+    found = (
+        document
+        for shard in open_source(source)
+        for number, row in shard.rows()
+        if (document := judge(shard.name, number, row)) is not None
+    )
+    documents = islice(found, source.documents)
+    if not source.joined:
+        yield from documents
+    elif texts := [str(text) for text in documents]:
+        yield "\n\n".join(texts)
+
+
+class Judge:
+    """Makes the document of a row, or accounts for the row.
+
+    Args:
+        source, bad_rows, report, tokenizer: As for `read_documents`.
+
+    Raises:
+        SparsifyError: The source has messages and the tokenizer no chat template.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        bad_rows: BadRowsPolicy,
+        report: BadRows,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._source, self._bad_rows, self._report = source, bad_rows, report
+        self._tokenizer = tokenizer
+        if source.messages_key is not None and not getattr(tokenizer, "chat_template", None):
+            raise SparsifyError(
+                f"{source.path} has messages, and the tokenizer has no chat template to write "
+                "them: use an instruction model's tokenizer, or set tokenizer.chat_template"
+            )
+
+    def __call__(self, name: str, number: int, row: object) -> Document | None:
+        """The document, or None for a row that is left out.
+
+        Args:
+            name: Of the file, for messages.
+            number: Of the row.
+            row: Its value.
+
+        Raises:
+            SparsifyError: The row is bad, and bad rows are errors.
+        """
+        document = row if isinstance(row, Unusable) else self._document(row)
+        if not isinstance(document, Unusable):
+            return document
+        where = f"{name}:{number}"
+        if self._bad_rows == "error":
+            raise SparsifyError(
+                f"{where}: {document.reason}{document.detail}; every document must be a text that "
+                "is not empty: mend it, or use --data.bad_rows skip, which counts such rows and "
+                "leaves them out"
+            )
+        self._report.add(document.reason, where)
+        return None
+
+    def _document(self, row: object) -> Document | Unusable:
+        source = self._source
+        if not isinstance(row, dict):
+            return Unusable("row is not an object")
+        for key in source.keys:
+            if key not in row:
+                return Unusable(f"no key {key!r}")
+        if source.messages_key is not None:
+            return self._conversation(row[source.messages_key])
+        texts: list[str] = []
+        for key in source.keys:
+            may_be_empty = source.joined or key == source.prompt_key
+            if (reason := _why_bad(row[key], key, may_be_empty)) is not None:
+                return Unusable(reason)
+            texts.append(row[key])
+        if not source.masked:
+            return texts[0]
+        prompt, text = texts[0], "".join(texts)
+        return Instruction(text, ((len(prompt), len(text)),))
+
+    def _conversation(self, messages: object) -> Instruction | Unusable:
+        key = self._source.messages_key
+        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+            return Unusable(f"value of {key!r} is not a list of messages")
+        turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in messages]
+        for part in (value for turn in turns for value in turn.values()):
+            if (reason := _why_bad(part, "role and content", may_be_empty=True)) is not None:
+                return Unusable(reason)
+        if not any(turn["role"] == "assistant" for turn in turns):
+            return Unusable("no message of the assistant")
+        try:
+            return self._written(turns)
+        except TemplateError as error:
+            return Unusable("messages that the chat template refuses", f" ({error})")
+
+    def _written(self, turns: list[dict[str, Any]]) -> Instruction | Unusable:
+        def write(count: int, opened: bool = False) -> str:
+            tokenizer: Any = self._tokenizer
+            text: str = tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=opened
+            )
+            return text
+
+        text = write(len(turns))
+        learned = []
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                # What comes after the words that ask the model to speak is what it says.
+                before, after = write(number, opened=True), write(number + 1)
+                if not (text.startswith(after) and after.startswith(before)):
+                    return Unusable(
+                        "turns that the chat template changes when more follow",
+                        "; it cannot be told what the assistant says: cut the row into "
+                        "conversations of one turn",
+                    )
+                learned.append((len(before), len(after)))
+        return Instruction(text, tuple(learned))
+
+
+def _why_bad(text: object, key: str, may_be_empty: bool) -> str | None:
+    if not isinstance(text, str):
+        return f"value of {key!r} is not a string"
+    if not may_be_empty and not text.strip():
+        return "empty text"
+    try:
+        text.encode()  # JSON escapes can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:
+        return "text is not valid Unicode"
+    return None

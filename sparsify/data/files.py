@@ -1,0 +1,162 @@
+"""Rows of text, JSON-lines and Parquet files."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from sparsify.data.sources import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIX,
+    TEXT_SUFFIXES,
+    Source,
+    Unusable,
+    check_columns,
+    optional,
+)
+from sparsify.errors import SparsifyError
+
+ROWS_A_READ = 1024  # of a Parquet row group, whose decoded text may be larger than memory
+
+
+class FileShard:
+    """One file of a source.
+
+    Args:
+        file: The file.
+        source: Names the keys to read.
+    """
+
+    def __init__(self, file: Path, source: Source) -> None:
+        self.name = str(file)
+        self.file, self.source = file, source
+
+    def rows(self, position: Any = None) -> "FileRows":
+        """The rows after the first `position` ones."""
+        return FileRows(self.file, self.source, position or 0)
+
+
+class FileRows(Iterator[tuple[int, object]]):
+    """Rows of one file; a position is the number of rows before it."""
+
+    def __init__(self, file: Path, source: Source, skip: int) -> None:
+        self._count = skip
+        self._rows = islice(_read(file, source), skip, None)
+
+    def __next__(self) -> tuple[int, object]:
+        row = next(self._rows)
+        self._count += 1
+        return row
+
+    def position(self) -> int:
+        """The number of rows read."""
+        return self._count
+
+
+def file_shards(source: Source) -> list[FileShard]:
+    """The files of a source, in a fixed order.
+
+    Raises:
+        SparsifyError: The path is missing, or has no file of a known kind.
+    """
+    return [FileShard(file, source) for file in _files(source.path)]
+
+
+def _read(file: Path, source: Source) -> Iterator[tuple[int, object]]:
+    try:
+        if _kind(file) == PARQUET_SUFFIX:
+            yield from _parquet(file, source)
+            return
+        with _open(file) as lines:
+            if _kind(file) in TEXT_SUFFIXES:
+                yield 1, {source.text_key: lines.read()}
+            else:
+                yield from _json_lines(lines)
+    except UnicodeDecodeError as error:
+        raise SparsifyError(
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start} of a chunk); text must "
+            "be UTF-8: convert the file"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise SparsifyError(
+            f"{file} cannot be read ({error}); every file of a source must be a readable file, "
+            "and one named .gz a whole gzip file: mend or remove it"
+        ) from error
+
+
+def _json_lines(lines: IO[str]) -> Iterator[tuple[int, object]]:
+    blank: int | None = None
+    for number, line in enumerate(lines, 1):
+        if blank is not None:
+            yield blank, Unusable("blank line")
+            blank = None
+        if not line.strip():
+            blank = number  # judged at the next line: a blank last line is no row
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = Unusable("invalid JSON", f" ({error}); each line must be one row")
+        yield number, row
+
+
+def _parquet(file: Path, source: Source) -> Iterator[tuple[int, object]]:
+    parquet = optional("pyarrow.parquet", str(file))
+    invalid = optional("pyarrow", str(file)).ArrowException
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            check_columns(file, table.schema_arrow.names, source.keys)
+            for group in range(table.num_row_groups):
+                for part in table.iter_batches(ROWS_A_READ, [group], source.keys):
+                    for row in part.to_pylist():
+                        number += 1
+                        yield number, row
+    except invalid as error:
+        raise SparsifyError(
+            f"{file} cannot be read ({error}); a file named {PARQUET_SUFFIX} must be a whole "
+            "Parquet file: mend or remove it"
+        ) from error
+
+
+def _kind(file: Path) -> str:
+    name = file.name.lower()
+    plain = name.removesuffix(".gz")
+    # Parquet compresses by itself.
+    return Path(name if plain.endswith(PARQUET_SUFFIX) else plain).suffix
+
+
+def _files(path: str) -> list[Path]:
+    root = Path(path).expanduser()
+    zipped = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+    rule = (
+        f"the names of text files end in one of {' '.join(zipped)}, each also with .gz, or in "
+        f"{PARQUET_SUFFIX}"
+    )
+    known = (*zipped, PARQUET_SUFFIX)
+    if root.is_dir():
+        # posix form: the same order, and so the same data, on every system
+        files = sorted(
+            (file for file in root.rglob("*") if file.is_file() and _kind(file) in known),
+            key=lambda file: file.relative_to(root).as_posix(),
+        )
+        if not files:
+            raise SparsifyError(f"{path} has no text file; {rule}: add one or name another folder")
+        return files
+    if not root.exists():
+        raise SparsifyError(
+            f"{path} does not exist; a source must be a file or a folder: correct the path"
+        )
+    if _kind(root) not in known:
+        raise SparsifyError(f"{path} is not a known kind of text; {rule}: rename or convert it")
+    return [root]
+
+
+def _open(file: Path) -> IO[str]:
+    # utf-8-sig: as UTF-8, less the byte order mark that some editors put first
+    if file.name.lower().endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")

@@ -1,0 +1,52 @@
+"""A run on instruction data, from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.conftest import Cli
+
+
+def test_what_is_measured_is_the_responses(
+    cli: Cli, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    words = (text / "train.txt").read_text().split()
+    rows = []
+    for i in range(0, 1200, 12):
+        split = i + 4 + i % 7
+        question, answer = " ".join(words[i:split]) + " ", " ".join(words[split : i + 12])
+        rows.append({"question": question, "answer": answer})
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "{path: chat.jsonl, prompt_key: question, response_key: answer}"
+    Path("data.yaml").write_text(
+        f"data:\n  train:\n    chat: {source}\n  validation:\n    chat: {source}\n"
+        f"  test:\n    chat: {source}\n  block_size: 16\n  batch_size: 4\n"
+    )
+    options = ["--config=data.yaml", "--strategy=maskllm", "--trainer.val_check_interval=2"]
+    cli("fit", *options, steps=3, data=False)
+    run = cli.runs()[0]
+    result = json.loads((run / "result.json").read_text())
+    assert result["run"]["tokens"] == 3 * 4 * 16
+    model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    ids: list[int] = []
+    targets: list[bool] = []
+    for row in rows:
+        for text_of, learned in ((row["question"], False), (row["answer"] + " <eos>", True)):
+            tokens = [tokenizer.convert_tokens_to_ids(word) for word in text_of.split()]
+            ids, targets = ids + tokens, targets + [learned] * len(tokens)
+    means = []
+    for start in range(0, len(ids) - 1 - 15, 16):
+        window = torch.tensor(ids[start : start + 16])
+        losses = F.cross_entropy(
+            model(input_ids=window[None]).logits[0, :-1], window[1:], reduction="none"
+        )
+        own = losses[torch.tensor(targets[start + 1 : start + 16])]
+        means += [own.mean().item()] if len(own) else []
+    assert result["scores"]["chat"]["windows"] == len(means) > 70
+    assert result["scores"]["chat"]["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
+    assert load_file(run / "export" / "masks.safetensors")
