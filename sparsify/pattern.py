@@ -74,7 +74,8 @@ class NMPattern:
         return values_OI.unflatten(-1, (-1, self.m))
 
     def top(self, scores_OI: Tensor) -> Tensor:
-        """Keep the ``n`` largest scores of every group; ties keep the lower index.
+        """Keep the ``n`` largest scores of every group; ties keep the lower index, and what is not
+        a number counts as the largest.
 
         Args:
             scores_OI: any real dtype, ``[O, I]``.
@@ -82,9 +83,16 @@ class NMPattern:
         Returns:
             bool ``[O, I]`` with exactly ``n`` True in every group.
         """
-        order = self.groups(scores_OI).argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(order, dtype=torch.bool)
-        return mask.scatter_(-1, order[..., : self.n], True).flatten(-2)
+        # Every pair is compared once, and a position is kept if fewer than n beat it: for groups of
+        # 16 or less this is several times faster than sorting them.
+        scores_OI = scores_OI.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        columns = [column.contiguous() for column in self.groups(scores_OI).unbind(-1)]
+        beaten_by = [torch.zeros_like(column, dtype=torch.int8) for column in columns]
+        for i, j in itertools.combinations(range(self.m), 2):
+            later_wins = columns[j] > columns[i]
+            beaten_by[i] += later_wins
+            beaten_by[j] += ~later_wins
+        return torch.stack([count < self.n for count in beaten_by], -1).flatten(-2)
 
     def rank(self, mask_OI: Tensor, trusted: bool = False) -> Tensor:
         """Number the candidate of every group.
