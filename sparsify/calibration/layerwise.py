@@ -1,15 +1,10 @@
-"""Runs calibration text through a model block by block.
+"""The engine of calibration: gives a strategy statistics block by block, and takes its results.
 
-One buffer holds the activations of all windows at the entry of the present block. A strategy asks
-the block for statistics (each kind is one pass over the buffer) and yields its results; then the
-block runs once more, pruned as they say, and its output takes the place of its input. A strategy
-that asks for nothing costs no forward pass at all.
+A strategy asks a block for statistics, each kind one pass over the activations at the block's
+entry, and yields its results; then the block runs once more, pruned as they say, to the entry of
+the next. A strategy that asks for nothing costs no forward pass at all.
 
-A block is run with the arguments that the model itself gave it, caught in one pass over the first
-window, so any architecture will do whose blocks pass one tensor of hidden states from each to the
-next. All windows have one length and no padding, so these arguments hold for every window.
-
-Shapes: S windows, T tokens, H hidden size, O out, I in.
+Shapes: S windows, T tokens, O out, I in.
 """
 
 import logging
@@ -20,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsify.calibration.activations import Activations, moved
 from sparsify.calibration.cache import ResultWriter, read_results, result_folder, text_hash
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.settings import Calibration
@@ -35,13 +30,6 @@ from sparsify.pattern import NMPattern
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
-
-
-class _Call(NamedTuple):
-    """How the model calls a block, less the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _BlockText(NamedTuple):
@@ -56,10 +44,6 @@ class _BlockText(NamedTuple):
 
     def gradient_norms(self) -> dict[str, Tensor]:
         return self.engine.gradient_norms(self.layers)
-
-
-class _Stop(Exception):
-    """Ends a forward pass of the model from inside."""
 
 
 class _Known(Exception):
@@ -97,10 +81,10 @@ class Layerwise:
         self._model, self._scope, self._settings = model, scope, settings
         self._base_hash, self._device, self._watch = base_hash, device, watch
         self._modules = decoder_blocks(model)
+        self._layers = masked_layers(model)
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
-        self._calls: dict[str, _Call] = {}
-        self._hidden_STH: Tensor | None = None
+        self._activations: Activations | None = None
         self._results: dict[str, LayerResult] = {}  # of the present block
         self._done: dict[str, LayerResult] = {}  # of blocks that are finished
         self._gradient_norms: dict[str, Tensor] | None = None
@@ -154,7 +138,7 @@ class Layerwise:
 
     @property
     def _patterns(self) -> dict[str, NMPattern]:
-        return {n: layer.masker.pattern for n, layer in masked_layers(self._model).items()}
+        return {name: layer.masker.pattern for name, layer in self._layers.items()}
 
     def _windows(self) -> Tensor:
         """The text; at the first call the result of an equal run may take the strategy's place."""
@@ -188,15 +172,15 @@ class Layerwise:
         self._writer = ResultWriter(folder, self._patterns)
 
     def _blocks(self) -> Iterator[Block]:
-        left = masked_layers(self._model)
+        left = dict(self._layers)
         for name in self._watch(self._modules):
             inside = {n: left.pop(n) for n in list(left) if n.startswith(f"{name}.")}
             module = self._modules[name]
-            with _moved([module], self._device):
+            with moved([module], self._device):
                 if inside:
                     yield Block(name, inside, _BlockText(self, name, inside))
-                if self._hidden_STH is not None:
-                    self._advance(name, inside)
+                if self._activations is not None:
+                    self._activations.advance(name, self._pruned(name))
             self._finish_block()
         if left:
             yield Block("", left, _BlockText(self, None, left))
@@ -216,15 +200,15 @@ class Layerwise:
                 "through these block by block; leave it dense, or take a strategy that needs no "
                 "activations"
             )
-        if self._hidden_STH is None:
-            self._start(block)
+        activations = self._activations or self._start(block)
         found: dict[str, Statistic] = {}
         window: list[tuple[Tensor, Statistic]] = []  # inputs seen in this window, kept alive
 
         def see(name: str, x_BI: Tensor) -> None:
             if name not in found:
-                shared = (stat for x, stat in window if _same(x, x_BI))
-                found[name] = next(shared, None) or kind(x_BI.shape[-1], x_BI.device)
+                shared = next((stat for x, stat in window if _same(x, x_BI)), None)
+                own = kind(x_BI.shape[-1], x_BI.device) if shared is None else shared
+                found[name] = own
             if not any(stat is found[name] and _same(x, x_BI) for x, stat in window):
                 found[name].add(x_BI.flatten(0, -2))
                 window.append((x_BI, found[name]))
@@ -235,9 +219,8 @@ class Layerwise:
                     lambda _, args, name=name: see(name, args[0])
                 )
                 stack.callback(hook.remove)
-            for index in range(self._count):
+            for _ in activations.run(block, {}):
                 window.clear()
-                self._forward(block, index, {})
         if missing := [name for name in layers if name not in found]:
             raise SparsifyError(
                 f"no calibration token reached {', '.join(missing)}; every masked layer must be "
@@ -249,171 +232,42 @@ class Layerwise:
         """See :meth:`Block.gradient_norms`."""
         if self._gradient_norms is None:
             windows_ST = self._windows()
-            with _moved([self._model], self._device):
+            with moved([self._model], self._device):
                 keep_on = torch.device("cpu") if self._settings.offload else self._device
                 self._gradient_norms = gradient_norms(
-                    self._model, masked_layers(self._model), windows_ST, keep_on
+                    self._model, self._layers, windows_ST, keep_on
                 )
         return {name: self._gradient_norms[name].to(self._device) for name in layers}
 
-    # -- activations -------------------------------------------------------------------------------
-
-    @property
-    def _count(self) -> int:
-        return len(self._windows())
-
-    def _start(self, block: str) -> None:
-        """Catch what enters the first block, and how each is called; go to ``block``."""
-        self._windows()
-        inside = {id(m) for block in self._modules.values() for m in block.modules()}
-        shell = [m for m in self._model.modules() if id(m) not in inside]
-        with _moved(shell, self._device, recurse=False):
-            self._catch_calls()
-            self._catch_hidden()
-        for name in self._modules:
-            if name == block:
-                return
-            with _moved([self._modules[name]], self._device):
-                self._advance(name, {})
-
-    def _catch_calls(self) -> None:
-        """Run the first window through all blocks; remember each one's arguments."""
-        names = list(self._modules)
-        before: dict[str, Tensor] = {}
-
-        def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            hidden, self._calls[name] = _split(name, args, kwargs)
-            if before and not torch.equal(before["output"], hidden):
-                raise _not_replayable(
-                    name, "what enters it is not what the block before it returned"
-                )
-
-        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            before["output"] = _hidden_of(name, output)
-            if name == names[-1]:
-                raise _Stop
-
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                moves = _moved([module], self._device)
-                for hook in (
-                    module.register_forward_pre_hook(lambda *_, m=moves: _ignore(m.__enter__())),
-                    module.register_forward_pre_hook(
-                        lambda m, a, k, name=name: enter(name, m, a, k), with_kwargs=True
-                    ),
-                    module.register_forward_hook(
-                        lambda *_, m=moves: _ignore(m.__exit__(None, None, None))
-                    ),
-                    module.register_forward_hook(lambda m, a, o, name=name: leave(name, m, a, o)),
-                ):
-                    stack.callback(hook.remove)
-            self._run_model(0)
-        if missing := [name for name in names if name not in self._calls]:
-            raise _not_replayable(missing[0], "the model's forward pass does not call it")
-
-    def _catch_hidden(self) -> None:
-        """Fill the buffer with what enters the first block."""
-        first = next(iter(self._modules))
-
-        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            hidden, _ = _split(first, args, kwargs)
-            if self._hidden_STH is None:
-                keep_on = torch.device("cpu") if self._settings.offload else hidden.device
-                self._hidden_STH = hidden.new_empty(
-                    (self._count, *hidden.shape[1:]), device=keep_on
-                )
-            self._hidden_STH[index] = hidden[0]
-            raise _Stop
-
-        hook = self._modules[first].register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            for index in range(self._count):  # noqa: B007  # read by the hook
-                self._run_model(index)
-        finally:
-            hook.remove()
-
-    def _run_model(self, index: int) -> None:
-        tokens = self._windows()[index : index + 1].to(self._device)
-        try:
-            self._model(input_ids=tokens, use_cache=False)
-        except _Stop:
-            return
-
-    def _advance(self, block: str, layers: Mapping[str, MaskedLinear]) -> None:
-        """Run a block over all windows, pruned as its results say; keep its output."""
-        weights = {}
-        if self._settings.activations == "pruned":
-            for name, result in self._results.items():
-                if name in layers:
-                    parameter, value = _pruned(layers[name], result)
-                    weights[f"{name.removeprefix(f'{block}.')}.{parameter}"] = value
-        for index in range(self._count):
-            hidden = self._forward(block, index, weights)
-            self._hidden_STH[index] = hidden[0]  # type: ignore[index]
-
-    def _forward(self, block: str, index: int, weights: dict[str, Tensor]) -> Tensor:
-        call = self._calls[block]
-        hidden_BTH = self._hidden_STH[index : index + 1].to(self._device)  # type: ignore[index]
-        output = functional_call(
-            self._modules[block], weights, (hidden_BTH, *call.args), call.kwargs
+    def _start(self, block: str) -> Activations:
+        """Read the text, and go to the entry of a block; those before it hold no masked layer."""
+        activations = Activations(
+            self._model, self._modules, self._windows(), self._device, self._settings.offload
         )
-        return _hidden_of(block, output)
+        for name, module in self._modules.items():
+            if name == block:
+                break
+            with moved([module], self._device):
+                activations.advance(name, {})
+        self._activations = activations
+        return activations
 
-
-def _pruned(layer: MaskedLinear, result: LayerResult) -> tuple[str, Tensor]:
-    weight_OI = layer.weight_OI if result.weight is None else result.weight
-    pruned_OI = torch.where(result.mask.to(weight_OI.device), weight_OI, 0)
-    return "weight", layer.as_stored(pruned_OI.to(layer.weight))
-
-
-def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-    if args and isinstance(args[0], Tensor):
-        return args[0], _Call(args[1:], kwargs)
-    hidden = kwargs.get("hidden_states")
-    if isinstance(hidden, Tensor):
-        return hidden, _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-    raise _not_replayable(name, "it is called without a tensor of hidden states")
-
-
-def _hidden_of(name: str, output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, Tensor):
-        raise _not_replayable(name, f"it returns {type(hidden).__name__}, not hidden states")
-    return hidden
-
-
-def _not_replayable(name: str, reason: str) -> SparsifyError:
-    return SparsifyError(
-        f"{name} cannot be calibrated by itself: {reason}; layerwise calibration needs blocks that "
-        "pass one tensor of hidden states from each to the next: take a strategy that needs no "
-        "activations"
-    )
+    def _pruned(self, block: str) -> dict[str, Tensor]:
+        """The weights with which a block is left, by name within it."""
+        if self._settings.activations == "dense":
+            return {}
+        weights = {}
+        for name, result in self._results.items():
+            layer = self._layers[name]
+            weight_OI = layer.weight_OI if result.weight is None else result.weight
+            pruned_OI = torch.where(result.mask.to(weight_OI.device), weight_OI, 0)
+            stored = layer.as_stored(pruned_OI.to(layer.weight))
+            weights[f"{name.removeprefix(f'{block}.')}.weight"] = stored
+        return weights
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
-
-
-def _ignore(_: Any) -> None:
-    """A hook that returns something would change what the module is given."""
-
-
-@contextmanager
-def _moved(
-    modules: Iterable[nn.Module], device: torch.device, recurse: bool = True
-) -> Iterator[None]:
-    """Have the modules' tensors on a device, and afterwards where they were before."""
-    places: list[tuple[nn.Module, torch.device]] = []
-    try:
-        for module in modules:
-            tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-            if tensors and tensors[0].device != device:
-                places.append((module, tensors[0].device))
-                module._apply(lambda t: t.to(device), recurse)
-        yield
-    finally:
-        for module, place in places:
-            module._apply(lambda t, place=place: t.to(place), recurse)
 
 
 @contextmanager

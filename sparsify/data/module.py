@@ -6,6 +6,7 @@ Shapes: B batch, T tokens of a block.
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.base import EMBEDDED_FOLDER
+from sparsify.base import EMBEDDED, EMBEDDED_FOLDER
 from sparsify.batch import TokenBatch
 from sparsify.data.blend import (
     BatchesOfRank,
@@ -51,8 +52,9 @@ class TextDataModule(LightningDataModule):
 
     A split is one path, a list of paths (each named after its file, with the folder's name before
     it where two would be the same), or a mapping of names to paths
-    or `Source`. With no `train` the text that comes with the package is used, for `validation` and
-    `test` also where they are not given. With `train`, a split that is not given is absent.
+    or `Source`. ``embedded:NAME`` is one of the texts that come with the package. With no `train`
+    the text that comes with the package is used, for `validation` and `test` also where they are
+    not given. With `train`, a split that is not given is absent.
 
     Args:
         train: Sources of the training split, read as one blend.
@@ -407,10 +409,19 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _embedded(split: Split) -> dict[str, Source]:
-    return {
-        name: Source(str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
-        for name in EMBEDDED_NAMES
-    }
+    return {name: _located(Source(f"{EMBEDDED}:{name}"), split) for name in EMBEDDED_NAMES}
+
+
+def _located(source: Source, split: Split) -> Source:
+    """With the file of the package's own text where a path such as ``embedded:python`` names it."""
+    kind, _, name = source.path.partition(":")
+    if kind != EMBEDDED:
+        return source
+    if name not in EMBEDDED_NAMES:
+        raise SparsifyError(
+            f"{split}: there is no embedded text {name!r}; there are {', '.join(EMBEDDED_NAMES)}"
+        )
+    return replace(source, path=str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
 
 
 def _named(split: Split, sources: Sources) -> dict[str, Source]:
@@ -422,9 +433,10 @@ def _named(split: Split, sources: Sources) -> dict[str, Source]:
             "folder, or leave it out"
         )
     if isinstance(sources, Mapping):
-        return {n: Source(s) if isinstance(s, str) else s for n, s in sources.items()}
+        given = {n: Source(s) if isinstance(s, str) else s for n, s in sources.items()}
+        return {name: _located(source, split) for name, source in given.items()}
     paths = [sources] if isinstance(sources, str) else sources
-    names = [source_stem(path) for path in paths]
+    names = [source_stem(path.removeprefix(f"{EMBEDDED}:")) for path in paths]
     counts = Counter(names)
     named: dict[str, Source] = {}
     for path, stem in zip(paths, names, strict=True):
@@ -433,5 +445,5 @@ def _named(split: Split, sources: Sources) -> dict[str, Source]:
         while name in named:
             number += 1
             name = f"{base}-{number}"
-        named[name] = Source(path)
+        named[name] = _located(Source(path), split)
     return named

@@ -1,0 +1,188 @@
+"""Runs decoder blocks one by one over all windows of calibration text.
+
+One buffer holds the activations of all windows at the entry of the present block; the block's
+output takes their place. A block is run with the arguments that the model itself gave it, caught in
+one pass over the first window, so any architecture will do whose blocks pass one tensor of hidden
+states from each to the next. All windows have one length and no padding, so these arguments hold
+for every window.
+
+Shapes: B batch (of one window), S windows, T tokens, H hidden size.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from sparsify.errors import SparsifyError
+
+
+class _Call(NamedTuple):
+    """How the model calls a block, less the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a forward pass of the model from inside."""
+
+
+class Activations:
+    """The activations at the entry of one block, of all windows.
+
+    Args:
+        model: on CPU or on ``device``.
+        blocks: its decoder blocks by qualified name, in order.
+        windows_ST: token ids, int64.
+        device: where to compute; what is elsewhere is moved there for the time of its use.
+        offload: keep the buffer in main memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Mapping[str, nn.Module],
+        windows_ST: Tensor,
+        device: torch.device,
+        offload: bool,
+    ) -> None:
+        self._model, self._blocks = model, blocks
+        self._windows_ST, self._device = windows_ST, device
+        self._keep_on = torch.device("cpu") if offload else device
+        self._calls: dict[str, _Call] = {}
+        inside = {id(m) for block in blocks.values() for m in block.modules()}
+        shell = [m for m in model.modules() if id(m) not in inside]
+        with moved(shell, device, recurse=False):
+            self._catch_calls()
+            self._hidden_STH = self._catch_hidden()
+
+    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Run a block over all windows; yields its output, ``[1, T, H]``, for each.
+
+        Args:
+            block: the block at whose entry the activations are.
+            weights: Parameters to use in place of the block's own, by name within it.
+        """
+        call = self._calls[block]
+        for hidden_TH in self._hidden_STH:
+            hidden_BTH = hidden_TH[None].to(self._device)
+            output = functional_call(
+                self._blocks[block], dict(weights), (hidden_BTH, *call.args), call.kwargs
+            )
+            yield _hidden_of(block, output)
+
+    def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
+        """Go on to the entry of the next block; arguments as for :meth:`run`."""
+        for index, output_BTH in enumerate(self.run(block, weights)):
+            self._hidden_STH[index] = output_BTH[0]
+
+    def _catch_calls(self) -> None:
+        """Run the first window through all blocks; remember each one's arguments."""
+        names = list(self._blocks)
+        before: dict[str, Tensor] = {}
+
+        def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            hidden, self._calls[name] = _split(name, args, kwargs)
+            if before and not torch.equal(before["output"], hidden):
+                raise _not_replayable(
+                    name, "what enters it is not what the block before it returned"
+                )
+
+        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            before["output"] = _hidden_of(name, output)
+            if name == names[-1]:
+                raise _Stop
+
+        with ExitStack() as stack:
+            for name, module in self._blocks.items():
+                moves = moved([module], self._device)
+                for hook in (
+                    module.register_forward_pre_hook(lambda *_, m=moves: _ignore(m.__enter__())),
+                    module.register_forward_pre_hook(
+                        lambda m, a, k, name=name: enter(name, m, a, k), with_kwargs=True
+                    ),
+                    module.register_forward_hook(
+                        lambda *_, m=moves: _ignore(m.__exit__(None, None, None))
+                    ),
+                    module.register_forward_hook(lambda m, a, o, name=name: leave(name, m, a, o)),
+                ):
+                    stack.callback(hook.remove)
+            self._run_model(0)
+        if missing := [name for name in names if name not in self._calls]:
+            raise _not_replayable(missing[0], "the model's forward pass does not call it")
+
+    def _catch_hidden(self) -> Tensor:
+        """What enters the first block."""
+        first = next(iter(self._blocks))
+        caught: list[Tensor] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            caught.append(_split(first, args, kwargs)[0][0].to(self._keep_on))
+            raise _Stop
+
+        hook = self._blocks[first].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            for index in range(len(self._windows_ST)):
+                self._run_model(index)
+        finally:
+            hook.remove()
+        return torch.stack(caught)
+
+    def _run_model(self, index: int) -> None:
+        tokens = self._windows_ST[index : index + 1].to(self._device)
+        try:
+            self._model(input_ids=tokens, use_cache=False)
+        except _Stop:
+            return
+
+
+def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
+    if args and isinstance(args[0], Tensor):
+        return args[0], _Call(args[1:], kwargs)
+    hidden = kwargs.get("hidden_states")
+    if isinstance(hidden, Tensor):
+        return hidden, _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+    raise _not_replayable(name, "it is called without a tensor of hidden states")
+
+
+def _hidden_of(name: str, output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise _not_replayable(name, f"it returns {type(hidden).__name__}, not hidden states")
+    return hidden
+
+
+def _not_replayable(name: str, reason: str) -> SparsifyError:
+    return SparsifyError(
+        f"{name} cannot be calibrated by itself: {reason}; layerwise calibration needs blocks that "
+        "pass one tensor of hidden states from each to the next: take a strategy that needs no "
+        "activations"
+    )
+
+
+def _ignore(_: Any) -> None:
+    """A hook that returns something would change what the module is given."""
+
+
+@contextmanager
+def moved(
+    modules: Iterable[nn.Module], device: torch.device, recurse: bool = True
+) -> Iterator[None]:
+    """Have the modules' tensors on a device, and afterwards each where it was before."""
+    places: list[tuple[nn.Module, torch.device]] = []
+    try:
+        for module in modules:
+            for part in module.modules() if recurse else [module]:
+                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+                if tensors and tensors[0].device != device:
+                    places.append((part, tensors[0].device))
+                    part._apply(lambda t: t.to(device), recurse=False)
+        yield
+    finally:
+        for part, place in places:
+            part._apply(lambda t, place=place: t.to(place), recurse=False)
