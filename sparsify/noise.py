@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 _BITS = 23  # (2**23 - 1 + 0.5) / 2**23 is below 1 in fp32; with 24 bits it would round to 1
+# Numbers that a CPU makes at once, so that all steps of the hash find them in its cache.
+_IN_CACHE = 1 << 16
 
 
 def fold(*words: int | str) -> Tensor:
@@ -27,13 +29,16 @@ def fold(*words: int | str) -> Tensor:
     return torch.tensor(int.from_bytes(digest, "little", signed=True))
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Permute int32 so that nearby numbers become unrelated: xor-shifts (logical) and odd
-    multipliers.
+def _mix_(x: Tensor, spare: Tensor) -> Tensor:
+    """Permute int32 in place so that nearby numbers become unrelated: xor-shifts (logical) and odd
+    multipliers. ``spare`` is room of the same shape.
     """
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x735A2D97
-    return x ^ ((x >> 15) & 0x1FFFF)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None)):
+        torch.bitwise_right_shift(x, shift, out=spare)
+        x.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1))
+        if factor is not None:
+            x.mul_(factor)
+    return x
 
 
 def uniform(
@@ -52,12 +57,23 @@ def uniform(
     """
     row = torch.arange(row0, row0 + rows, device=device, dtype=torch.int32)[:, None]
     column = torch.arange(elements, device=device, dtype=torch.int32)
-    first = _mix(row + (key >> 32).int())
+    first = _mix_(row + (key >> 32).int(), torch.empty_like(row))
     # Rows whose `first` differ in low bits only would hold the same numbers in another order;
     # `second` parts them.
-    second = _mix(first ^ key.int())
-    bits = _mix(_mix(column ^ first) + second)
-    return (((bits >> (32 - _BITS)) & (2**_BITS - 1)).float() + 0.5).mul_(2.0**-_BITS)
+    second = _mix_(first ^ key.int(), torch.empty_like(row))
+    out = torch.empty(rows, elements, device=device)
+    at_once = rows
+    if out.device.type == "cpu" and not torch.compiler.is_compiling():
+        at_once = max(1, _IN_CACHE // elements)
+    spare = torch.empty(at_once, elements, device=device, dtype=torch.int32)
+    for start in range(0, rows, at_once):
+        some = slice(start, min(start + at_once, rows))
+        bits = column ^ first[some]
+        room = spare[: len(bits)]
+        _mix_(_mix_(bits, room).add_(second[some]), room)
+        bits.bitwise_right_shift_(32 - _BITS).bitwise_and_(2**_BITS - 1)
+        out[some].copy_(bits).add_(0.5).mul_(2.0**-_BITS)
+    return out
 
 
 def gumbel(
