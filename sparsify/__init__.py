@@ -1,6 +1,7 @@
 """Learn, evaluate and export N:M sparse masks for Hugging Face language models."""
 
 from sparsify.api import Sparsified, sparsify
+from sparsify.calibration import Calibration, Hessian, Moments
 from sparsify.data import Source, TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.masker import Draw, FixedMasker, Masker
@@ -11,10 +12,13 @@ from sparsify.strategy import Block, LayerResult, Run, RunResult, SparsityStrate
 
 __all__ = [
     "Block",
+    "Calibration",
     "Draw",
     "FixedMasker",
+    "Hessian",
     "LayerResult",
     "Masker",
+    "Moments",
     "NMPattern",
     "Run",
     "RunResult",

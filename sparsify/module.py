@@ -197,6 +197,9 @@ class SparseCausalLM(LightningModule):
         for layer in left.values():
             self.strategy.init_masker(layer.masker, layer.weight_OI, None)
         self.calibrated = engine.record
+        if engine.record is not None and trainer is not None:
+            text = cast(Any, trainer).datamodule.describe("train")
+            engine.record["sources"] = text["sources"]
 
     def calibration_windows(self) -> Tensor:
         """Windows of training text, int64 ``[S, T]``."""
