@@ -35,12 +35,29 @@ class SavedMasks(SparsityStrategy):
         return description
 
 
-def make_prior(prior: SparsityStrategy | str | None) -> SparsityStrategy | None:
-    """The strategy whose masks another one starts from.
+class MasksOnly(SparsityStrategy):
+    """The masks of a strategy that would update weights too; later blocks see them on the weights
+    as they are.
+
+    Args:
+        strategy: whose masks.
+    """
+
+    def __init__(self, strategy: SparsityStrategy) -> None:
+        super().__init__()
+        self.strategy = strategy
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for name, result in self.strategy.calibrate(blocks):
+            yield name, LayerResult(result.mask)
+
+
+def make_prior(prior: SparsityStrategy | str) -> SparsityStrategy:
+    """The strategy whose masks another one starts from; its results hold no weights.
 
     Args:
         prior: a strategy, the name of one, a mask file or an exported folder.
     """
-    if not isinstance(prior, str):
-        return prior
-    return SavedMasks(prior) if Path(prior).exists() else make_strategy(prior)
+    if isinstance(prior, str):
+        prior = SavedMasks(prior) if Path(prior).exists() else make_strategy(prior)
+    return prior if prior.weights == "frozen" else MasksOnly(prior)

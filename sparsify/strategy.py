@@ -201,8 +201,7 @@ class SparsityStrategy(nn.Module):
         settings: dict[str, Any] = {
             name: value
             for name, value in vars(self).items()
-            if isinstance(value, bool | int | float | str | list)
-            and name not in ("training", "weights")
+            if _is_plain(value) and name not in ("training", "weights")
         }
         settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
         settings |= {
@@ -212,3 +211,8 @@ class SparsityStrategy(nn.Module):
         }
         path = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": path, "weights": self.weights, "settings": settings}
+
+
+def _is_plain(value: object) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, bool | int | float | str) for part in parts)

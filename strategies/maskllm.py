@@ -141,7 +141,7 @@ class MaskLLM(SparsityStrategy):
         hard: bool = False,
     ) -> None:
         super().__init__()
-        self.prior = make_prior(prior)
+        self.prior = None if prior is None else make_prior(prior)
         self.alpha = alpha
         self.init_std = init_std
         self.hard = hard
@@ -158,9 +158,7 @@ class MaskLLM(SparsityStrategy):
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        found = iter(()) if self.prior is None else self.prior.calibrate(blocks)
-        # Only the prior's masks: a weight that it would update stays as it is here.
-        return ((name, LayerResult(result.mask)) for name, result in found)
+        return iter(()) if self.prior is None else self.prior.calibrate(blocks)
 
     def calibrator(self) -> SparsityStrategy:
         return self if self.prior is None else self.prior

@@ -34,6 +34,12 @@ SIZES = {
 WORDS = [f"w{i}" for i in range(62)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep results of calibration in a folder of this session, not in the user's."""
+    os.environ["SPARSIFY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """64 entries: 62 words, an unknown one and the end of text."""
     vocab = {word: i for i, word in enumerate([EOS, "<unk>", *WORDS])}

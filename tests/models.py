@@ -2,9 +2,13 @@
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -42,6 +46,36 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return _randomised(GPT2LMHeadModel, config)
 
 
+def tiny_opt() -> OPTForCausalLM:
+    """Two blocks with biases everywhere, learned positions and a tied head."""
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        init_std=0.2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _randomised(OPTForCausalLM, config)
+
+
+def tiny_gemma3() -> Gemma3ForCausalLM:
+    """Three blocks that are called differently: attention to 4 tokens, to all, and to 4."""
+    sizes = SIZES | {
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "pad_token_id": None,
+    }
+    return _randomised(Gemma3ForCausalLM, Gemma3TextConfig(**sizes))
+
+
 def _randomised(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -52,4 +86,11 @@ def _randomised(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
     return model
 
 
-FAMILIES = {"llama": tiny_llama, "tied llama": tied_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2}
+FAMILIES = {
+    "llama": tiny_llama,
+    "tied llama": tied_llama,
+    "qwen2": tiny_qwen2,
+    "gpt2": tiny_gpt2,
+    "opt": tiny_opt,
+    "gemma3": tiny_gemma3,
+}

@@ -223,7 +223,8 @@ def test_a_run_of_no_steps(fails: Fails) -> None:
 @pytest.mark.parametrize("command", ["fit", "test", "export"])
 def test_neither_strategy_nor_checkpoint(fails: Fails, command: str) -> None:
     message = fails(command)
-    assert f"sparsify {command} needs --strategy NAME (dense, magnitude, maskllm" in message
+    assert f"sparsify {command} needs --strategy NAME (admm, dense, " in message
+    assert "magnitude, maskllm, " in message
     assert "--ckpt_path" in message
 
 

@@ -28,6 +28,7 @@ def test_what_is_measured_is_the_responses(
         f"  test:\n    chat: {source}\n  block_size: 16\n  batch_size: 4\n"
     )
     options = ["--config=data.yaml", "--strategy=maskllm", "--trainer.val_check_interval=2"]
+    options += ["--model.calibration.samples=16"]
     cli("fit", *options, steps=3, data=False)
     run = cli.runs()[0]
     result = json.loads((run / "result.json").read_text())

@@ -22,6 +22,7 @@ RUN = [
     "--logger=csv",
     "--trainer.log_every_n_steps=1",
     "--masks.every_n_steps=2",
+    "--model.calibration.samples=16",
 ]
 
 

@@ -1,13 +1,14 @@
 """Results of calibration on disk, under the hash of all that they depend on.
 
-One folder a result, one safetensors file a layer in the order of computation; the folder gets its
-name when it is whole.
+One folder a result, one safetensors file a layer in the order of computation, and their hashes; the
+folder gets its name when it is whole.
 """
 
 import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from sparsify.strategy import LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
 
+INDEX = "files.json"
 ENGINE = tuple(sorted(Path(__file__).parent.glob("*.py")))
 
 
@@ -36,31 +38,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sparsify"
 
 
-def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path:
-    """Where a result is kept: under the hash of what it depends on.
+def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path | None:
+    """Where a result is kept: under the hash of what it depends on. None if that cannot be told.
 
     Args:
-        strategy: whose results they are; its settings and its source code count.
+        strategy: whose results they are; all that it holds and its source code count.
         inputs: base model, text, pattern, layers: anything that JSON takes.
     """
-    parts = [part for part in strategy.modules() if isinstance(part, SparsityStrategy)]
-    classes = {cls for part in parts for cls in type(part).__mro__}
+    classes = {cls for part in strategy.modules() for cls in type(part).__mro__}
     sources = {
         sys.modules[cls.__module__].__file__ for cls in classes if issubclass(cls, SparsityStrategy)
     }
-    files = [*ENGINE, *sorted(Path(source) for source in sources if source)]
-    content = {
-        "strategy": strategy.describe(),
-        # A setting of any other type counts too: what has no plain repr is never found again.
-        "state": [
-            {key: repr(value) for key, value in vars(part).items() if not key.startswith("_")}
-            for part in parts
-        ],
-        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        **inputs,
-    }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / key
+    try:
+        state = pickle.dumps(strategy)
+    except Exception as error:  # an object's own __reduce__ may raise anything
+        log.warning("the calibration's result is not kept: %s", error)
+        return None
+    digest = hashlib.sha256(state)
+    for file in [*ENGINE, *sorted(Path(source) for source in sources if source)]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    content = {"strategy": strategy.describe(), **inputs}
+    digest.update(json.dumps(content, sort_keys=True).encode())
+    return cache_folder() / digest.hexdigest()
 
 
 def text_hash(windows_ST: Tensor) -> str:
@@ -81,7 +80,7 @@ class ResultWriter:
     def __init__(self, folder: Path, patterns: Mapping[str, NMPattern]) -> None:
         self._folder, self._patterns = folder, patterns
         self._partial: Path | None = None
-        self._count = 0
+        self._hashes: dict[str, str] = {}  # by file name
         with self._guard():
             folder.parent.mkdir(parents=True, exist_ok=True)
             self._partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
@@ -102,14 +101,16 @@ class ResultWriter:
         tensors = {"rank_OG": rank_OG.cpu().contiguous()}
         if result.weight is not None:
             tensors["weight_OI"] = result.weight.cpu().contiguous()
+        path = self._partial / f"{len(self._hashes):05}.safetensors"
         with self._guard():
-            save_file(tensors, self._partial / f"{self._count:05}.safetensors", {"layer": name})
-        self._count += 1
+            save_file(tensors, path, {"layer": name})
+            self._hashes[path.name] = _hash(path)
 
     def finish(self) -> None:
         """Put the result in its place, unless another run was faster."""
         if self._partial is not None and not self._folder.exists():
             with self._guard():
+                (self._partial / INDEX).write_text(json.dumps(self._hashes), encoding="utf-8")
                 self._partial.rename(self._folder)
                 log.info("kept the calibration's result in %s", self._folder)
 
@@ -128,16 +129,24 @@ def read_results(
     Raises:
         SparsifyError: a file is damaged.
     """
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                name = file.metadata()["layer"]
-                mask_OI = patterns[name].unrank(file.get_tensor("rank_OG"))
-                updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
-                weight_OI = file.get_tensor("weight_OI") if updated else None
-        except (OSError, SafetensorError) as error:
-            raise SparsifyError(
-                f"{path}, a result of an earlier calibration, is damaged ({error}); delete its "
-                "folder, or give --model.calibration.cache false"
-            ) from error
+    try:
+        hashes = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        damaged = [name for name, digest in hashes.items() if _hash(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        damaged = [str(error)]
+    if damaged:
+        raise SparsifyError(
+            f"{folder}, the result of an earlier calibration, is damaged ({', '.join(damaged)}); "
+            "delete it, or give --model.calibration.cache false"
+        )
+    for file_name in hashes:
+        with safe_open(folder / file_name, framework="pt") as file:
+            name = file.metadata()["layer"]
+            mask_OI = patterns[name].unrank(file.get_tensor("rank_OG"))
+            updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
+            weight_OI = file.get_tensor("weight_OI") if updated else None
         yield name, LayerResult(mask_OI, weight_OI)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -44,7 +44,8 @@ def gradient_norms(
     with ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.requires_grad_(False).grad = None
         for layer in layers.values():
             weight: nn.Parameter = layer.weight  # type: ignore[assignment]
             if weight not in stored:

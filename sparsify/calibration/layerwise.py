@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,18 +32,22 @@ from sparsify.strategy import Block, LayerResult, SparsityStrategy
 log = logging.getLogger("sparsify")
 
 
-class _BlockText(NamedTuple):
-    """The statistics of one block's layers."""
+class _BlockText:
+    """The statistics of one block's layers, each kind collected once."""
 
-    engine: "Layerwise"
-    block: str | None
-    layers: Mapping[str, MaskedLinear]
+    def __init__(
+        self, engine: "Layerwise", block: str | None, layers: Mapping[str, MaskedLinear]
+    ) -> None:
+        self._engine, self._block, self._layers = engine, block, layers
+        self._collected: dict[Any, dict[str, Any]] = {}
 
     def collect(self, kind: Callable[[int, torch.device], Any]) -> dict[str, Any]:
-        return self.engine.collect(self.block, self.layers, kind)
+        if kind not in self._collected:
+            self._collected[kind] = self._engine.collect(self._block, self._layers, kind)
+        return self._collected[kind]
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        return self.engine.gradient_norms(self.layers)
+        return self._engine.gradient_norms(self._layers)
 
 
 class _Known(Exception):
@@ -166,6 +170,8 @@ class Layerwise:
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
         inputs = {"base": self._base_hash, "text": self.record, "layers": patterns}
         folder = result_folder(strategy, inputs)
+        if folder is None:
+            return
         if folder.exists():
             log.info("calibration's result of an earlier run, from %s", folder)
             raise _Known(folder)

@@ -225,8 +225,8 @@ class TextDataModule(LightningDataModule):
             if share > len(blocks):
                 raise SparsifyError(
                     f"calibration asks for {share} of {samples} blocks from train source {name}, "
-                    f"which has {len(blocks)}; blocks are used once: ask for fewer samples, or "
-                    "add text"
+                    f"which has {len(blocks)}; blocks are used once: ask for fewer with "
+                    "--model.calibration.samples, or add text"
                 )
             chosen.append(blocks[rng.permutation(len(blocks))[:share]])
         return unmarked(torch.cat(chosen)[rng.permutation(samples)])

@@ -23,14 +23,22 @@ import sparsify.strategies
 from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrategy, TextDataModule
 from sparsify.base import hash_parameters
 from sparsify.batch_run import BatchRun
+from sparsify.calibration import Calibration, Layerwise
 from sparsify.callbacks.annealing import Annealing
 from sparsify.export import export
 from sparsify.inject import base_parameters, hard_masks, masked_layers
 from sparsify.masker import Masking
 from sparsify.registry import STRATEGIES, plugins
+from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dense import Dense
+from sparsify.strategies.dsnot import DSnoT
+from sparsify.strategies.gblm import GBLM
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategies.pruner_zero import PrunerZero
+from sparsify.strategies.ria import RIA
+from sparsify.strategies.sparsegpt import SparseGPT
+from sparsify.strategies.wanda import Wanda
 from sparsify.trainer import Trainer
 from tests.conftest import tiny_llama
 
@@ -57,10 +65,20 @@ ANY = ("2:4", "1:4", "2:8", "4:8", "8:16")
 CASES = [
     Case("dense", Dense, (), learns=False),
     Case("magnitude", Magnitude, ANY, learns=False),
+    Case("wanda", Wanda, ANY, learns=False),
+    Case("sparsegpt", SparseGPT, ANY, learns=False),
+    Case("sparsegpt, updated", lambda: SparseGPT(update_weights=True), ANY, learns=False),
+    Case("ria", RIA, ANY, learns=False),
+    Case("gblm", GBLM, ANY, learns=False),
+    Case("pruner_zero", PrunerZero, ANY, learns=False),
+    Case("admm", ADMM, ANY, learns=False),
+    Case("dsnot", lambda: DSnoT(skip=[]), ANY, learns=False),
     Case("maskllm", MaskLLM),
+    Case("maskllm, magnitude prior", lambda: MaskLLM(prior="magnitude")),
     Case("maskllm, hard samples", lambda: MaskLLM(hard=True)),
     Case("maskllm, no prior", lambda: MaskLLM(prior=None)),
 ]
+UNREAD = ("magnitude", "magnitude prior", "no prior")  # those that need no text
 LEARNING = [case for case in CASES if case.learns]
 PRUNING = [case for case in CASES if case.patterns]
 
@@ -106,14 +124,19 @@ class Setting:
     def module(
         self, case: Case, model: PreTrainedModel | None = None, **options: Any
     ) -> SparseCausalLM:
-        """A module that is not built yet."""
+        """A module that is not built yet; it calibrates each time anew."""
         return SparseCausalLM.from_model(
-            model or tiny_llama(), self.tokenizer, case.make(), **options
+            model or tiny_llama(),
+            self.tokenizer,
+            case.make(),
+            calibration=Calibration(samples=16, cache=False),
+            **options,
         )
 
     def built(self, case: Case, **options: Any) -> SparseCausalLM:
         """A module with its first masks, without a Trainer."""
         module = self.module(case, **options)
+        module.calibration_windows = lambda: self.data().calibration(16)  # type: ignore[method-assign]
         module.configure_model()
         module._calibrate()
         return module
@@ -133,8 +156,18 @@ class Setting:
     ) -> tuple[Trainer, Recorder]:
         """Train, and tell what happened."""
         recorder = Recorder(stop_after, self.folder / "stopped.ckpt")
-        trainer = Trainer(
-            max_steps=steps,
+        trainer = self.trainer(max_steps=steps, callbacks=[Annealing(), recorder], **settings)
+        trainer.fit(
+            module,
+            datamodule=self.data(),
+            ckpt_path=ckpt_path,
+            weights_only=False if ckpt_path else None,
+        )
+        return trainer, recorder
+
+    def trainer(self, **settings: Any) -> Trainer:
+        """A quiet one, on CPU."""
+        return Trainer(
             accelerator="cpu",
             devices=1,
             logger=False,
@@ -145,16 +178,8 @@ class Setting:
             num_sanity_val_steps=0,
             limit_val_batches=0,
             default_root_dir=self.folder,
-            callbacks=[Annealing(), recorder],
             **settings,
         )
-        trainer.fit(
-            module,
-            datamodule=self.data(),
-            ckpt_path=ckpt_path,
-            weights_only=False if ckpt_path else None,
-        )
-        return trainer, recorder
 
 
 @pytest.fixture
@@ -239,8 +264,20 @@ def test_a_run_changes_what_the_strategy_declares_and_nothing_else(
     trainer, recorder = setting.fit(module)
     assert trainer.global_step == (3 if case.learns else 1)
     assert all(math.isfinite(loss) for loss in recorder.losses)
+    assert module.base_hash == before
     if module.strategy.weights in ("frozen", "proxy"):
-        assert hash_parameters(base_parameters(module.lm)) == before == module.base_hash
+        assert hash_parameters(base_parameters(module.lm)) == before
+    if module.strategy.weights == "updated":
+        dense = dict(tiny_llama().named_parameters())
+        layers = masked_layers(module.lm)
+        assert len(layers) == 14
+        for name, parameter in base_parameters(module.lm).items():
+            changed = parameter != dense[name]
+            if (layer := layers.get(name.removesuffix(".weight"))) is None:
+                assert not bool(changed.any()), name
+            else:  # the kept ones, too
+                assert bool(changed[layer.masker.hard_mask(layer.weight_OI)].any()), name
+    if module.strategy.weights != "trained":
         for gradients in recorder.gradients:
             assert all(".masker." in name or name == "anchor" for name in gradients)
     after = masker_state(module)
@@ -281,7 +318,9 @@ def test_a_resumed_run_continues_bit_for_bit(case: Case, setting: Setting) -> No
 
 
 @cases()
-def test_a_checkpoint_holds_no_frozen_weights(case: Case, setting: Setting) -> None:
+def test_a_checkpoint_holds_what_the_run_changes_and_no_frozen_weights(
+    case: Case, setting: Setting
+) -> None:
     module = setting.module(case)
     trainer, _ = setting.fit(module)
     path = setting.folder / "c.ckpt"
@@ -294,10 +333,37 @@ def test_a_checkpoint_holds_no_frozen_weights(case: Case, setting: Setting) -> N
         base_bytes = sum(p.nbytes for p in base_parameters(module.lm).values())
         learned_bytes = sum(v.nbytes for v in saved.values())
         assert path.stat().st_size < 3 * learned_bytes + base_bytes / 2  # values and two moments
+    if module.strategy.weights == "updated":
+        assert saved.keys() == module.state_dict().keys()
     fresh = setting.module(case)
     fresh.on_load_checkpoint(torch.load(path, weights_only=False))
     fresh.load_state_dict(saved, strict=False)
     assert_equal(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+@cases(PRUNING)
+def test_a_checkpoint_spares_the_calibration(
+    case: Case, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = setting.module(case)
+    setting.fit(module, steps=6, stop_after=1)
+    expected = masker_state(module)
+
+    def run(*_: Any) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(Layerwise, "run", run)
+    with pytest.raises(AssertionError, match="calibrated"):
+        setting.fit(setting.module(case))
+    path = setting.folder / "stopped.ckpt"
+    tested = setting.module(case)
+    setting.trainer().test(
+        tested, datamodule=setting.data(), ckpt_path=path, weights_only=False, verbose=False
+    )
+    assert_equal(masker_state(tested), expected)
+    assert tested.calibrated == module.calibrated
+    assert (tested.calibrated is None) == (case.label.endswith(UNREAD))
+    setting.fit(setting.module(case), steps=3, ckpt_path=path)
 
 
 @cases()
@@ -326,17 +392,17 @@ def test_validation_is_under_the_hard_mask(case: Case, setting: Setting) -> None
     losses = module.window_losses(tokens)
     assert torch.equal(module.window_losses(tokens), losses)
     dense = module.window_losses(tokens, "dense")
+    if module.strategy.weights == "updated":  # the dense weights are gone
+        torch.testing.assert_close(dense, losses)
+        dense = plain_losses(tokens)
     assert float((losses - dense).abs().max()) > 0.01
-    assert torch.equal(
-        dense,
-        F.cross_entropy(
-            tiny_llama()(input_ids=tokens).logits[:, :-1].flatten(0, 1),
-            tokens[:, 1:].flatten(),
-            reduction="none",
-        )
-        .view(3, 15)
-        .detach(),
-    )
+    assert torch.equal(dense, plain_losses(tokens))
+
+
+def plain_losses(tokens: Tensor) -> Tensor:
+    """Of the dense model that nothing was done to."""
+    logits = tiny_llama()(input_ids=tokens).logits.detach()[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
 
 @cases(LEARNING)
@@ -380,9 +446,7 @@ def test_activation_checkpointing_changes_no_bit(case: Case, setting: Setting) -
         def count(*_: Any, which: bool = checkpointed) -> None:
             calls[which] += 1
 
-        module = setting.module(case, gradient_checkpointing=checkpointed)
-        module.configure_model()
-        module._calibrate()
+        module = setting.built(case, gradient_checkpointing=checkpointed)
         for layer in masked_layers(module.lm).values():
             layer.register_forward_pre_hook(count)
         _, recorder = setting.fit(module)

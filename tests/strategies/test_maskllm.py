@@ -16,18 +16,22 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, Schedule, SparseCausalLM, SparsifyError, noise
+from sparsify.base import hash_parameters
 from sparsify.batch_run import BatchRun
+from sparsify.calibration import Calibration
 from sparsify.export import export
-from sparsify.inject import hard_masks, masked_layers
+from sparsify.inject import base_parameters, hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, write_masks
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
+from sparsify.strategies.sparsegpt import SparseGPT
 from tests.conftest import tiny_llama
 
 TWO_FOUR = NMPattern(2, 4)
 SHAPE = (256, 512)  # 32,768 groups of 2:4
 GROUPS = SHAPE[0] * SHAPE[1] // 4
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+TEXT = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(1))
 
 
 def start(
@@ -60,6 +64,7 @@ def built(
 ) -> SparseCausalLM:
     """A module with its first logits."""
     module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
+    module.calibration_windows = lambda: TEXT  # type: ignore[method-assign]
     module.configure_model()
     module._calibrate()
     return module
@@ -251,7 +256,7 @@ def test_the_distributions_metrics_are_those_of_its_softmax() -> None:
 def test_the_loss_is_cross_entropy_less_the_retained_norm(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    strategy = MaskLLM(penalty_weight=Schedule(1e-2, 0.0))
+    strategy = MaskLLM(prior="magnitude", penalty_weight=Schedule(1e-2, 0.0))
     module = built(strategy, model, tokenizer, seed=5)
     loss = strategy.loss(BatchRun(module.lm, module.scope, TOKENS, Draw(5, 3, 1)))
     # By hand: put the sampled weights into a plain copy of the model.
@@ -335,7 +340,7 @@ def test_a_prior_is_a_strategy_a_file_or_a_folder(
         "folder": str(tmp_path / "out"),
     }
     found = logits(built(MaskLLM(prior=priors[kind]), tiny_llama(), tokenizer))
-    expected = logits(built(MaskLLM(), tiny_llama(), tokenizer))
+    expected = logits(built(MaskLLM(prior="magnitude"), tiny_llama(), tokenizer))
     uniform = logits(built(MaskLLM(prior=None), tiny_llama(), tokenizer))
     assert found.keys() == masks.keys()
     for name, mask in masks.items():
@@ -343,6 +348,28 @@ def test_a_prior_is_a_strategy_a_file_or_a_folder(
         # Largest where the prior keeps: the added part points at its candidate.
         added = found[name] - uniform[name]
         assert torch.equal(TWO_FOUR.unrank(added.argmax(1)), mask)
+
+
+@pytest.mark.parametrize("strategy", [MaskLLM(), MaskLLM(prior="sparsegpt")])
+def test_the_default_prior_is_sparsegpts_mask(
+    strategy: MaskLLM, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = dict(hard_masks(built(SparseGPT(), tiny_llama(), tokenizer).lm))
+    found = logits(built(strategy, model, tokenizer))
+    uniform = logits(built(MaskLLM(prior=None), tiny_llama(), tokenizer))
+    assert len(expected) == 14
+    for name, layer in masked_layers(model).items():
+        added = found[name] - uniform[name]
+        assert torch.equal(TWO_FOUR.unrank(added.argmax(1)), expected[name]), name
+        assert not torch.equal(TWO_FOUR.top(layer.weight_OI.abs()), expected[name]), name
+
+
+def test_a_prior_that_updates_weights_gives_its_masks_only(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    strategy = MaskLLM(prior=SparseGPT(update_weights=True))
+    module = built(strategy, model, tokenizer, calibration=Calibration(cache=False))
+    assert hash_parameters(base_parameters(model)) == module.base_hash
 
 
 def test_a_layer_without_a_prior_is_an_error(

@@ -1,0 +1,86 @@
+"""Runs the engine on a model by hand, without a module and a Trainer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
+from sparsify.base import hash_parameters
+from sparsify.calibration import Calibration, Layerwise
+from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+
+TWO_FOUR = NMPattern(2, 4)
+TEXT = torch.randint(2, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+UNCACHED = Calibration(cache=False)
+
+
+def masked(
+    model: PreTrainedModel,
+    settings: Calibration = UNCACHED,
+    text: Tensor | Callable[[], Tensor] = TEXT,
+    pattern: NMPattern = TWO_FOUR,
+    base_hash: str | None = None,
+    **globs: list[str],
+) -> Layerwise:
+    """An engine for a model whose layers are masked now."""
+    layers, _ = select(model, pattern, **globs)
+    scope = inject(model, layers, pattern, FixedMasker)
+    return Layerwise(
+        model,
+        scope,
+        (lambda: text) if isinstance(text, Tensor) else text,
+        settings,
+        base_hash or hash_parameters(base_parameters(model)),
+        torch.device("cpu"),
+    )
+
+
+def calibrated(
+    model: PreTrainedModel, strategy: SparsityStrategy, **options: Any
+) -> dict[str, LayerResult]:
+    """All results, in their order."""
+    return dict(masked(model, **options).run(strategy))
+
+
+def count_passes(model: nn.Module) -> list[str]:
+    """A list that names each block when it runs."""
+    passes: list[str] = []
+    for name, block in decoder_blocks(model).items():
+        block.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+    return passes
+
+
+class Probe(SparsityStrategy):
+    """Keeps all that it can learn of each block, and prunes by magnitude.
+
+    Args:
+        kinds: of statistics.
+        gradients: ask for these too.
+        update: also change the weights, in a way that shows in what comes next.
+    """
+
+    def __init__(self, *kinds: Any, gradients: bool = False, update: bool = False) -> None:
+        super().__init__()
+        self.kinds, self.gradients, self.update = kinds, gradients, update
+        self.found: dict[Any, dict[str, Any]] = {kind: {} for kind in [*kinds, "gradients"]}
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            for kind in self.kinds:
+                self.found[kind] |= block.collect(kind)
+            if self.gradients:
+                self.found["gradients"] |= block.gradient_norms()
+            for name, layer in block.layers.items():
+                weight_OI = layer.weight_OI.detach()
+                new_OI = 1.5 * weight_OI + 0.1 if self.update else None
+                yield name, LayerResult(layer.masker.pattern.top(weight_OI.abs()), new_OI)
+
+
+def apply(engine: Layerwise, model: nn.Module, strategy: SparsityStrategy) -> None:
+    """Run a strategy and give every new weight to its layer at once, as a module does."""
+    for name, result in engine.run(strategy):
+        if result.weight is not None:
+            masked_layers(model)[name].weight_OI.data.copy_(result.weight)
