@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -51,7 +51,7 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         SparsifyError: nothing that can be loaded is there.
     """
     with _load_errors("model", name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype)
     if _is_gguf(name_or_path):
         # The weights are plain now; what is left of the quantisation would forbid to save them.
         del model.config.quantization_config

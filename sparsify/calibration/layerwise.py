@@ -106,6 +106,7 @@ class Layerwise:
         """
         self._strategy = strategy
         start = time.perf_counter()
+        folder: Path | None = None
         try:
             with torch.no_grad(), _full_precision(), self._scope.use("dense"):
                 for name, result in strategy.calibrate(self._blocks()):
@@ -118,8 +119,6 @@ class Layerwise:
                 self._writer.finish()
         except _Known as known:
             folder = known.folder
-        else:
-            folder = None
         finally:
             if self._writer is not None:
                 self._writer.close()
