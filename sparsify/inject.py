@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -129,8 +130,10 @@ def inject(
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
     for name, layer in layers.items():
-        masker = maskers.get(id(layer.weight)) or make_masker(name, linear_shape(layer), pattern)
-        maskers[id(layer.weight)] = masker
+        weight = cast(torch.Tensor, layer.weight)
+        if id(weight) not in maskers:
+            maskers[id(weight)] = make_masker(name, linear_shape(layer), pattern).to(weight.device)
+        masker = maskers[id(weight)]
         model.set_submodule(name, masked(layer, masker, scope))
     return scope
 

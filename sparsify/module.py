@@ -143,6 +143,14 @@ class SparseCausalLM(LightningModule):
         """Load, mask, calibrate and shard; the second call does nothing."""
         if self.model is not None:
             return
+        # In main memory, where Lightning would have it all on the device at once: calibration takes
+        # blocks there one by one.
+        with torch.device("cpu"):
+            self._build()
+        if self._device_mesh is not None:
+            self._shard()
+
+    def _build(self) -> None:
         if self._given:
             model = self._given.pop()
             self.stored_dtype = model.dtype
@@ -168,8 +176,6 @@ class SparseCausalLM(LightningModule):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
             # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
-        if self._device_mesh is not None:
-            self._shard()
 
     def _calibrate(self) -> None:
         trainer = self._trainer

@@ -105,6 +105,11 @@ class LayerResult:
     mask: Tensor
     weight: Tensor | None = None
 
+    def to(self, device: torch.device) -> "LayerResult":
+        """The same on a device."""
+        weight = None if self.weight is None else self.weight.to(device)
+        return LayerResult(self.mask.to(device), weight)
+
 
 class SparsityStrategy(nn.Module):
     """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.

@@ -58,7 +58,8 @@ def test_calibration_moves_blocks_to_the_gpu_and_back(name: str, offload: bool) 
         scope = inject(model, select(model, pattern)[0], pattern, strategy.make_masker)
         settings = Calibration(samples=8, offload=offload, cache=False)
         engine = Layerwise(model, scope, lambda: tokens, settings, "", torch.device(device))
-        found.append({layer: result.mask.cpu() for layer, result in engine.run(strategy)})
+        found.append({layer: result.mask for layer, result in engine.run(strategy)})
+        assert {mask.device.type for mask in found[-1].values()} == {"cpu"}
         assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert found[0].keys() == found[1].keys()
     same = [(found[0][layer] == found[1][layer]).float().mean() for layer in found[0]]

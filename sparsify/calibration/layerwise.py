@@ -123,7 +123,8 @@ class Layerwise:
             if self._writer is not None:
                 self._writer.close()
         if folder is not None:
-            yield from read_results(folder, self._patterns)
+            for name, result in read_results(folder, self._patterns):
+                yield name, result.to(self._layers[name].weight.device)
         if self.record is not None:
             self.record["seconds"] = round(time.perf_counter() - start, 1)
             self.record["cached"] = folder is not None
@@ -134,7 +135,7 @@ class Layerwise:
 
     def _finished(self) -> Iterator[tuple[str, LayerResult]]:
         for name in list(self._done):
-            result = self._done.pop(name)
+            result = self._done.pop(name).to(self._layers[name].weight.device)
             yield name, result
             if self._writer is not None:
                 self._writer.add(name, result)
