@@ -169,7 +169,7 @@ def _manifest(
     return {
         "schema": MANIFEST_SCHEMA,
         "pattern": pattern,
-        "base": {"name": module.name_or_path, "hash": module.base_hash},
+        "base": {"name": module.base_name, "hash": module.base_hash},
         "strategy": module.strategy.describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": {

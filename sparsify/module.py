@@ -10,6 +10,7 @@ Shapes: B windows, T tokens.
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,7 @@ class SparseCausalLM(LightningModule):
 
     Args:
         strategy: the sparsification method.
-        name_or_path: ``embedded``, a local folder, or a Hugging Face id.
+        name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either.
         pattern: N kept of every M consecutive input weights, as 'N:M'.
         include: a glob, or several, of layers to mask; the default is every linear layer of the
             decoder blocks.
@@ -124,6 +125,12 @@ class SparseCausalLM(LightningModule):
         )
         module._given, module._tokenizer = [model], tokenizer
         return module
+
+    @property
+    def base_name(self) -> str:
+        """The model's name for records: of a local path the last part, as they travel."""
+        path = Path(self.name_or_path).expanduser()
+        return path.resolve().name if path.exists() else self.name_or_path
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> di
         "metric": METRIC,
         "split": split,
         "base": {
-            "name": module.name_or_path,
+            "name": module.base_name,
             "hash": module.base_hash,
             "dtype": module.dtype_name,
         },

@@ -67,6 +67,8 @@ def test_the_result_names_its_protocol_and_its_run(cli: Cli) -> None:
     assert protocol["split"] == "test"
     assert protocol["base"]["hash"] == hash_parameters(dict(tiny_llama().named_parameters()))
     assert protocol["base"]["dtype"] == "float32"
+    assert protocol["base"]["name"] == Path(cli.model[0].partition("=")[2]).name
+    assert str(Path.cwd().parent) not in json.dumps(result)  # records travel
     assert protocol["data"]["block_size"] == BLOCK
     source = protocol["data"]["sources"]["test"]
     assert (source["file"], source["tokens"], source["blocks"]) == ("test.txt", 400, 25)
