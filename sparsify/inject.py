@@ -73,6 +73,12 @@ def select(
                 f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}"
             )
     blocks = tuple(f"{name}." for name in decoder_blocks(model)) if include is None else ()
+    others = {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if not can_mask(module)
+        for parameter in module.parameters(recurse=False)
+    }
     chosen: dict[str, nn.Module] = {}
     dense: dict[str, str] = {}
     for name, layer in layers.items():
@@ -89,7 +95,7 @@ def select(
         elif not wanted:
             dense[name] = "outside the decoder blocks" if include is None else "not in include"
         else:
-            _check(model, name, layer, pattern)
+            _check(name, layer, pattern, others)
             chosen[name] = layer
     if not chosen:
         raise SparsifyError(f"no layer is left to mask; there are {', '.join(_families(layers))}")
@@ -102,18 +108,17 @@ def select(
     return chosen, dense
 
 
-def _check(model: nn.Module, name: str, layer: nn.Module, pattern: NMPattern) -> None:
+def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, str]) -> None:
     columns = linear_shape(layer)[1]
     fix = f"leave it dense with --model.exclude '*{name.rpartition('.')[2]}'"
     if columns % pattern.m:
         raise SparsifyError(
             f"{name}: in_features={columns} is not a multiple of m={pattern.m}; {fix}"
         )
-    for other_name, other in model.named_modules():
-        if not can_mask(other) and any(p is layer.weight for p in other.parameters(recurse=False)):
-            raise SparsifyError(
-                f"{name}: its weight is tied to {other_name}, which a mask would change too; {fix}"
-            )
+    if (other := others.get(id(layer.weight))) is not None:
+        raise SparsifyError(
+            f"{name}: its weight is tied to {other}, which a mask would change too; {fix}"
+        )
 
 
 def _families(layers: dict[str, nn.Module]) -> list[str]:

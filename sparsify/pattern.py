@@ -108,17 +108,17 @@ class NMPattern:
             SparsifyError: a group does not hold exactly ``n`` kept weights.
         """
         groups = self.groups(mask_OI)
-        wrong = groups.sum(-1) != self.n
-        if not trusted and wrong.any():
+        bits = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=groups.device)
+        for position, kept in enumerate(groups.unbind(-1)):
+            bits += kept.int() << position
+        ranks = _rank_of_bits(self.n, self.m).to(groups.device)[bits]
+        if not trusted and (wrong := ranks < 0).any():
             row, group = wrong.nonzero()[0].tolist()
             raise SparsifyError(
                 f"row {row}, group {group} keeps {int(groups[row, group].sum())} weights; "
                 f"a {self} mask keeps exactly {self.n} of {self.m}"
             )
-        bits = (groups.int() << torch.arange(self.m, device=groups.device, dtype=torch.int32)).sum(
-            -1
-        )
-        return _rank_of_bits(self.n, self.m).to(groups.device)[bits].to(self.rank_dtype)
+        return ranks.to(self.rank_dtype)
 
     def unrank(self, rank_OG: Tensor) -> Tensor:
         """The mask of numbered candidates: bool ``[O, I]`` from integers ``[O, G]``."""

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from sparsify.errors import SparsifyError
@@ -69,12 +68,11 @@ class Activations:
             weights: Parameters to use in place of the block's own, by name within it.
         """
         call = self._calls[block]
-        for hidden_TH in self._hidden_STH:
-            hidden_BTH = hidden_TH[None].to(self._device)
-            output = functional_call(
-                self._blocks[block], dict(weights), (hidden_BTH, *call.args), call.kwargs
-            )
-            yield _hidden_of(block, output)
+        with _replaced(self._blocks[block], weights):
+            for hidden_TH in self._hidden_STH:
+                hidden_BTH = hidden_TH[None].to(self._device)
+                output = self._blocks[block](hidden_BTH, *call.args, **call.kwargs)
+                yield _hidden_of(block, output)
 
     def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
         """Go on to the entry of the next block; arguments as for :meth:`run`."""
@@ -167,6 +165,19 @@ def _not_replayable(name: str, reason: str) -> SparsifyError:
 
 def _ignore(_: Any) -> None:
     """A hook that returns something would change what the module is given."""
+
+
+@contextmanager
+def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Use other values for some Parameters."""
+    before = {name: block.get_parameter(name).data for name in weights}
+    try:
+        for name, weight in weights.items():
+            block.get_parameter(name).data = weight
+        yield
+    finally:
+        for name, weight in before.items():
+            block.get_parameter(name).data = weight
 
 
 @contextmanager
