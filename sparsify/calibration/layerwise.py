@@ -208,16 +208,20 @@ class Layerwise:
             )
         activations = self._activations or self._start(block)
         found: dict[str, Statistic] = {}
-        window: list[tuple[Tensor, Statistic]] = []  # inputs seen in this window, kept alive
+        owners: set[str] = set()  # the first layer with each input
+        window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
 
         def see(name: str, x_BI: Tensor) -> None:
             if name not in found:
                 shared = next((stat for x, stat in window if _same(x, x_BI)), None)
-                own = kind(x_BI.shape[-1], x_BI.device) if shared is None else shared
-                found[name] = own
-            if not any(stat is found[name] and _same(x, x_BI) for x, stat in window):
+                if shared is None:
+                    owners.add(name)
+                    shared = kind(x_BI.shape[-1], x_BI.device)
+                found[name] = shared
+            if name in owners:
                 found[name].add(x_BI.flatten(0, -2))
-                window.append((x_BI, found[name]))
+                if len(found) < len(layers):
+                    window.append((x_BI, found[name]))
 
         with ExitStack() as stack:
             for name, layer in layers.items():
