@@ -182,3 +182,12 @@ def check_mask(result: LayerResult, layer: Layer, pattern: str, mask: Array) -> 
     """As :func:`check`, for a strategy that leaves weights as they are."""
     assert result.weight is None
     check(result, layer, pattern, mask, np.where(mask, layer.w, 0))
+
+
+def check_scores(
+    strategy: SparsityStrategy, layer: Layer, pattern: str, score: Array
+) -> LayerResult:
+    """As :func:`check_mask`, for one that keeps the largest of these scores; what it found."""
+    result = result_of(strategy, layer, pattern)
+    check_mask(result, layer, pattern, keep_largest(score, pattern))
+    return result

@@ -14,7 +14,7 @@ from tests.strategies.layers import (
     WIDE,
     Array,
     Layer,
-    check_mask,
+    check_scores,
     keep_largest,
     random_layer,
     real_layers,
@@ -38,8 +38,7 @@ def score(layer: Layer) -> Array:
 def test_random_layers(pattern: str) -> None:
     layer = random_layer()
     layer = replace(layer, gradient_OI=layer.gradient_OI + 0.005)  # the least one counts
-    result = result_of(PrunerZero(), layer, pattern)
-    check_mask(result, layer, pattern, keep_largest(score(layer), pattern))
+    result = check_scores(PrunerZero(), layer, pattern, score(layer))
     without = keep_largest(layer.w**2 * layer.g, pattern)
     assert (result.mask.numpy() != without).mean() > 0.01
 
@@ -47,8 +46,7 @@ def test_random_layers(pattern: str) -> None:
 @pytest.mark.parametrize("name", [*REAL, WIDE])
 def test_layers_of_a_real_model(name: str) -> None:
     layer = real_layers()[name]
-    result = result_of(PrunerZero(), layer)
-    check_mask(result, layer, "2:4", keep_largest(score(layer), "2:4"))
+    result = check_scores(PrunerZero(), layer, "2:4", score(layer))
     assert not torch.equal(result.mask, result_of(Magnitude(), layer).mask)
 
 

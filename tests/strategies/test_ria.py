@@ -12,8 +12,7 @@ from tests.strategies.layers import (
     WIDE,
     Array,
     Layer,
-    check_mask,
-    keep_largest,
+    check_scores,
     random_layer,
     real_layers,
     result_of,
@@ -37,24 +36,20 @@ def score(layer: Layer, power: float = 0.5) -> Array:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_random_layers(pattern: str) -> None:
     layer = random_layer()
-    check_mask(
-        result_of(RIA(), layer, pattern), layer, pattern, keep_largest(score(layer), pattern)
-    )
+    check_scores(RIA(), layer, pattern, score(layer))
 
 
 @pytest.mark.parametrize("name", [*REAL, WIDE])
 def test_layers_of_a_real_model(name: str) -> None:
     layer = real_layers()[name]
-    result = result_of(RIA(), layer)
-    check_mask(result, layer, "2:4", keep_largest(score(layer), "2:4"))
+    result = check_scores(RIA(), layer, "2:4", score(layer))
     assert not torch.equal(result.mask, result_of(Wanda(), layer).mask)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_the_power_of_the_input(power: float) -> None:
     layer = random_layer()
-    result = result_of(RIA(power=power), layer)
-    check_mask(result, layer, "2:4", keep_largest(score(layer, power), "2:4"))
+    result = check_scores(RIA(power=power), layer, "2:4", score(layer, power))
     assert not torch.equal(result.mask, result_of(RIA(), layer).mask)
 
 
