@@ -1,5 +1,6 @@
 """Ends a run: measures what was made on the test text, and writes it out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
         "sparsity": sparsity(pl_module),
         "calibration": pl_module.calibrated,
+        "distillation": asdict(pl_module.distillation) if pl_module.distillation.weight else None,
         "seed": pl_module.seed,
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,

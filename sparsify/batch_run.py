@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.batch import TokenBatch, split_batch
+from sparsify.distillation import Distillation
 from sparsify.evaluation import mean_loss, token_losses
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
@@ -24,6 +25,8 @@ class BatchRun:
         batch: token ids, with their targets where not all are.
         first: the draw of a strategy that takes one a micro-batch; index = micro-batch x
             data-parallel ranks + rank.
+        distillation: mixes the divergence from the dense model into the loss.
+        teacher: the dense model, where training changes the weights of ``model``.
 
     Attributes:
         task_loss: of the last run, 0-d, without a graph.
@@ -35,8 +38,12 @@ class BatchRun:
         scope: MaskScope,
         batch: Tensor | TokenBatch,
         first: Draw,
+        distillation: Distillation = Distillation(),
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         self._model, self._scope = model, scope
+        self._distillation, self._teacher = distillation, teacher
+        self._teacher_BTV: Tensor | None = None
         self._tokens_BT, self._targets_BT = split_batch(batch)
         self._first = first
         self.task_loss: Tensor | None = None
@@ -47,10 +54,22 @@ class BatchRun:
     def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
         with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
             logits = self._model(input_ids=self._tokens_BT, use_cache=False).logits
-            loss = mean_loss(token_losses(logits, self._tokens_BT), self._targets_BT)
-        self.task_loss = loss.detach()
+            loss = task_loss = mean_loss(token_losses(logits, self._tokens_BT), self._targets_BT)
+            if self._distillation.weight:
+                teacher_BTV = self._dense_logits()
+                loss = self._distillation.mix(task_loss, logits, teacher_BTV, self._targets_BT)
+        self.task_loss = task_loss.detach()
         penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
-        return RunResult(loss, logits, penalty)
+        return RunResult(loss, task_loss, logits, penalty)
+
+    @torch.no_grad()
+    def _dense_logits(self) -> Tensor:
+        """What the dense model says, ``[B, T, V]``: found once a micro-batch."""
+        if self._teacher_BTV is None:
+            with self._scope.use("dense"):
+                model = self._teacher or self._model
+                self._teacher_BTV = model(input_ids=self._tokens_BT, use_cache=False).logits
+        return self._teacher_BTV
 
 
 def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:

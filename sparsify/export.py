@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from sparsify.base import hash_parameters
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
-from sparsify.inject import base_parameters, hard_masks, masked_layers
+from sparsify.inject import base_parameters, whole_layers
 from sparsify.mask_file import FILE_NAME, write_masks
-from sparsify.masked_linear import MaskedLinear
 from sparsify.module import SparseCausalLM
 
 MANIFEST = "sparsity_manifest.json"
@@ -70,18 +69,22 @@ def export(
         write: False on the ranks that only take part in gathering.
 
     Raises:
-        SparsifyError: the place is taken, the disk is full, or frozen weights were changed.
+        SparsifyError: the place is taken, the disk is full, or weights changed that must not.
     """
     check_target(folder, overwrite)
-    masks = {name: mask.cpu() for name, mask in hard_masks(module.lm)}
-    dense = {name: _whole(p) for name, p in base_parameters(module.lm).items()}
-    if module.strategy.weights == "frozen" and hash_parameters(dense) != module.base_hash:
+    weights = {name: _whole(p) for name, p in base_parameters(module.lm).items()}
+    if not module.strategy.changes_base and hash_parameters(weights) != module.base_hash:
         raise SparsifyError(
-            "the base weights changed during the run, though the strategy says that they are frozen"
+            "the base weights changed during the run, though the strategy says that they stay"
         )
-    dtype = _storage_dtype(module, dense.values())
-    layers = masked_layers(module.lm)
-    weights = {name: _folded(layers, name, p, masks).to(dtype) for name, p in dense.items()}
+    masks: dict[str, Tensor] = {}
+    for name, layer in whole_layers(module.lm):
+        masks[name] = layer.masker.hard_mask(layer.weight_OI).cpu()
+        # A weight that two layers share is listed once.
+        if f"{name}.weight" in weights:
+            weights[f"{name}.weight"] = layer.as_stored(layer.masker.harden(layer.weight_OI))
+    dtype = _storage_dtype(module, weights.values())
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     if not write:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +124,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _folded(
-    layers: Mapping[str, MaskedLinear], name: str, weight: Tensor, masks: Mapping[str, Tensor]
-) -> Tensor:
-    layer, _, what = name.rpartition(".")
-    if layer not in masks or what != "weight":
-        return weight
-    return torch.where(layers[layer].as_stored(masks[layer]).to(weight.device), weight, 0)
 
 
 def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:

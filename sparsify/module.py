@@ -8,6 +8,7 @@ updates what the strategy learns.
 Shapes: B windows, T tokens.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparsify.batch import TokenBatch, split_batch
 from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.checkpoint import check_fits, check_resumes
+from sparsify.distillation import Distillation
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch
@@ -60,6 +62,7 @@ class SparseCausalLM(LightningModule):
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.
+        distillation: learn from the dense model's predictions too.
         optimizer: what updates the logits, unless the strategy brings its own.
         lr_final: the learning rate at the end as a share of the one at the start; the way there is
             half a cosine.
@@ -77,13 +80,14 @@ class SparseCausalLM(LightningModule):
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
+        distillation: Distillation = Distillation(),
         optimizer: OptimizerCallable = _adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["strategy", "optimizer", "calibration"])
+        self.save_hyperparameters(ignore=["strategy", "optimizer", "calibration", "distillation"])
         # Checkpoints hold no frozen weights; on_load_checkpoint checks the rest.
         self.strict_loading = False
         self.name_or_path = name_or_path
@@ -94,6 +98,8 @@ class SparseCausalLM(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
         self.calibrated: dict[str, Any] | None = None
+        self.distillation = distillation
+        self.teacher: PreTrainedModel | None = None
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
         self.seed = strategy.seed = seed
@@ -166,7 +172,10 @@ class SparseCausalLM(LightningModule):
             self.stored_dtype = stored_dtype(self.name_or_path)
         self.base_hash = hash_parameters(dict(model.named_parameters()))
         layers, self.dense_layers = select(model, self.pattern, self.include, self.exclude)
+        self._check_dtype(model.dtype)
         model.requires_grad_(self.strategy.weights == "trained")
+        if self.distillation.weight and self.strategy.changes_base:
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
         if self.strategy.prunes:
             self.scope = inject(model, layers, self.pattern, self.strategy.make_masker)
         else:
@@ -183,6 +192,15 @@ class SparseCausalLM(LightningModule):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
             # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        # A step of training is often smaller than half of a bf16 weight's last place, and is lost.
+        if self.strategy.weights in ("trained", "proxy") and dtype != torch.float32:
+            raise SparsifyError(
+                f"dtype {str(dtype).removeprefix('torch.')}: {type(self.strategy).__name__} trains "
+                "weights and needs them in float32; give --model.dtype float32, and "
+                "--trainer.precision bf16-mixed for the speed of bfloat16"
+            )
 
     def _calibrate(self) -> None:
         trainer = self._trainer
@@ -229,9 +247,11 @@ class SparseCausalLM(LightningModule):
 
     def _shard(self) -> None:
         mesh = cast(Any, self.device_mesh)["data_parallel"]
-        for block in decoder_blocks(self.lm).values():
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.lm, mesh=mesh)
+        for model in (self.lm, self.teacher):
+            if model is not None:
+                for block in decoder_blocks(model).values():
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
 
     @property
     def steps(self) -> int:
@@ -259,8 +279,10 @@ class SparseCausalLM(LightningModule):
         rank, ranks = data_parallel(self.trainer)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
-        run = BatchRun(self.lm, self.scope, batch, first)
+        run = BatchRun(self.lm, self.scope, batch, first, self.distillation, self.teacher)
         loss = self.strategy.loss(run)
+        if not loss.requires_grad:  # Lightning goes backward through every loss
+            loss = loss.detach().requires_grad_()
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
         self._finite.watch(self.task_loss, self.trainer)
         self.log("train/loss", loss.detach())
@@ -278,9 +300,17 @@ class SparseCausalLM(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.strategy.after_step(masked_layers(self.lm), optimizer.param_groups[0]["lr"])
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.strategy.clips:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+
     def configure_optimizers(self) -> Any:
         params = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.strategy.optimizer(params, self.make_optimizer)
+        optimizer = self.strategy.optimizer(params, masked_layers(self.lm), self.make_optimizer)
         steps = self.trainer.estimated_stepping_batches
         if not 1 <= steps < math.inf:
             raise SparsifyError(
@@ -342,10 +372,10 @@ class SparseCausalLM(LightningModule):
 
     def _saved_keys(self) -> set[str]:
         """The state's keys that a checkpoint holds: all but base weights that stay as they are."""
-        if self.strategy.weights in ("trained", "updated"):
-            return set(self.state_dict())
-        base = {f"model.{name}" for name in base_parameters(self.lm, all_names=True)}
-        return set(self.state_dict()) - base
+        kept = {name for name in self.state_dict() if not name.startswith("teacher.")}
+        if self.strategy.changes_base:
+            return kept
+        return kept - {f"model.{name}" for name in base_parameters(self.lm, all_names=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite.check(self.trainer)

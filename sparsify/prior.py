@@ -1,11 +1,18 @@
-"""A mask to start from: any strategy's, or one that was saved."""
+"""A mask to start from: any strategy's, or one that was saved.
+
+Shapes: O out, I in.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from sparsify.errors import SparsifyError
 from sparsify.mask_file import find_file, read_masks
+from sparsify.masker import Masker
 from sparsify.registry import make_strategy
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
@@ -61,3 +68,63 @@ def make_prior(prior: SparsityStrategy | str) -> SparsityStrategy:
     if isinstance(prior, str):
         prior = SavedMasks(prior) if Path(prior).exists() else make_strategy(prior)
     return prior if prior.weights == "frozen" else MasksOnly(prior)
+
+
+class StartsFromPrior(SparsityStrategy):
+    """A strategy that learns from another one's masks on: define ``start``.
+
+    Args:
+        prior: whose masks: a strategy by name or as an object, a mask file or an exported folder;
+            None starts from nothing.
+    """
+
+    def __init__(self, prior: SparsityStrategy | str | None = None) -> None:
+        super().__init__()
+        self.prior = None if prior is None else make_prior(prior)
+
+    def start(
+        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+    ) -> None:
+        """Give the masker its first values.
+
+        Args:
+            masker: what ``make_masker`` made.
+            weight_OI: the layer's weight, or rows of it.
+            prior_OI: the prior's mask of these rows, bool; None without a prior.
+            row0: the number of the first row in the whole layer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define start")
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        return iter(()) if self.prior is None else self.prior.calibrate(blocks)
+
+    def calibrator(self) -> SparsityStrategy:
+        return self if self.prior is None else self.prior
+
+    def init_masker(
+        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        """Check the prior's mask and :meth:`start` from it.
+
+        Raises:
+            SparsifyError: the prior has no mask of this layer, or one of another shape or pattern.
+        """
+        if self.prior is None:
+            return self.start(masker, weight_OI, None, row0)
+        if result is None:
+            raise SparsifyError(
+                f"{masker.name}: the prior {type(self.prior).__name__} holds no mask of it; "
+                "it must cover every masked layer"
+            )
+        pattern = masker.pattern
+        if result.mask.shape != weight_OI.shape:
+            raise SparsifyError(
+                f"{masker.name}: the prior's mask is {tuple(result.mask.shape)} and the weight is "
+                f"{tuple(weight_OI.shape)}; take a prior made for this model"
+            )
+        if (pattern.groups(result.mask).sum(-1) != pattern.n).any():
+            raise SparsifyError(
+                f"{masker.name}: the prior does not keep {pattern.n} weights of every "
+                f"{pattern.m}; take a prior made for the pattern {pattern}"
+            )
+        return self.start(masker, weight_OI, result.mask, row0)

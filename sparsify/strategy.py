@@ -19,11 +19,14 @@ class RunResult(NamedTuple):
     """What one forward pass over the micro-batch gives.
 
     Attributes:
+        loss: what a strategy minimises, nats, 0-d: the task loss, or its mixture with the
+            divergence from the dense model where the run distils.
         task_loss: mean cross-entropy of the next token where it is a target, nats, 0-d.
         logits: the model's output, ``[B, T, V]``.
         penalty: the sum of the maskers' penalties, 0-d.
     """
 
+    loss: Tensor
     task_loss: Tensor
     logits: Tensor
     penalty: Tensor
@@ -120,9 +123,11 @@ class SparsityStrategy(nn.Module):
 
     Attributes:
         prunes: whether layers are masked at all; the dense reference says no.
+        clips: whether the Trainer may clip gradients; not where a step is made of more than them.
         weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
             with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
-            trained, the base ships.
+            trained, the base ships; ``adapted``: never touched, but what ships is their sum with
+            something that was learned.
         schedules: values that change during the run; the annealing callback writes them to
             ``values``.
         values: the schedules' present values, shared with the maskers.
@@ -130,13 +135,19 @@ class SparsityStrategy(nn.Module):
     """
 
     prunes: ClassVar[bool] = True
-    weights: Literal["frozen", "updated", "trained", "proxy"] = "frozen"
+    clips: ClassVar[bool] = True
+    weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
 
     def __init__(self) -> None:
         super().__init__()
         self.schedules: Mapping[str, Schedule] = {}
         self.values: dict[str, float] = {}
         self.seed = 0
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights differ after the run."""
+        return self.weights in ("updated", "trained")
 
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
@@ -185,13 +196,24 @@ class SparsityStrategy(nn.Module):
         masker.set_mask(result.mask)
 
     def loss(self, run: Run) -> Tensor:
-        """The loss of one micro-batch, 0-d."""
-        return run(run.draw()).task_loss
+        """The loss of one micro-batch, 0-d; without a graph where nothing is learned from its
+        gradients.
+        """
+        return run(run.draw()).loss
 
     def optimizer(
-        self, params: list[nn.Parameter], default: Callable[[list[nn.Parameter]], Optimizer]
+        self,
+        params: list[nn.Parameter],
+        layers: Mapping[str, MaskedLinear],
+        default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
-        """The optimizer of what is learned; ``default`` makes the one that the user configured."""
+        """The optimizer of what is learned.
+
+        Args:
+            params: all Parameters that require gradients.
+            layers: the masked layers by name, for an optimizer that needs to know whose they are.
+            default: makes the optimizer that the user configured.
+        """
         return default(params)
 
     def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:

@@ -4,7 +4,7 @@ arXiv 2409.17481).
 Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -14,9 +14,9 @@ from sparsify import noise
 from sparsify.errors import SparsifyError
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
-from sparsify.prior import make_prior
+from sparsify.prior import StartsFromPrior
 from sparsify.schedule import Schedule
-from sparsify.strategy import Block, LayerResult, Run, SparsityStrategy
+from sparsify.strategy import Run, SparsityStrategy
 
 MAX_CANDIDATES = 128
 
@@ -80,25 +80,12 @@ class CandidateMasker(Masker):
         Equations 9 and 10. The paper subtracts the mean similarity, which changes no probability,
         and scales by the measured standard deviation of the whole layer, which a shard does not
         know: the nominal one stands in for it.
-
-        Raises:
-            SparsifyError: the prior is a mask of another layer's shape, or of another pattern.
         """
         rows, candidates, groups = self.logits_OKG.shape
         key = noise.fold("init", seed, self.name)
         start = noise.normal(key, rows, candidates * groups, row0, self.logits_OKG.device) * std
         if prior_OI is not None:
-            if prior_OI.shape != (rows, groups * self.pattern.m):
-                raise SparsifyError(
-                    f"{self.name}: the prior's mask is {tuple(prior_OI.shape)} and the weight is "
-                    f"{(rows, groups * self.pattern.m)}; take a prior made for this model"
-                )
             prior_OGM = self.pattern.groups(prior_OI).float()
-            if (prior_OGM.sum(-1) != self.pattern.n).any():
-                raise SparsifyError(
-                    f"{self.name}: the prior does not keep {self.pattern.n} weights of every "
-                    f"{self.pattern.m}; take a prior made for the pattern {self.pattern}"
-                )
             shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
             start += shared.flatten(1) * (alpha * std)
         self.logits_OKG.data.copy_(start.view_as(self.logits_OKG))
@@ -112,7 +99,7 @@ class CandidateMasker(Masker):
         return {"entropy": -(p * log_p).sum(1).mean(), "max_probability": p.amax(1).mean()}
 
 
-class MaskLLM(SparsityStrategy):
+class MaskLLM(StartsFromPrior):
     """Learns masks over frozen weights by Gumbel-softmax sampling of candidates.
 
     The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
@@ -140,8 +127,7 @@ class MaskLLM(SparsityStrategy):
         penalty_weight: Schedule = Schedule(1e-5, 0.0),
         hard: bool = False,
     ) -> None:
-        super().__init__()
-        self.prior = None if prior is None else make_prior(prior)
+        super().__init__(prior)
         self.alpha = alpha
         self.init_std = init_std
         self.hard = hard
@@ -157,26 +143,14 @@ class MaskLLM(SparsityStrategy):
             )
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
-    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        return iter(()) if self.prior is None else self.prior.calibrate(blocks)
-
-    def calibrator(self) -> SparsityStrategy:
-        return self if self.prior is None else self.prior
-
-    def init_masker(
-        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    def start(
+        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
     ) -> None:
-        if result is None and self.prior is not None:
-            raise SparsifyError(
-                f"{masker.name}: the prior {type(self.prior).__name__} holds no mask of it; "
-                "it must cover every masked layer"
-            )
-        prior_OI = None if result is None else result.mask
         cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, self.seed, row0)
 
     def loss(self, run: Run) -> Tensor:
-        task_loss, _, retained = run(run.draw())
-        return task_loss - self.values["penalty_weight"] * retained
+        result = run(run.draw())
+        return result.loss - self.values["penalty_weight"] * result.penalty
 
     def metrics(self) -> dict[str, Tensor]:
         return {name: torch.tensor(value) for name, value in self.values.items()}

@@ -201,7 +201,8 @@ class HandRun:
         with torch.set_grad_enabled(grad), self.module.scope.use(masking) as penalties:
             logits = lm(input_ids=self.batch, use_cache=False).logits
         shifted = logits[:, :-1].flatten(0, 1), self.batch[:, 1:].flatten()
-        return RunResult(F.cross_entropy(*shifted), logits, sum(penalties, torch.zeros(())))
+        loss = F.cross_entropy(*shifted)
+        return RunResult(loss, loss, logits, sum(penalties, torch.zeros(())))
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
