@@ -1,40 +1,45 @@
 """Compare strategies on the embedded model; each runs through the command line itself.
 
-One seed, which is what ``make demo`` runs, or several, and the results as one JSON file::
+Three rows and one seed, which is what ``make demo`` runs, or all rows and several seeds, with the
+results as one JSON file, which is ``make table``::
 
     python benchmarks/embedded_table.py
-    python benchmarks/embedded_table.py --seeds 0 1 2 --save benchmarks/results
+    python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder work --save benchmarks/results
+
+Results are kept in the folder; what it holds is not run again.
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from kept_runs import check_protocol, fit, save, spread
 from rich.console import Console
 from rich.table import Table
 
-STRATEGIES = ("dense", "magnitude", "maskllm")
-
-
-def run(strategy: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The result of one `sparsify fit`; what learns nothing is the same for every seed."""
-    print(f"\n== sparsify fit --strategy {strategy}  (seed {seed})", flush=True)
-    command = [sys.executable, "-m", "sparsify", "fit", "--strategy", strategy, "--logger", "csv"]
-    command += [
-        f"--model.seed={seed}",
-        f"--data.seed={seed}",
-        f"--trainer.default_root_dir={folder}",
-    ]
-    subprocess.run(command, check=True, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    newest = max(folder.glob("runs/*/*/result.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(newest.read_text())
+# In the order in which they are shown.
+RUNS: dict[str, list[str]] = {
+    "dense": ["--strategy=dense"],
+    "magnitude": ["--strategy=magnitude"],
+    "maskllm": ["--strategy=maskllm"],
+    "maskpro": ["--strategy=maskpro"],
+    "maskpro, leave-one-out": [
+        "--strategy=maskpro",
+        "--model.strategy.estimator=leave_one_out",
+    ],
+    "maskpro, control variate": [
+        "--strategy=maskpro",
+        "--model.strategy.estimator=control_variate",
+    ],
+    "proxsparse": ["--strategy=proxsparse"],
+    "fixed_mask": ["--strategy=fixed_mask"],
+    "sr_ste": ["--strategy=sr_ste"],
+    "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
+}
+ONE_SHOT = ("dense", "magnitude")  # the same for every seed
+DEMO = ("dense", "magnitude", "maskllm")
 
 
 def loss(result: dict[str, Any], text: str = "overall") -> float:
@@ -46,11 +51,6 @@ def gap_closed(result: dict[str, Any], prior: dict[str, Any], dense: dict[str, A
     return (loss(prior) - loss(result)) / (loss(prior) - loss(dense))
 
 
-def spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     dense, prior = results["dense"][0], results["magnitude"][0]
     texts = list(dense["scores"])
@@ -59,17 +59,24 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
         f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
     )
     out = Table(title=title)
-    for column in ("strategy", *texts, "gap closed", "sparsity", "steps", "seconds"):
-        out.add_column(column, justify="left" if column == "strategy" else "right")
+    columns = ("weights", "steps", "tokens", "seconds", "peak GiB")
+    for column in ("strategy", *texts, "gap closed", *columns):
+        out.add_column(column, justify="left" if column in ("strategy", "weights") else "right")
     for name, rows in results.items():
         perplexities = [
             spread([row["scores"][text]["perplexity"] for row in rows], 2) for text in texts
         ]
         gap = spread([100 * gap_closed(row, prior, dense) for row in rows], 1) + " %"
-        run = rows[0]["run"]
-        seconds = spread([row["run"]["seconds"] for row in rows], 0)
+        runs = [row["run"] for row in rows]
         out.add_row(
-            name, *perplexities, gap, f"{100 * run['sparsity']:.0f} %", str(run["steps"]), seconds
+            name,
+            *perplexities,
+            gap,
+            runs[0]["strategy"]["weights"],
+            str(runs[0]["steps"]),
+            f"{runs[0]['tokens']:,}",
+            spread([run["seconds"] for run in runs], 0),
+            spread([run["peak_memory_gib"] for run in runs], 2),
         )
     return out
 
@@ -78,23 +85,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--all", action="store_true", help="all rows, not only the demo's three")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="these rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, help="where runs are kept; the default is nowhere")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
     args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     results: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for strategy in STRATEGIES:
-            seeds = args.seeds if strategy == "maskllm" else args.seeds[:1]
-            results[strategy] = [run(strategy, seed, Path(folder)) for seed in seeds]
-    Console(width=max(120, Console().width)).print(table(results))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        for name in args.only or (RUNS if args.all else DEMO):
+            seeds = args.seeds[:1] if name in ONE_SHOT else args.seeds
+            results[name] = [
+                fit(
+                    f"{name}, seed {seed}",
+                    [*RUNS[name], "--logger=csv", f"--model.seed={seed}", f"--data.seed={seed}"],
+                    folder,
+                )
+                for seed in seeds
+            ]
+    if args.only:
+        return
+    check_protocol([row for rows in results.values() for row in rows])
+    Console(width=max(160, Console().width)).print(table(results))
     print(
         "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
     )
-    if args.save is not None:
-        args.save.mkdir(parents=True, exist_ok=True)
-        path = args.save / f"embedded_table-{date.today()}.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"saved {path}")
+    save(results, args.save, "embedded_table")
 
 
 if __name__ == "__main__":

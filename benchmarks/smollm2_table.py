@@ -16,10 +16,10 @@ import json
 import subprocess
 import sys
 import zipfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from kept_runs import check_protocol, fit, save
 from rich.console import Console
 from rich.table import Table
 
@@ -94,21 +94,6 @@ def data_options(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def run(name: str, options: list[str], folder: Path) -> dict[str, Any]:
-    """The result of one `sparsify fit`."""
-    root = folder / name.replace(", ", "-")
-    if results := sorted(root.glob("runs/*/*/result.json")):
-        return json.loads(results[-1].read_text())
-    print(f"\n== {name}", flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    checkpoints = sorted(root.glob("runs/*/*/checkpoints/last.ckpt"))
-    if checkpoints:
-        options = [f"--ckpt_path={checkpoints[-1].resolve()}"]
-    command = [sys.executable, "-m", "sparsify", "fit", *options]
-    subprocess.run(command, check=True, cwd=root)
-    return json.loads(sorted(root.glob("runs/*/*/result.json"))[-1].read_text())
-
-
 def table(results: dict[str, dict[str, Any]]) -> Table:
     protocol = next(iter(results.values()))["protocol"]
     out = Table(title=f"SmolLM2-135M 2:4, {protocol['data']['block_size']}-token windows")
@@ -150,15 +135,10 @@ def main() -> None:
             options.append("--trainer.limit_val_batches=0")
         elif args.steps:
             options.append(f"--trainer.max_steps={args.steps}")
-        results[name] = run(name, options, args.folder)
-    if len({json.dumps(r["protocol"], sort_keys=True) for r in results.values()}) != 1:
-        raise SystemExit("these results were measured under different protocols; clear the folder")
+        results[name] = fit(name, options, args.folder)
+    check_protocol(list(results.values()))
     Console(width=max(100, Console().width)).print(table(results))
-    if args.save is not None:
-        args.save.mkdir(parents=True, exist_ok=True)
-        path = args.save / f"smollm2_table-{date.today()}.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"saved {path}")
+    save(results, args.save, "smollm2_table")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.table import Table
 from sparsify.batch import split_batch
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
-from sparsify.callbacks.throughput import Throughput
+from sparsify.callbacks.throughput import Throughput, peak_memory
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import (
     PerplexityMeter,
@@ -149,6 +149,7 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,
         "seconds": round(speed.seconds, 1),
+        "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

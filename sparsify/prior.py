@@ -38,6 +38,8 @@ class SavedMasks(SparsityStrategy):
     def describe(self) -> dict[str, Any]:
         file = find_file(Path(self.path))
         description = super().describe()
+        # Of a local path the last part, as records travel; the hash says which masks they were.
+        description["settings"]["path"] = Path(self.path).resolve().name
         description["settings"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         return description
 

@@ -45,6 +45,7 @@ class Run(Protocol):
 
 
 S = TypeVar("S")
+NOT_SETTINGS = ("training", "weights")
 
 
 class BlockStatistics(Protocol):
@@ -228,7 +229,7 @@ class SparsityStrategy(nn.Module):
         settings: dict[str, Any] = {
             name: value
             for name, value in vars(self).items()
-            if _is_plain(value) and name not in ("training", "weights")
+            if _is_plain(value) and not name.startswith("_") and name not in NOT_SETTINGS
         }
         settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
         settings |= {
