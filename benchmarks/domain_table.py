@@ -1,5 +1,5 @@
-"""Masks for one domain: a general mask, one learned from scratch on the domain's text alone, and one
-learned there from the general mask on (MaskLLM, Fang et al., 2024, table 5).
+"""Masks for one domain: a general mask, one learned from scratch on the domain's text alone, and
+one learned there from the general mask on (MaskLLM, Fang et al., 2024, table 5).
 
 On the embedded model, for each of its three texts::
 

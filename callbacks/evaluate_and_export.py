@@ -81,7 +81,7 @@ class EvaluateAndExport(Callback):
         self._finish(trainer, pl_module, "test", scores)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        if trainer.state.fn == TrainerFn.VALIDATING and not getattr(trainer, "sensing", False):
             self._report(trainer, pl_module, "validation", pl_module.scores)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
@@ -96,13 +96,13 @@ class EvaluateAndExport(Callback):
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
         export(pl_module, folder, record, self.overwrite, write=trainer.is_global_zero)
         if trainer.is_global_zero:
-            _console(trainer).print(f"exported to {folder}", soft_wrap=True)
+            console(trainer).print(f"exported to {folder}", soft_wrap=True)
 
     def _report(
         self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]
     ) -> dict[str, Any]:
         result = make_result(
-            _describe_run(trainer, pl_module),
+            describe_run(trainer, pl_module),
             describe_protocol(pl_module, trainer.datamodule, split),
             scores,
         )
@@ -111,8 +111,8 @@ class EvaluateAndExport(Callback):
             path = run_folder(trainer) / name
             write_json(path, result)
             if scores:
-                _console(trainer).print(_table(result, scores))
-            _console(trainer).print(f"result in {path}", soft_wrap=True)
+                console(trainer).print(_table(result, scores))
+            console(trainer).print(f"result in {path}", soft_wrap=True)
         return result
 
 
@@ -136,12 +136,14 @@ def _exporting(trainer: Any) -> bool:
     return bool(getattr(trainer, "exporting", False))
 
 
-def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
+def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """What was done, as it stands in a result file."""
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
     device = pl_module.device
     return {
         "strategy": pl_module.strategy.describe(),
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
+        "overrides": pl_module.overrides.describe() if pl_module.strategy.prunes else {},
         "sparsity": sparsity(pl_module),
         "calibration": pl_module.calibrated,
         "distillation": asdict(pl_module.distillation) if pl_module.distillation.weight else None,
@@ -154,10 +156,15 @@ def _describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     }
 
 
+def pattern_text(run: dict[str, Any]) -> str:
+    """The pattern of a run, for a title."""
+    return f"{run['pattern']} with overrides" if run["overrides"] else str(run["pattern"])
+
+
 def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
     strategy = result["run"]["strategy"]["class"].rpartition(".")[2]
     table = Table(
-        title=f"{strategy} {result['run']['pattern']}: {result['protocol']['split']} perplexity"
+        title=f"{strategy} {pattern_text(result['run'])}: {result['protocol']['split']} perplexity"
     )
     table.add_column("text")
     for column in ("perplexity", "nats a token", "windows"):
@@ -167,5 +174,6 @@ def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
     return table
 
 
-def _console(trainer: Any) -> Console:
+def console(trainer: Any) -> Console:
+    """Where to print; it is quiet where the trainer shows no progress."""
     return Console(quiet=trainer.progress_bar_callback is None)

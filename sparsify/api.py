@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.data import Source, TextDataModule
 from sparsify.export import export
-from sparsify.inject import fold, hard_masks
+from sparsify.inject import fold, hard_masks, layer_patterns
 from sparsify.mask_file import write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.progress import Progress
@@ -38,7 +38,8 @@ class Sparsified:
     trainer: Trainer
 
     def __repr__(self) -> str:
-        strategy, pattern = type(self.module.strategy).__name__, self.module.pattern
+        strategy, pattern = type(self.module.strategy).__name__, str(self.module.pattern)
+        pattern += " with overrides" if self.module.overrides.patterns else ""
         return f"Sparsified({strategy} {pattern}, {self.module.steps} steps)"
 
     def masks(self) -> dict[str, torch.Tensor]:
@@ -51,7 +52,8 @@ class Sparsified:
 
     def save_masks(self, path: str | Path) -> None:
         """Write the masks alone: a file that ``prior`` takes."""
-        write_masks(Path(path), self.masks(), self.module.pattern, self.module.base_hash)
+        patterns = layer_patterns(self.model)
+        write_masks(Path(path), self.masks(), patterns, self.module.base_hash)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense
@@ -81,8 +83,8 @@ def sparsify(
         tokenizer: the model's tokenizer.
         steps: optimizer steps, for a strategy that learns.
         trainer: more arguments for Lightning's Trainer.
-        options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, optimizer,
-            seed, ...
+        options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, overrides,
+            optimizer, seed, ...
 
     Raises:
         SparsifyError: the input cannot be used; the model is unchanged if it is raised before

@@ -33,8 +33,8 @@ def check_fits(
         name = odd[0][0]
         raise SparsifyError(
             f"the checkpoint's masks do not fit this run: {name} is {found.get(name, 'missing')} "
-            f"in it and {wanted.get(name, 'unknown')} here; give the strategy, pattern, include "
-            "and exclude of its run"
+            f"in it and {wanted.get(name, 'unknown')} here; give the strategy, pattern, include, "
+            "exclude and overrides of its run"
         )
 
 

@@ -46,6 +46,10 @@ _ABOUT = {
     "validate": "Measure perplexity on the validation text.",
     "test": "Measure perplexity on the test text.",
     "export": "Test a checkpoint and write its model as a Hugging Face folder.",
+    "sensitivity": (
+        "Measure on the validation text how much each decoder block loses by its masks. A strategy "
+        "that learns is measured by its starting masks unless --ckpt_path is given."
+    ),
 }
 _HELP = {
     "prog": "sparsify",
@@ -82,7 +86,7 @@ class Parser(LightningArgumentParser):
 
 
 class SparsifyCLI(LightningCLI):
-    """LightningCLI with our Trainer, the entry points' callbacks, and an ``export`` command."""
+    """LightningCLI with our Trainer and its commands, and the entry points' callbacks."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -91,6 +95,7 @@ class SparsifyCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
             "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
             "export": {"model", "datamodule"},
+            "sensitivity": {"model", "datamodule"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sparsify.base import hash_parameters
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
-from sparsify.inject import base_parameters, whole_layers
+from sparsify.inject import base_parameters, layer_patterns, whole_layers
 from sparsify.mask_file import FILE_NAME, write_masks
 from sparsify.module import SparseCausalLM
 
@@ -93,7 +93,7 @@ def export(
         _plain_model(module.lm, weights, dtype).save_pretrained(partial)
         module.tokenizer.save_pretrained(partial)
         if masks:
-            write_masks(partial / FILE_NAME, masks, module.pattern, module.base_hash)
+            write_masks(partial / FILE_NAME, masks, layer_patterns(module.lm), module.base_hash)
         write_json(partial / MANIFEST, _manifest(module, masks, dtype) | dict(record))
         partial.chmod(0o755)
         _move(partial, folder)
@@ -159,15 +159,16 @@ def _plain_model(
 def _manifest(
     module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Any]:
-    pattern = str(module.pattern)
+    patterns = layer_patterns(module.lm)
     return {
         "schema": MANIFEST_SCHEMA,
-        "pattern": pattern,
+        "pattern": str(module.pattern),
         "base": {"name": module.base_name, "hash": module.base_hash},
         "strategy": module.strategy.describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": {
-            name: {"shape": list(mask.shape), "pattern": pattern} for name, mask in masks.items()
+            name: {"shape": list(mask.shape), "pattern": str(patterns[name])}
+            for name, mask in masks.items()
         },
         "dense": module.dense_layers,
     }

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparsify.errors import SparsifyError
 from sparsify.masked_linear import MaskedLinear, MaskScope, can_mask, linear_shape, masked
 from sparsify.masker import Masker
+from sparsify.overrides import DENSE, Overrides
 from sparsify.pattern import NMPattern
 
 MakeMasker = Callable[[str, tuple[int, int], NMPattern], Masker]
@@ -44,22 +45,24 @@ def select(
     pattern: NMPattern,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    overrides: Overrides = Overrides(),
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Choose the layers to mask.
 
     Args:
         model: the dense model.
-        pattern: the pattern that they must divide by.
+        pattern: the pattern of all that have no other.
         include: globs on qualified names; None means every linear layer of the decoder blocks.
         exclude: globs of layers to leave dense.
+        overrides: patterns of some of the layers that are left.
 
     Returns:
         The layers to mask by name, and for every other matrix of the model the reason why it stays
         dense.
 
     Raises:
-        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups, or it is
-            tied to another.
+        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups of its
+            pattern, or it is tied to another, or to one of another pattern.
     """
     if masked_layers(model):
         raise SparsifyError(
@@ -79,7 +82,7 @@ def select(
         if not can_mask(module)
         for parameter in module.parameters(recurse=False)
     }
-    chosen: dict[str, nn.Module] = {}
+    candidates: dict[str, nn.Module] = {}
     dense: dict[str, str] = {}
     for name, layer in layers.items():
         wanted = (
@@ -95,7 +98,20 @@ def select(
         elif not wanted:
             dense[name] = "outside the decoder blocks" if include is None else "not in include"
         else:
-            _check(name, layer, pattern, others)
+            candidates[name] = layer
+    if (unused := overrides.unused(candidates)) is not None:
+        raise SparsifyError(
+            f"overrides: {unused!r} matches no layer that would be masked; there are "
+            f"{', '.join(_families(candidates))}"
+        )
+    _check_shared(candidates, pattern, overrides)
+    chosen: dict[str, nn.Module] = {}
+    for name, layer in candidates.items():
+        own = overrides.pattern(name, pattern)
+        if own is None:
+            dense[name] = f"dense by override {overrides.glob(name)!r}"
+        else:
+            _check(name, layer, own, others)
             chosen[name] = layer
     if not chosen:
         raise SparsifyError(f"no layer is left to mask; there are {', '.join(_families(layers))}")
@@ -121,23 +137,41 @@ def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, st
         )
 
 
+def _check_shared(layers: dict[str, nn.Module], pattern: NMPattern, overrides: Overrides) -> None:
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        own, others = (overrides.pattern(n, pattern) for n in (name, other))
+        if own != others:
+            raise SparsifyError(
+                f"{name} is {own or DENSE} and {other}, whose weight it shares, is "
+                f"{others or DENSE}; one weight has one mask: give both the same in "
+                "--model.overrides"
+            )
+
+
 def _families(layers: dict[str, nn.Module]) -> list[str]:
     """Qualified names with their numbers replaced by ``*``: short enough to read."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layers))
 
 
 def inject(
-    model: nn.Module, layers: dict[str, nn.Module], pattern: NMPattern, make_masker: MakeMasker
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    pattern: NMPattern,
+    make_masker: MakeMasker,
+    overrides: Overrides = Overrides(),
 ) -> MaskScope:
     """Replace the layers by masked ones over the same Parameters; layers that share a weight share
-    the masker.
+    the masker. What :func:`select` chose has a pattern, ``pattern`` or one of the overrides.
     """
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
     for name, layer in layers.items():
         weight = cast(torch.Tensor, layer.weight)
         if id(weight) not in maskers:
-            maskers[id(weight)] = make_masker(name, linear_shape(layer), pattern).to(weight.device)
+            own = cast(NMPattern, overrides.pattern(name, pattern))
+            maskers[id(weight)] = make_masker(name, linear_shape(layer), own).to(weight.device)
         masker = maskers[id(weight)]
         model.set_submodule(name, masked(layer, masker, scope))
     return scope
@@ -148,6 +182,11 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
     }
+
+
+def layer_patterns(model: nn.Module) -> dict[str, NMPattern]:
+    """The pattern of every masked layer by qualified name."""
+    return {name: layer.masker.pattern for name, layer in masked_layers(model).items()}
 
 
 def base_parameters(model: nn.Module, all_names: bool = False) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ the base model's hash, and for every layer its shape and pattern.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +68,31 @@ def packed_bytes(groups: int, pattern: NMPattern) -> int:
     return 2 * groups if digits == 0 else -(-groups // digits)
 
 
-def write_masks(path: Path, masks: dict[str, Tensor], pattern: NMPattern, base_hash: str) -> None:
-    """Write masks (bool ``[O, I]`` by layer name) of one pattern."""
-    tensors = {name: pack_ranks(pattern.rank(mask), pattern) for name, mask in masks.items()}
+def write_masks(
+    path: Path,
+    masks: Mapping[str, Tensor],
+    patterns: NMPattern | Mapping[str, NMPattern],
+    base_hash: str,
+) -> None:
+    """Write masks.
+
+    Args:
+        path: the file.
+        masks: bool ``[O, I]`` by layer name.
+        patterns: theirs, or the one that all have.
+        base_hash: the hash of the model that they were made for.
+
+    Raises:
+        SparsifyError: a mask is not one of its pattern.
+    """
+    if isinstance(patterns, NMPattern):
+        patterns = dict.fromkeys(masks, patterns)
+    tensors = {
+        name: pack_ranks(patterns[name].rank(mask), patterns[name]) for name, mask in masks.items()
+    }
     layers = {
-        name: {"shape": list(mask.shape), "pattern": str(pattern)} for name, mask in masks.items()
+        name: {"shape": list(mask.shape), "pattern": str(patterns[name])}
+        for name, mask in masks.items()
     }
     save_file(
         tensors, path, {"format": FORMAT, "base_hash": base_hash, "layers": json.dumps(layers)}

@@ -36,6 +36,7 @@ from sparsify.finite import FiniteWatch
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
+from sparsify.overrides import Overrides
 from sparsify.pattern import NMPattern
 from sparsify.progress import tracked
 from sparsify.schedule import Schedule
@@ -59,6 +60,8 @@ class SparseCausalLM(LightningModule):
         include: a glob, or several, of layers to mask; the default is every linear layer of the
             decoder blocks.
         exclude: a glob, or several, of layers to leave dense.
+        overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
+            globs that match a layer the last one holds. In YAML write patterns in quotes.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.
@@ -77,6 +80,7 @@ class SparseCausalLM(LightningModule):
         pattern: str = "2:4",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
+        overrides: dict[str, str] | None = None,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
@@ -94,6 +98,7 @@ class SparseCausalLM(LightningModule):
         self.pattern = NMPattern.parse(pattern)
         self.include = [include] if isinstance(include, str) else include
         self.exclude = [exclude] if isinstance(exclude, str) else exclude or []
+        self.overrides = Overrides.parse(overrides)
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
@@ -171,13 +176,17 @@ class SparseCausalLM(LightningModule):
             model = load_model(self.name_or_path, self.dtype_name)
             self.stored_dtype = stored_dtype(self.name_or_path)
         self.base_hash = hash_parameters(dict(model.named_parameters()))
-        layers, self.dense_layers = select(model, self.pattern, self.include, self.exclude)
+        layers, self.dense_layers = select(
+            model, self.pattern, self.include, self.exclude, self.overrides
+        )
         self._check_dtype(model.dtype)
         model.requires_grad_(self.strategy.weights == "trained")
         if self.distillation.weight and self.strategy.changes_base:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         if self.strategy.prunes:
-            self.scope = inject(model, layers, self.pattern, self.strategy.make_masker)
+            self.scope = inject(
+                model, layers, self.pattern, self.strategy.make_masker, self.overrides
+            )
         else:
             self.dense_layers |= dict.fromkeys(
                 layers, f"{type(self.strategy).__name__} masks nothing"

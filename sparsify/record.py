@@ -1,5 +1,6 @@
 """What is written down about a run: its protocol, how sparse its model is."""
 
+import math
 from typing import Any
 
 from sparsify.inject import base_parameters, decoder_blocks, masked_layers
@@ -26,12 +27,12 @@ def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> di
 
 def sparsity(module: SparseCausalLM) -> float:
     """The share of zeros that the masks make, of the weights in the blocks' linear layers."""
-    shapes = [layer.masker.shape for layer in masked_layers(module.lm).values()]
-    masked = sum(rows * columns for rows, columns in shapes)
+    maskers = [layer.masker for layer in masked_layers(module.lm).values()]
+    zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)
     total = sum(
         parameter.numel()
         for block in decoder_blocks(module.lm).values()
         for parameter in base_parameters(block).values()
         if parameter.ndim == 2
     )
-    return masked * (1 - module.pattern.density) / total
+    return zeros / total

@@ -1,6 +1,6 @@
-"""Lightning's Trainer with one more entry point."""
+"""Lightning's Trainer with two more entry points."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -8,15 +8,18 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 
 class Trainer(LightningTrainer):
-    """A Trainer that can also export a checkpoint; everything else is Lightning's.
+    """A Trainer that can also export a checkpoint, and measure its blocks; everything else is
+    Lightning's.
 
     Attributes:
         exporting: whether ``export`` is at work.
+        sensing: whether ``sensitivity`` is at work.
         restores: whether a checkpoint is about to be loaded, so that nothing that it holds needs to
             be computed.
     """
 
     exporting = False
+    sensing = False
     restores = False
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +40,28 @@ class Trainer(LightningTrainer):
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    def sensitivity(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Measure on the validation text how much each decoder block loses by its masks.
+
+        Args:
+            model: the module; its strategy leaves the base weights as they are.
+            datamodule: its data.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one these are
+                the masks with which the strategy starts, before it learns anything.
+        """
+        from sparsify.callbacks.sensitivity import MeasureSensitivity  # which needs this module
+
+        self.sensing = True
+        callback = MeasureSensitivity()
+        cast(Any, self).callbacks.append(callback)
+        try:
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            self.sensing = False
+            cast(Any, self).callbacks.remove(callback)
 
 
 def data_parallel(trainer: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparsify.cli import main
 from sparsify.mask_file import read_masks
 from sparsify.pattern import NMPattern
 from tests.conftest import Cli
@@ -64,6 +65,53 @@ def test_patterns(cli: Cli, pattern: str) -> None:
         assert (weights[f"{name}.weight"].unflatten(1, (-1, m)) != 0).sum(-1).eq(n).all(), name
 
 
+OVERRIDES = {"*.down_proj": "4:8", "*.0.mlp.*": "1:4", "*.0.mlp.up*": "dense"}
+
+
+@pytest.mark.parametrize("where", ["command line", "file"])
+def test_overrides_of_single_layers(cli: Cli, where: str) -> None:
+    if where == "file":
+        Path("mixed.yaml").write_text(
+            "model:\n  overrides:\n"
+            + "".join(f'    "{glob}": "{text}"\n' for glob, text in OVERRIDES.items())
+        )
+    words = {"file": "--config=mixed.yaml", "command line": json.dumps(OVERRIDES)}[where]
+    words = words if where == "file" else f"--model.overrides={words}"
+    cli("fit", "--strategy=maskllm", words, steps=2)
+    [run] = cli.runs()
+    assert result(run)["run"]["pattern"] == "2:4"
+    assert list(result(run)["run"]["overrides"].items()) == list(OVERRIDES.items())
+    # 7 layers a block; of the first, gate and down (2048 weights each) are 1:4 and up is dense.
+    a_block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    zeros = 0.5 * 2 * a_block + 2048 * (0.25 + 0.25 - 0.5)
+    assert result(run)["run"]["sparsity"] == pytest.approx(zeros / (2 * a_block))
+    manifest = json.loads((run / "export" / "sparsity_manifest.json").read_text())
+    patterns = {name: layer["pattern"] for name, layer in manifest["layers"].items()}
+    assert patterns["model.layers.0.mlp.down_proj"] == "1:4"
+    assert patterns["model.layers.1.mlp.down_proj"] == "4:8"
+    assert "model.layers.0.mlp.up_proj" not in patterns
+
+    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    saved = torch.load(checkpoint.partition("=")[2], weights_only=True)["hyper_parameters"]
+    assert list(saved["overrides"].items()) == list(OVERRIDES.items())
+    main(["export", checkpoint, *cli.trainer, "--output.folder=again"])
+    before, after = (load_file(f / "model.safetensors") for f in (run / "export", Path("again")))
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    main(["fit", checkpoint, *cli.trainer, "--trainer.max_steps=3"])
+    assert result(cli.runs()[-1])["run"]["overrides"] == OVERRIDES
+
+
+def test_overrides_on_the_command_line_replace_those_of_a_file(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mixed.yaml").write_text('model: {overrides: {"*q_proj": "1:4"}}\n')
+    words = ["--config=mixed.yaml", '--model.overrides={"*k_proj": "dense"}', "--print_config"]
+    with pytest.raises(SystemExit, match="^0$"):
+        cli("fit", "--strategy=magnitude", *words)
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["model"]["overrides"] == {"*k_proj": "dense"}
+
+
 def test_maskllm_refuses_a_pattern_with_too_many_candidates(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,8 +148,6 @@ def test_a_checkpoint_brings_its_settings_and_the_command_line_wins(cli: Cli) ->
         "--ckpt_path",
         checkpoint,
     ]
-    from sparsify.cli import main
-
     main(["test", *bare, "--data.eval_batch_size", "4"])
     main(["validate", *bare])
     main(["export", *bare, "--output.folder", "again"])
@@ -143,8 +189,6 @@ def test_an_existing_export_is_only_replaced_on_request(
 def test_print_config_gives_a_config_that_runs_the_same(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsify.cli import main
-
     given = [
         "--strategy",
         "maskllm",
@@ -189,14 +233,12 @@ def test_an_unknown_logger_is_refused(cli: Cli, capsys: pytest.CaptureFixture[st
 
 
 def test_help(capsys: pytest.CaptureFixture[str], cli: Cli) -> None:
-    from sparsify.cli import main
-
     out = subprocess.run(
         [sys.executable, "-m", "sparsify", "--help"], capture_output=True, text=True, check=True
     )  # noqa: S603
     assert out.stderr == ""
     assert "N:M sparse masks" in out.stdout
-    for command in ("fit", "validate", "test", "export"):
+    for command in ("fit", "validate", "test", "export", "sensitivity"):
         assert f"    {command} " in out.stdout
     with pytest.raises(SystemExit, match="^0$"):
         main(["fit", "--help"])

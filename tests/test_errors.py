@@ -61,6 +61,19 @@ def test_a_glob_that_matches_nothing(fails: Fails, option: str) -> None:
     assert "model.layers.*.self_attn.q_proj" in message
 
 
+def test_overrides_that_cannot_be_used(cli: Cli, fails: Fails) -> None:
+    magnitude = ("fit", "--strategy=magnitude")
+    message = fails(*magnitude, '--model.overrides={"*.down_proj": "8:4"}')
+    assert "overrides '*.down_proj': pattern '8:4'" in message
+    message = fails(*magnitude, '--model.overrides={"*.attention.*": "4:8"}')
+    assert "'*.attention.*' matches no layer that would be masked" in message
+    assert "model.layers.*.self_attn.q_proj" in message
+    cli("fit", "--strategy=maskllm", '--model.overrides={"*.down_proj": "1:4"}')
+    [checkpoint] = map(str, Path().glob("runs/maskllm/*/checkpoints/last.ckpt"))
+    message = fails("test", "--ckpt_path", checkpoint, '--model.overrides={"*.up_proj": "1:4"}')
+    assert "give the strategy, pattern, include, exclude and overrides of its run" in message
+
+
 def test_too_little_text(fails: Fails) -> None:
     Path("short.txt").write_text("w1 w2 w3")
     message = fails("fit", "--strategy", "magnitude", "--data.train=short.txt")

@@ -22,8 +22,10 @@ from sparsify.base import hash_parameters
 from sparsify.export import MANIFEST, check_target, export, read_manifest
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.mask_file import FILE_NAME, read_masks
+from sparsify.record import sparsity
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
+from sparsify.strategies.maskllm import MaskLLM
 from tests.conftest import tiny_llama
 from tests.models import FAMILIES
 
@@ -85,6 +87,77 @@ def test_the_folder_loads_as_the_masked_model(
         smallest = groups.sort(-1, descending=True).values[..., nm.n - 1 : nm.n]
         assert torch.equal((weight != 0), (groups >= smallest).flatten(1)), name
         assert not bool(weight[~masks[layer]].signbit().any()), name
+
+
+MIXED = {"*.self_attn.*": "1:4", "*.down_proj": "4:8", "*.1.mlp.*": "dense", "*.1.mlp.up*": "2:4"}
+
+
+def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = tiny_llama()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    module = masked_module(model, tokenizer, overrides=MIXED)
+    export(module, tmp_path / "out", {})
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = {
+        f"model.layers.{i}.self_attn.{kind}_proj": NMPattern(1, 4)
+        for i in (0, 1)
+        for kind in "qkvo"
+    }
+    wanted |= {f"model.layers.0.mlp.{kind}_proj": NMPattern(2, 4) for kind in ("gate", "up")}
+    wanted["model.layers.0.mlp.down_proj"] = NMPattern(4, 8)
+    wanted["model.layers.1.mlp.up_proj"] = NMPattern(2, 4)
+    zeros = 0
+    for name, weight in stored.items():
+        pattern = wanted.get(name.removesuffix(".weight"))
+        if pattern is None:
+            assert torch.equal(weight, base[name]), name
+            continue
+        groups = base[name].abs().unflatten(1, (-1, pattern.m))
+        smallest = groups.sort(-1, descending=True).values[..., pattern.n - 1 : pattern.n]
+        kept = (groups >= smallest).flatten(1)
+        assert torch.equal(weight, torch.where(kept, base[name], 0)), name
+        assert (weight.unflatten(1, (-1, pattern.m)) != 0).sum(-1).eq(pattern.n).all(), name
+        zeros += int((weight == 0).sum())
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["pattern"] == "2:4"
+    found = {name: layer["pattern"] for name, layer in manifest["layers"].items()}
+    assert found == {name: str(pattern) for name, pattern in wanted.items()}
+    assert manifest["dense"]["model.layers.1.mlp.down_proj"] == "dense by override '*.1.mlp.*'"
+    masks = read_masks(tmp_path / "out").masks
+    assert masks.keys() == wanted.keys()
+    assert all(torch.equal(masks[name], mask) for name, mask in hard_masks(module.lm))
+    total = sum(p.numel() for name, p in base.items() if "proj" in name)
+    assert sparsity(module) == pytest.approx(zeros / total, abs=1e-9)
+
+    again = SparseCausalLM.from_model(
+        tiny_llama(), tokenizer, MaskLLM(str(tmp_path / "out"), alpha=1e3), overrides=MIXED
+    )
+    again.configure_model()
+    again._calibrate()
+    assert all(torch.equal(masks[name], mask) for name, mask in hard_masks(again.lm))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (MIXED | {"*.down_proj": "2:8"}, "down_proj: the prior does not keep 2 weights of every 8"),
+        ({**MIXED, "*.1.mlp.up*": "1:4"}, "the prior does not keep 1 weights of every 4"),
+        ({**MIXED, "*.1.mlp.gate*": "2:4"}, "1.mlp.gate_proj: the prior SavedMasks holds no mask"),
+    ],
+)
+def test_a_prior_of_other_patterns_is_refused(
+    overrides: dict[str, str],
+    message: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    export(masked_module(tiny_llama(), tokenizer, overrides=MIXED), tmp_path / "out", {})
+    module = SparseCausalLM.from_model(
+        tiny_llama(), tokenizer, MaskLLM(prior=str(tmp_path / "out")), overrides=overrides
+    )
+    module.configure_model()
+    with pytest.raises(SparsifyError, match=message):
+        module._calibrate()
 
 
 def test_the_square_conv1d_is_masked_along_its_inputs(

@@ -9,8 +9,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import FixedMasker, Masker, NMPattern, SparsifyError
-from sparsify.inject import decoder_blocks, fold, hard_masks, inject, masked_layers, select
+from sparsify.inject import (
+    decoder_blocks,
+    fold,
+    hard_masks,
+    inject,
+    layer_patterns,
+    masked_layers,
+    select,
+)
 from sparsify.masked_linear import MaskScope
+from sparsify.overrides import Overrides
 from tests.models import FAMILIES, tied_llama, tiny_gpt2, tiny_qwen2
 
 TWO_FOUR = NMPattern(2, 4)
@@ -128,6 +137,73 @@ def test_layers_that_share_a_weight_share_the_masker(model: PreTrainedModel) -> 
     fold(model)
     up = [block.mlp.up_proj for block in model.model.layers]
     assert up[0].weight is up[1].weight
+
+
+def test_overrides_by_glob_the_last_wins(model: PreTrainedModel) -> None:
+    overrides = Overrides.parse(
+        {"*.mlp.*": "1:4", "*.down_proj": "4:8", "*.1.*": "dense", "*.1.mlp.up_proj": "2:8"}
+    )
+    layers, dense = select(model, TWO_FOUR, exclude=["*k_proj"], overrides=overrides)
+    inject(model, layers, TWO_FOUR, FixedMasker, overrides)
+    found = {name: str(pattern) for name, pattern in layer_patterns(model).items()}
+    assert found == {
+        **{f"model.layers.0.self_attn.{kind}_proj": "2:4" for kind in "qvo"},
+        "model.layers.0.mlp.gate_proj": "1:4",
+        "model.layers.0.mlp.up_proj": "1:4",
+        "model.layers.0.mlp.down_proj": "4:8",
+        "model.layers.1.mlp.up_proj": "2:8",
+    }
+    assert dense["model.layers.1.mlp.down_proj"] == "dense by override '*.1.*'"
+    assert dense["model.layers.1.self_attn.k_proj"] == "excluded by '*k_proj'"
+    assert len(found) + len(dense) == 16
+
+
+@pytest.mark.parametrize("glob", ["*w1*", "*k_proj", "lm_head"])
+def test_an_override_of_no_masked_layer_lists_what_there_is(
+    model: PreTrainedModel, glob: str
+) -> None:
+    overrides = Overrides.parse({"*q_proj": "1:4", glob: "dense"})
+    with pytest.raises(SparsifyError, match="matches no layer that would be masked") as error:
+        select(model, TWO_FOUR, exclude=["*k_proj"], overrides=overrides)
+    assert repr(glob) in str(error.value)
+    assert "model.layers.*.self_attn.q_proj, model.layers.*.self_attn.v_proj" in str(error.value)
+    assert "model.layers.*.self_attn.k_proj" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "x", "Dense", ""])
+def test_a_bad_pattern_is_named_with_its_glob(pattern: str) -> None:
+    with pytest.raises(SparsifyError, match=rf"overrides '\*q_proj'.*'{pattern}'.*or 'dense'"):
+        Overrides.parse({"*": "2:4", "*q_proj": pattern})
+
+
+def test_inputs_divide_by_the_layers_own_pattern(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.down_proj = nn.Linear(36, 32)
+    select(model, TWO_FOUR)
+    for overrides, m in (({"*down_proj": "4:8"}, 8), ({"*.1.*": "3:5"}, 5)):
+        with pytest.raises(SparsifyError, match=f"in_features=.* is not a multiple of m={m}"):
+            select(model, TWO_FOUR, overrides=Overrides.parse(overrides))
+    eight = NMPattern(4, 8)
+    for overrides in ({"*.1.*down_proj": "2:4"}, {"*.1.*down_proj": "dense"}):
+        select(model, eight, overrides=Overrides.parse(overrides))
+
+
+def test_all_dense_by_override_is_an_error(model: PreTrainedModel) -> None:
+    with pytest.raises(SparsifyError, match="no layer is left to mask"):
+        select(model, TWO_FOUR, overrides=Overrides.parse({"*": "dense"}))
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "dense"])
+def test_layers_that_share_a_weight_have_one_pattern(model: PreTrainedModel, pattern: str) -> None:
+    first, second = (block.mlp.up_proj for block in model.model.layers)
+    second.weight = first.weight
+    with pytest.raises(
+        SparsifyError,
+        match=rf"layers\.1\.mlp\.up_proj is {pattern} and model\.layers\.0\.mlp\.up_proj, whose "
+        r"weight it shares, is 2:4; .*--model\.overrides",
+    ):
+        select(model, TWO_FOUR, overrides=Overrides.parse({"*.1.mlp.up_proj": pattern}))
+    chosen, _ = select(model, TWO_FOUR, overrides=Overrides.parse({"*.mlp.up_proj": pattern}))
+    assert len(chosen) == (14 if pattern == "1:4" else 12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

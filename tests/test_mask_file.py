@@ -34,6 +34,8 @@ SIZES = [
 ]
 SIZES += [("4:8", 70, 1), ("5:10", 252, 1), ("3:13", 286, 0), ("8:16", 12870, 0)]
 
+MIXED = ("2:4", "1:4", "4:8")
+
 
 def random_masks(pattern: NMPattern, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """A random candidate for every group."""
@@ -97,6 +99,21 @@ def test_masks_come_back_from_the_file(text: str, tmp_path: Path) -> None:
         for name, mask in masks.items():
             assert found.masks[name].dtype == torch.bool
             assert torch.equal(found.masks[name], mask)
+
+
+def test_masks_of_several_patterns_come_back(tmp_path: Path) -> None:
+    patterns = {name: NMPattern.parse(text) for name, text in zip("abc", MIXED, strict=True)}
+    masks = {n: random_masks(p, {n: (3, 4)})[n] for n, p in patterns.items()}
+    write_masks(tmp_path / FILE_NAME, masks, patterns, "abc")
+    found = read_masks(tmp_path).masks
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    with safe_open(tmp_path / FILE_NAME, framework="pt") as file:
+        layers = json.loads(file.metadata()["layers"])
+    assert {name: layer["pattern"] for name, layer in layers.items()} == dict(
+        zip("abc", MIXED, strict=True)
+    )
+    with pytest.raises(SparsifyError, match="keeps 2 weights; a 1:4 mask"):
+        write_masks(tmp_path / "no", masks, patterns | {"a": NMPattern(1, 4)}, "abc")
 
 
 def test_the_file_is_plain_safetensors_of_small_size(tmp_path: Path) -> None:

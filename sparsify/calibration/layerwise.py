@@ -24,9 +24,8 @@ from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
 from sparsify.errors import SparsifyError
-from sparsify.inject import decoder_blocks, masked_layers
+from sparsify.inject import decoder_blocks, layer_patterns, masked_layers
 from sparsify.masked_linear import MaskedLinear, MaskScope
-from sparsify.pattern import NMPattern
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
@@ -86,6 +85,7 @@ class Layerwise:
         self._base_hash, self._device, self._watch = base_hash, device, watch
         self._modules = decoder_blocks(model)
         self._layers = masked_layers(model)
+        self._patterns = layer_patterns(model)
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
         self._activations: Activations | None = None
@@ -139,10 +139,6 @@ class Layerwise:
             yield name, result
             if self._writer is not None:
                 self._writer.add(name, result)
-
-    @property
-    def _patterns(self) -> dict[str, NMPattern]:
-        return {name: layer.masker.pattern for name, layer in self._layers.items()}
 
     def _windows(self) -> Tensor:
         """The text; at the first call the result of an equal run may take the strategy's place."""

@@ -11,6 +11,7 @@ from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrateg
 from sparsify.base import hash_parameters
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.overrides import Overrides
 
 TWO_FOUR = NMPattern(2, 4)
 TEXT = torch.randint(2, 64, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -23,11 +24,12 @@ def masked(
     text: Tensor | Callable[[], Tensor] = TEXT,
     pattern: NMPattern = TWO_FOUR,
     base_hash: str | None = None,
+    overrides: Overrides = Overrides(),
     **globs: list[str],
 ) -> Layerwise:
     """An engine for a model whose layers are masked now."""
-    layers, _ = select(model, pattern, **globs)
-    scope = inject(model, layers, pattern, FixedMasker)
+    layers, _ = select(model, pattern, overrides=overrides, **globs)
+    scope = inject(model, layers, pattern, FixedMasker, overrides)
     return Layerwise(
         model,
         scope,

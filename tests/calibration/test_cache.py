@@ -25,6 +25,8 @@ from sparsify.base import hash_parameters
 from sparsify.calibration import Calibration
 from sparsify.inject import base_parameters
 from sparsify.mask_file import write_masks
+from sparsify.overrides import Overrides
+from sparsify.registry import STRATEGIES, make_strategy, plugins
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dsnot import DSnoT
 from sparsify.strategies.maskllm import MaskLLM
@@ -85,6 +87,23 @@ def test_an_equal_run_finds_the_result(
     assert len(list(folder.iterdir())) == 1
 
 
+MIXED = Overrides.parse({"*.mlp.*": "4:8", "*.1.*_proj": "1:4", "*.1.mlp.up_proj": "dense"})
+
+
+NO_TEXT = ("dense", "magnitude")
+
+
+@pytest.mark.parametrize("name", [n for n in plugins(STRATEGIES) if n not in NO_TEXT])
+def test_mixed_patterns_are_those_of_the_layers_and_come_back(name: str) -> None:
+    options: dict[str, Any] = {"overrides": MIXED}
+    first, _ = run(make_strategy(name), **options)
+    assert len(first) == 13
+    for layer, result in first.items():
+        n, m = (1, 4) if ".1." in layer else (4, 8) if ".mlp." in layer else (2, 4)
+        assert result.mask.unflatten(1, (-1, m)).sum(-1).eq(n).all(), layer
+    assert_same(run(make_strategy(name), **options)[0], first)
+
+
 class Listed(Wanda):
     """A strategy with a setting of any type."""
 
@@ -101,6 +120,7 @@ CHANGES: dict[str, tuple[SparsityStrategy, dict[str, Any]]] = {
     "base": (Wanda(), {"base_hash": "another"}),
     "base weights": (Wanda(), {"model": tiny_llama(seed=1)}),
     "pattern": (Wanda(), {"pattern": NMPattern(1, 4)}),
+    "one pattern": (Wanda(), {"overrides": Overrides.parse({"*.1.mlp.up_proj": "1:4"})}),
     "layers": (Wanda(), {"exclude": ["*.0.*"]}),
     "strategy": (SparseGPT(), {}),
 }

@@ -1,0 +1,128 @@
+"""Measures, after a validation, what each decoder block loses by its masks."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from rich.table import Table
+
+from sparsify.batch import split_batch
+from sparsify.callbacks.evaluate_and_export import console, describe_run, pattern_text
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import OVERALL, PerplexityMeter, Score, make_result, write_json
+from sparsify.progress import Progress, tracked
+from sparsify.record import describe_protocol
+from sparsify.run_folder import run_folder
+from sparsify.sensitivity import SENSITIVITY_SCHEMA, Sensitivity, measure_sensitivity
+from sparsify.sensitivity_plot import plot_sensitivity
+
+SPLIT = "validation"
+
+
+class MeasureSensitivity(Callback):
+    """Measures the cases of :mod:`sparsify.sensitivity` on the validation text, and writes them to
+    ``sensitivity.json`` and ``sensitivity.png`` in the run's folder.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        strategy = pl_module.strategy
+        name = type(strategy).__name__
+        if not strategy.prunes:
+            raise SparsifyError(
+                f"{name} masks nothing, so that no block can lose by it; take another --strategy"
+            )
+        if strategy.weights != "frozen":
+            raise SparsifyError(
+                f"the base weights of {name} are {strategy.weights!r}, not 'frozen', so that a "
+                "block that is kept dense would not be the base model's; take a strategy that "
+                "chooses masks alone, or its setting for that"
+            )
+        if not trainer.datamodule.validation_names:
+            raise SparsifyError(
+                "there is no validation text, and blocks must not be chosen on the test text; "
+                "give --data.validation FILE"
+            )
+        if not trainer.limit_val_batches:
+            raise SparsifyError(
+                f"limit_val_batches is {trainer.limit_val_batches}, so that nothing is measured; "
+                "give --trainer.limit_val_batches a number above 0, or leave it out"
+            )
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if isinstance(trainer.progress_bar_callback, Progress):
+            trainer.progress_bar_callback.finish()
+        names = trainer.datamodule.validation_names
+        loaders = trainer.datamodule.val_dataloader()
+
+        def measure() -> dict[str, Score]:
+            meter = PerplexityMeter(names, pl_module.device)
+            parts = zip(names, loaders, trainer.num_val_batches, strict=True)
+            for name, loader, batches in parts:
+                for batch in itertools.islice(loader, int(batches)):
+                    batch = batch.to(pl_module.device)
+                    with trainer.precision_plugin.val_step_context():
+                        losses_BT = pl_module.window_losses(batch)
+                    meter.update(name, losses_BT, split_batch(batch)[1])
+            return meter.scores()
+
+        def watch(cases: Sequence[frozenset[str]]) -> Iterable[frozenset[str]]:
+            return tracked(cases, "measuring blocks", trainer)
+
+        found = measure_sensitivity(pl_module.lm, measure, watch)
+        if trainer.is_global_zero:
+            _report(trainer, pl_module, found)
+
+
+def _report(trainer: Any, pl_module: Any, found: Sensitivity) -> None:
+    result = make_result(
+        describe_run(trainer, pl_module),
+        describe_protocol(pl_module, trainer.datamodule, SPLIT),
+        found.pruned,
+    )
+    del result["scores"]
+    path = run_folder(trainer) / "sensitivity.json"
+    write_json(path, result | {"schema": SENSITIVITY_SCHEMA} | found.describe())
+    title = f"{type(pl_module.strategy).__name__} {pattern_text(result['run'])}"
+    title = f"{title} on {pl_module.base_name}"
+    out = console(trainer)
+    out.print(_block_table(found, f"{title}: {SPLIT} perplexity"), _other_table(found))
+    out.print(f"result in {path}", soft_wrap=True)
+    _plot(found, f"{title}, {SPLIT} text", path.with_suffix(".png"), out)
+
+
+def _plot(found: Sensitivity, title: str, path: Path, out: Any) -> None:
+    try:
+        plot_sensitivity(found, title, path)
+    except ImportError:
+        out.print(r"no figure, as Matplotlib is missing: pip install 'sparsify\[plot]'")
+    else:
+        out.print(f"figure in {path}", soft_wrap=True)
+
+
+def _block_table(found: Sensitivity, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("block", justify="right")
+    for column in ("pruned alone", "nats more", "dense alone", "nats less"):
+        table.add_column(column, justify="right")
+    for number, block in enumerate(found.blocks):
+        table.add_row(
+            str(number),
+            f"{block.alone_pruned[OVERALL].perplexity:.3f}",
+            f"{block.loss_increase:.4f}",
+            f"{block.alone_dense[OVERALL].perplexity:.3f}",
+            f"{block.loss_decrease:.4f}",
+        )
+    return table
+
+
+def _other_table(found: Sensitivity) -> Table:
+    table = Table("kept dense")
+    for column in ("perplexity", "nats less"):
+        table.add_column(column, justify="right")
+    for name, scores in {"none": found.pruned, **found.kept_dense, "all": found.dense}.items():
+        score = scores[OVERALL]
+        less = found.pruned[OVERALL].loss - score.loss
+        table.add_row(name, f"{score.perplexity:.3f}", f"{less:.4f}")
+    return table
