@@ -78,16 +78,22 @@ class MovingAverage(nn.Module):
     def __init__(self, memory: float) -> None:
         super().__init__()
         self.memory = memory
-        # Of the values and of their weights, so that the mean is right from the first step on; in
-        # the paper it starts at zero, which 10,000 steps forget.
-        self.register_buffer("sums", torch.zeros(2))
+        # Of weights, values and squares: divided by that of the weights, the mean is right from the
+        # first step on. In the paper it starts at zero, which 10,000 steps forget.
+        self.register_buffer("sums", torch.zeros(3))
 
     def remove(self, value: Tensor) -> Tensor:
         """The value less the mean of those before it, 0-d; then it is one of them."""
-        mean = self.sums[0] / self.sums[1].clamp(min=1e-30)
-        now = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])
+        mean, _ = self.moments()
+        now = torch.stack([torch.ones_like(value), value, value.square()]).to(self.sums)
         self.sums.mul_(self.memory).add_(now, alpha=1 - self.memory)
         return value - mean
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the past, 0-d; zero before the first value."""
+        weight, total, squares = self.sums.unbind()
+        mean, square = total / weight.clamp(min=1e-30), squares / weight.clamp(min=1e-30)
+        return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
 class _Slope(torch.autograd.Function):
@@ -309,6 +315,12 @@ class MaskPro(StartsFromPrior):
             )
         maskers = {id(layer.masker): cast(LogitMasker, layer.masker) for layer in layers.values()}
         return PolicyGradient(list(maskers.values()), self._terms, self.average, self.lr)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Mean and standard deviation of past advantages: the scale that ``lr`` belongs to."""
+        if self.average is None:
+            return {}
+        return dict(zip(("advantage", "advantage_std"), self.average.moments(), strict=True))
 
 
 def _chunks(tensor_OI: Tensor) -> Iterator[slice]:
