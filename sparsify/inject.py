@@ -237,6 +237,9 @@ def fold(model: nn.Module) -> None:
     """Multiply every hard mask into its weight, in place, and restore the plain layer classes.
     Biases stay.
     """
+    done: set[int] = set()  # a weight that two layers share is hardened once: a masker may add
     for name, layer in masked_layers(model).items():
-        layer.weight_OI.data.copy_(layer.masker.harden(layer.weight_OI))
+        if id(layer.weight) not in done:
+            layer.weight_OI.data.copy_(layer.masker.harden(layer.weight_OI))
+            done.add(id(layer.weight))
         model.set_submodule(name, layer.plain())

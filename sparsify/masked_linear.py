@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
@@ -213,3 +214,12 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     weight = cast(Tensor, linear.weight)
     rows, columns = weight.shape if isinstance(linear, nn.Linear) else reversed(weight.shape)
     return int(rows), int(columns)
+
+
+def local_rows(values_OI: Tensor) -> Tensor:
+    """The rows that this process holds of a weight or a masker's tensor, in place; all of them
+    where nothing is sharded.
+
+    Groups run along a row, so that what is done to each by itself can be done to these alone.
+    """
+    return values_OI.to_local() if isinstance(values_OI, DTensor) else values_OI

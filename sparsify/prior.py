@@ -1,6 +1,6 @@
 """A mask to start from: any strategy's, or one that was saved.
 
-Shapes: O out, I in.
+Shapes: O out, I in, G groups, M group size.
 """
 
 import hashlib
@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.mask_file import find_file, read_masks
 from sparsify.masker import Masker
+from sparsify.pattern import NMPattern
 from sparsify.registry import make_strategy
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
@@ -61,15 +63,43 @@ class MasksOnly(SparsityStrategy):
             yield name, LayerResult(result.mask)
 
 
-def make_prior(prior: SparsityStrategy | str) -> SparsityStrategy:
-    """The strategy whose masks another one starts from; its results hold no weights.
+def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> SparsityStrategy:
+    """The strategy whose masks another one starts from.
 
     Args:
         prior: a strategy, the name of one, a mask file or an exported folder.
+        weights: let its results hold weights too, if it updates them.
     """
     if isinstance(prior, str):
         prior = SavedMasks(prior) if Path(prior).exists() else make_strategy(prior)
-    return prior if prior.weights == "frozen" else MasksOnly(prior)
+    return prior if weights or prior.weights == "frozen" else MasksOnly(prior)
+
+
+def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:
+    """Weights whose largest magnitudes are the prior's choice, as near to the given as can be.
+
+    Where a mask is a function of weights that learn, this is how it starts from a prior. In groups
+    where the prior differs from magnitude, weights that it drops are brought just below the
+    smallest that it keeps, with their signs; kept ones stay, but for zeros (and numbers that are
+    not normal), which become the smallest normal number. All other groups stay.
+
+    Args:
+        weight_OI: any floating dtype; it is not changed.
+        prior_OI: bool, ``n`` of every ``m``.
+        pattern: the pattern.
+
+    Returns:
+        ``[O, I]`` of the weight's dtype, with ``pattern.top(result.abs())`` equal to the prior.
+    """
+    agrees_OG = pattern.groups(pattern.top(weight_OI.abs()) == prior_OI).all(-1, keepdim=True)
+    weight_OGM, kept_OGM = pattern.groups(weight_OI), pattern.groups(prior_OI)
+    size_OGM, tiny = weight_OGM.abs(), torch.finfo(weight_OI.dtype).tiny
+    raised_OGM = size_OGM.clamp(min=tiny)
+    least_OG = raised_OGM.masked_fill(~kept_OGM, torch.inf).amin(-1, keepdim=True)
+    below_OG = torch.nextafter(least_OG, torch.zeros_like(least_OG))
+    below_OG.masked_fill_(below_OG < tiny, 0)
+    size_OGM = torch.where(kept_OGM, raised_OGM, size_OGM.minimum(below_OG))
+    return torch.where(agrees_OG, weight_OGM, size_OGM.copysign(weight_OGM)).flatten(-2)
 
 
 class StartsFromPrior(SparsityStrategy):
@@ -78,11 +108,13 @@ class StartsFromPrior(SparsityStrategy):
     Args:
         prior: whose masks: a strategy by name or as an object, a mask file or an exported folder;
             None starts from nothing.
+        weights: start from its weights too, if it updates them; only for a strategy that trains
+            the base weights. They are in place after ``start``.
     """
 
-    def __init__(self, prior: SparsityStrategy | str | None = None) -> None:
+    def __init__(self, prior: SparsityStrategy | str | None = None, weights: bool = False) -> None:
         super().__init__()
-        self.prior = None if prior is None else make_prior(prior)
+        self.prior = None if prior is None else make_prior(prior, weights)
 
     def start(
         self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0

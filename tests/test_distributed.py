@@ -29,7 +29,7 @@ def run(strategy: str, text: Path, out: Path, ranks: int) -> list[dict[str, Any]
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("strategy", ["maskllm", "magnitude"])
+@pytest.mark.parametrize("strategy", ["maskllm", "magnitude", "sr_ste", "proxsparse"])
 def test_sharded_ranks_learn_the_masks_of_one_process(
     strategy: str, text: Path, tmp_path: Path
 ) -> None:

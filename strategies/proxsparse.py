@@ -1,0 +1,184 @@
+"""ProxSparse: learn 2:4 masks by training a copy of the weights under a regularizer that is zero
+where a group is 2:4 sparse (Liu et al., ICML 2025, "ProxSparse: Regularized Learning of
+Semi-Structured Sparsity Masks for Pretrained LLMs").
+
+For a group, ``r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|``, which is zero if and only
+if two weights or fewer are not. After each step of the optimizer, every group z of the copy becomes
+the minimum of ``|v - z|^2 / 2 + lambda r(v)``. The copy's largest weights choose the mask, and what
+ships are the original weights under it.
+
+Shapes: O out, I in, G groups, here of all rows at once.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import SparsifyError
+from sparsify.masked_linear import MaskedLinear, local_rows
+from sparsify.masker import Draw, Masker
+from sparsify.pattern import NMPattern
+from sparsify.prior import StartsFromPrior, favour
+from sparsify.strategy import Run, SparsityStrategy
+
+SWEEPS = 100
+TOLERANCE = 1e-8  # of a weight, absolute
+SWEEPS_AT_ONCE = 5  # before groups that have converged are set aside
+GROUPS_AT_ONCE = 1 << 18
+
+
+class ProxyMasker(Masker):
+    """Holds the copy of the weight that is trained in its place.
+
+    Args:
+        name, shape, pattern: as for every masker.
+        anchor_eps: of the penalty; None has none.
+    """
+
+    proxy_OI: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        pattern: NMPattern,
+        anchor_eps: float | None = None,
+    ) -> None:
+        super().__init__(name, shape, pattern)
+        self.anchor_eps = anchor_eps
+        self.proxy_OI = nn.Parameter(torch.zeros(shape))
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        """The copy, dense; the penalty is ``|W / (W0 + eps sign W0) o (W - W0)|^2`` of the copy W
+        and the weight W0, with sign 0 = 1.
+        """
+        if self.anchor_eps is None:
+            return self.proxy_OI, weight_OI.new_zeros(())
+        apart_OI = weight_OI + self.anchor_eps * torch.where(weight_OI < 0, -1.0, 1.0)
+        distance_OI = self.proxy_OI / apart_OI * (self.proxy_OI - weight_OI)
+        return self.proxy_OI, distance_OI.square().sum()
+
+    def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
+        return self.pattern.top(self.proxy_OI.abs())
+
+
+class ProxSparse(StartsFromPrior):
+    """Learns 2:4 masks by proximal gradient steps on a copy of the weights; the base stays.
+
+    Args:
+        prior: whose masks to start from: a strategy by name or as an object, a mask file or an
+            exported folder; None starts from magnitude's. Weights of the copy that the prior drops
+            are first made smaller than those that it keeps.
+        strength: lambda; the authors' scripts take 0.25 (Llama-2-7B), 0.5 (13B), 0.85
+            (Llama-3.1-8B) and 20 or more (Mistral), with AdamW at 1e-4 or 5e-5.
+        coupled: take lambda times the learning rate, as a proximal gradient method would; published
+            is lambda itself.
+        anchor: lambda2, of the penalty that holds large weights near where they were.
+        anchor_eps: its epsilon, in the weights' unit.
+    """
+
+    weights: Literal["proxy"] = "proxy"
+
+    def __init__(
+        self,
+        prior: SparsityStrategy | str | None = None,
+        strength: float = 0.25,
+        coupled: bool = False,
+        anchor: float = 0.0,
+        anchor_eps: float = 0.1,
+    ) -> None:
+        super().__init__(prior)
+        if strength < 0 or anchor < 0 or anchor_eps <= 0:
+            raise SparsifyError(
+                f"strength={strength}, anchor={anchor}, anchor_eps={anchor_eps}; strength and "
+                "anchor must not be negative, and anchor_eps must be positive"
+            )
+        self.strength, self.coupled = strength, coupled
+        self.anchor, self.anchor_eps = anchor, anchor_eps
+
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> ProxyMasker:
+        if (pattern.n, pattern.m) != (2, 4):
+            raise SparsifyError(
+                f"pattern {pattern}: this method's regularizer is made for 2:4 alone; give "
+                "--model.pattern 2:4, or take another strategy"
+            )
+        return ProxyMasker(name, shape, pattern, self.anchor_eps if self.anchor else None)
+
+    def start(
+        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+    ) -> None:
+        proxy_OI = weight_OI.detach()
+        if prior_OI is not None:
+            proxy_OI = favour(proxy_OI, prior_OI, masker.pattern)
+        cast(ProxyMasker, masker).proxy_OI.data.copy_(proxy_OI)
+
+    def loss(self, run: Run) -> Tensor:
+        result = run(run.draw())
+        return result.loss + self.anchor * result.penalty if self.anchor else result.loss
+
+    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+        strength = self.strength * (lr if self.coupled else 1.0)
+        for masker in {layer.masker for layer in layers.values()}:
+            proximal_(local_rows(cast(ProxyMasker, masker).proxy_OI.data), strength)
+
+
+@torch.no_grad()
+def proximal_(weight_OI: Tensor, strength: float) -> None:
+    """Replace every group z of four by the v of the least ``|v - z|^2 / 2 + strength r(v)``, in
+    place.
+
+    Signs stay, so that it is enough to look at magnitudes, in falling order. The minimum has two,
+    three or four weights that are not zero: the first is known, the others are found by coordinate
+    descent from zero, the smallest first.
+
+    Args:
+        weight_OI: fp32 or fp64, contiguous.
+        strength: lambda.
+    """
+    for z_G4 in weight_OI.view(-1, 4).split(GROUPS_AT_ONCE):
+        size_G4, order_G4 = z_G4.abs().sort(dim=-1, descending=True, stable=True)
+        z = [column.contiguous() for column in size_G4.unbind(-1)]
+        best = [z[0], z[1], torch.zeros_like(z[2]), torch.zeros_like(z[3])]
+        least_G = _objective(best, z, strength)
+        for count in (3, 4):
+            found = _descend(z[:count], strength) + best[count:]
+            value_G = _objective(found, z, strength)
+            better_G = value_G < least_G
+            best = [torch.where(better_G, f, b) for f, b in zip(found, best, strict=True)]
+            least_G = torch.where(better_G, value_G, least_G)
+        size_G4.scatter_(-1, order_G4, torch.stack(best, -1))
+        torch.copysign(size_G4, z_G4, out=z_G4)
+
+
+def _objective(v: list[Tensor], z: list[Tensor], strength: float) -> Tensor:
+    """Of four columns of magnitudes ``[G]``."""
+    distance = sum(((a - b).square() for a, b in zip(v, z, strict=True)), torch.zeros_like(z[0]))
+    triples = v[0] * v[1] * (v[2] + v[3]) + v[2] * v[3] * (v[0] + v[1])
+    return distance / 2 + strength * triples
+
+
+def _descend(z: list[Tensor], strength: float) -> list[Tensor]:
+    """Coordinate descent on three or four columns ``[G]`` of magnitudes, the last the smallest."""
+    v = [torch.zeros_like(column) for column in z]
+    at, some_z, some_v = None, z, v  # the groups that still move, and where they belong
+    for sweep in range(SWEEPS):
+        change_G = torch.zeros_like(some_z[0])
+        for i in reversed(range(len(z))):
+            a, b, *c = (column for j, column in enumerate(some_v) if j != i)
+            pairs = a * b if not c else a * b + c[0] * (a + b)
+            new = (some_z[i] - strength * pairs).clamp_(min=0)
+            change_G = torch.maximum(change_G, (new - some_v[i]).abs())
+            some_v[i] = new
+        if (sweep + 1) % SWEEPS_AT_ONCE and sweep + 1 < SWEEPS:
+            continue
+        if at is not None:
+            v = [column.index_copy_(0, at, new) for column, new in zip(v, some_v, strict=True)]
+        moving = (change_G >= TOLERANCE).nonzero().squeeze(-1)
+        if not len(moving):
+            break
+        at = moving if at is None else at[moving]
+        some_z = [column[moving] for column in some_z]
+        some_v = [column[moving] for column in some_v]
+    return v

@@ -1,0 +1,102 @@
+"""SR-STE: train the dense weights through the mask of their largest (Zhou et al., ICLR 2021,
+"Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", arXiv 2102.04010); with
+it plain STE, and ASP (Mishra et al., 2021, arXiv 2104.08378).
+
+With ``m(W)`` the mask of the N largest magnitudes of each group, the forward pass takes
+``m(W) o W``, and its gradient goes to W as if there were no mask, so that dropped weights learn and
+can come back. The term ``lambda (1 - m) o W`` that the paper adds to the gradient is applied here
+after the optimizer's step, ``W -= lr lambda (1 - m(W)) o W``: under SGD that is the paper's rule to
+first order, and under Adam, which divides gradients by their size, it would be no decay at all.
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import SparsifyError
+from sparsify.masked_linear import MaskedLinear, local_rows
+from sparsify.masker import Draw, FixedMasker, Masker
+from sparsify.pattern import NMPattern
+from sparsify.prior import StartsFromPrior, favour
+from sparsify.strategy import SparsityStrategy
+
+
+class MagnitudeMasker(Masker):
+    """Keeps what is largest now; its gradient reaches dropped weights too (straight-through)."""
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        masked_OI, penalty = super().sample(weight_OI, draw, row0)
+        # w + (0 - w) is +0.0 and w + (w - w) is w, to the last bit.
+        return weight_OI + (masked_OI - weight_OI).detach(), penalty
+
+    def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
+        return self.pattern.top(weight_OI.abs())
+
+
+class SRSTE(StartsFromPrior):
+    """Trains all weights of the model, those of masked layers under masks that follow them.
+
+    Args:
+        prior: whose masks to start from: a strategy by name or as an object, a mask file or an
+            exported folder; None starts from magnitude's. Where masks follow the weights, those
+            that the prior drops are first made smaller than those that it keeps.
+        decay: lambda, of dropped weights, which keeps masks from flipping to and fro; 0 is plain
+            STE. What counts is its product with the sum of the learning rate over the run: 2 to 6
+            in the paper (2e-4, with SGD at a rate of 0.1 that falls, over 1e5 to 6e5 steps), and
+            5.5 with this default over 2,000 steps at 5e-4 that fall to a tenth of it.
+        refresh: ``every_step`` lets the mask follow the weights; ``never`` keeps the first one,
+            which is ASP: dropped weights get no gradient, and no decay of this kind.
+    """
+
+    weights: Literal["trained"] = "trained"
+
+    def __init__(
+        self,
+        prior: SparsityStrategy | str | None = None,
+        decay: float = 10.0,
+        refresh: Literal["every_step", "never"] = "every_step",
+    ) -> None:
+        super().__init__(prior)
+        if decay < 0 or refresh not in ("every_step", "never"):
+            raise SparsifyError(
+                f"decay={decay}, refresh={refresh!r}; the decay must not be negative (0 is none), "
+                "and masks are refreshed 'every_step' or 'never'"
+            )
+        self.decay = decay
+        self.refresh = refresh
+
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
+        kind = FixedMasker if self.refresh == "never" else MagnitudeMasker
+        return kind(name, shape, pattern)
+
+    def start(
+        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+    ) -> None:
+        if isinstance(masker, FixedMasker):
+            masker.set_mask(masker.pattern.top(weight_OI.abs()) if prior_OI is None else prior_OI)
+        elif prior_OI is not None:
+            weight_OI.data.copy_(favour(weight_OI, prior_OI, masker.pattern))
+
+    @torch.no_grad()
+    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+        """The decay, once for each weight, however many layers share it.
+
+        Raises:
+            SparsifyError: it would take more than all of a weight.
+        """
+        if self.refresh == "never":
+            return
+        share = lr * self.decay
+        if share > 1:
+            raise SparsifyError(
+                f"decay={self.decay:g} at a learning rate of {lr:g} takes {share:g} times a "
+                f"dropped weight in one step; give --model.strategy.decay {1 / lr:g} or less"
+            )
+        for layer in {layer.masker: layer for layer in layers.values()}.values():
+            weight_OI = local_rows(layer.weight_OI.data)
+            mask_OI = layer.masker.hard_mask(weight_OI)
+            weight_OI.sub_(weight_OI.masked_fill(mask_OI, 0), alpha=share)
