@@ -300,6 +300,9 @@ class SparseCausalLM(LightningModule):
             self.log(f"train/{name}", value)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.strategy.before_step(masked_layers(self.lm))
+
     def on_train_end(self) -> None:
         self._finite.check(self.trainer)  # the last steps may lie between two logs
 
@@ -308,14 +311,6 @@ class SparseCausalLM(LightningModule):
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.strategy.after_step(masked_layers(self.lm), optimizer.param_groups[0]["lr"])
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        if self.strategy.clips:
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
 
     def configure_optimizers(self) -> Any:
         params = [p for p in self.parameters() if p.requires_grad]

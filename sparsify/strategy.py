@@ -124,7 +124,6 @@ class SparsityStrategy(nn.Module):
 
     Attributes:
         prunes: whether layers are masked at all; the dense reference says no.
-        clips: whether the Trainer may clip gradients; not where a step is made of more than them.
         weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
             with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
             trained, the base ships; ``adapted``: never touched, but what ships is their sum with
@@ -136,7 +135,6 @@ class SparsityStrategy(nn.Module):
     """
 
     prunes: ClassVar[bool] = True
-    clips: ClassVar[bool] = True
     weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
 
     def __init__(self) -> None:
@@ -216,6 +214,9 @@ class SparsityStrategy(nn.Module):
             default: makes the optimizer that the user configured.
         """
         return default(params)
+
+    def before_step(self, layers: Mapping[str, MaskedLinear]) -> None:
+        """Called once before every optimizer step, with all gradients there and not yet clipped."""
 
     def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
         """Called once after every optimizer step: proximal steps, decoupled decay."""

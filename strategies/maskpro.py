@@ -13,7 +13,7 @@ Shapes: O out, I in, G groups, M group size.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -155,18 +155,16 @@ class LogitMasker(Masker):
         return torch.where(mask, weight_OI, weight_OI.new_zeros(())), none
 
     @torch.no_grad()
-    def follow(self, terms: list[tuple[Draw, Tensor]], lr: float, row0: int = 0) -> None:
-        """Move the logits against the sum of coefficient times score, and against their gradient
-        where there is one.
-        """
+    def scores(
+        self, terms: list[tuple[Draw, Tensor]], row0: int = 0
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the sum of coefficient times score, some rows at a time: (rows, ``[rows, I]``)."""
         for rows in _chunks(self.logits_OI):
-            logits = self.logits_OI[rows]
-            step = torch.zeros_like(logits)
-            if self.logits_OI.grad is not None:
-                step += self.logits_OI.grad[rows]
+            logits = self.logits_OI.detach()[rows]
+            total = torch.zeros_like(logits)
             for draw, coefficient in terms:
-                step += coefficient * score(logits, self.keys(draw, rows, row0), self.pattern)
-            logits.sub_(step, alpha=lr)
+                total += coefficient * score(logits, self.keys(draw, rows, row0), self.pattern)
+            yield rows, total
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.top(self.logits_OI)
@@ -183,39 +181,32 @@ class PolicyGradient(Optimizer):
 
     Args:
         maskers: whose logits.
-        terms: those of each micro-batch; filled by the strategy, emptied here.
-        average: taken off the advantages.
+        take: gives the draws of the step and their coefficients.
         lr: logits a nat.
     """
 
     def __init__(
         self,
         maskers: list[LogitMasker],
-        terms: list[list[Term]],
-        average: MovingAverage | None,
+        take: Callable[[], list[tuple[Draw, Tensor]]],
         lr: float,
     ) -> None:
         super().__init__([masker.logits_OI for masker in maskers], {"lr": lr})
-        self.maskers, self.terms, self.average = maskers, terms, average
+        self.maskers, self.take = maskers, take
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; the closure goes through the micro-batches, and fills the terms."""
+        """One step; the closure goes through the micro-batches."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        micro_batches = len(self.terms)
-        scaled = []
-        for term in (term for terms in self.terms for term in terms):
-            value = term.advantage - micro_batches * sum(term.slopes)
-            if self.average is not None:
-                value = self.average.remove(value)
-            scaled.append((term.draw, value / micro_batches))
+        terms = self.take()
         for masker in self.maskers:
-            masker.follow(scaled, self.param_groups[0]["lr"])
-        self.terms.clear()
+            for rows, total in masker.scores(terms):
+                masker.logits_OI[rows].sub_(total, alpha=self.param_groups[0]["lr"])
         return loss
 
 
 class MaskPro(StartsFromPrior):
-    """Learns masks over frozen weights from losses alone, or from one gradient at the mean mask.
+    """Learns masks over frozen weights from losses alone, or with one gradient at the mean mask.
 
     The estimators of the gradient of the expected loss, all unbiased; f is the loss under a draw m,
     s its score, d the moving average of what stands before it in past steps:
@@ -229,6 +220,10 @@ class MaskPro(StartsFromPrior):
       gradient with respect to the mask at the mean mask (MuProp: Gu et al., ICLR 2016); two forward
       passes, one backward, and a gradient buffer of the logits' size.
 
+    The first two move the logits by plain gradient descent at the rate ``lr``, in place; the
+    Trainer's schedule applies to it, its ``optimizer`` is not used. The third has gradients, and
+    leaves them to that optimizer.
+
     The defaults are the paper's, for 10,000 steps of 32 x 128 tokens on seven billion weights.
     ``docs/maskpro.md`` tells how to choose ``strength`` and ``lr`` for others.
 
@@ -236,14 +231,11 @@ class MaskPro(StartsFromPrior):
         prior: the initial mask: a strategy by name or as an object, a mask file or an exported
             folder.
         strength: the logit at which kept weights start (the paper's C); dropped ones start at 0.
-        lr: of the plain gradient descent, logits a nat; the Trainer's schedule applies, and its
-            ``optimizer`` is not used. Gradients are not clipped.
+        lr: of the plain gradient descent, logits a nat.
         estimator: of the gradient.
         draws: K of ``leave_one_out``.
         memory: share of the past that a step leaves in the moving average.
     """
-
-    clips: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -313,14 +305,40 @@ class MaskPro(StartsFromPrior):
                 f"{dist.get_world_size()} processes: draws and losses are not exchanged between "
                 "them yet; run one process (--trainer.devices 1)"
             )
-        maskers = {id(layer.masker): cast(LogitMasker, layer.masker) for layer in layers.values()}
-        return PolicyGradient(list(maskers.values()), self._terms, self.average, self.lr)
+        if self.estimator == "control_variate":
+            return default(params)
+        return PolicyGradient(_maskers(layers), self._take, self.lr)
+
+    def before_step(self, layers: Mapping[str, MaskedLinear]) -> None:
+        """Complete the gradients of the mean mask with the scores of the draws."""
+        if self.estimator == "control_variate":
+            terms = self._take()
+            for masker in _maskers(layers):
+                for rows, total in masker.scores(terms):
+                    cast(Tensor, masker.logits_OI.grad)[rows] += total
+
+    @torch.no_grad()
+    def _take(self) -> list[tuple[Draw, Tensor]]:
+        """The draws of the step that ends, and the factors of their scores, 0-d."""
+        micro_batches, taken = len(self._terms), []
+        for term in (term for terms in self._terms for term in terms):
+            value = term.advantage - micro_batches * sum(term.slopes)
+            if self.average is not None:
+                value = self.average.remove(value)
+            taken.append((term.draw, value / micro_batches))
+        self._terms.clear()
+        return taken
 
     def metrics(self) -> dict[str, Tensor]:
         """Mean and standard deviation of past advantages: the scale that ``lr`` belongs to."""
         if self.average is None:
             return {}
         return dict(zip(("advantage", "advantage_std"), self.average.moments(), strict=True))
+
+
+def _maskers(layers: Mapping[str, MaskedLinear]) -> list[LogitMasker]:
+    """Each once, however many layers share it."""
+    return list({layer.masker: cast(LogitMasker, layer.masker) for layer in layers.values()})
 
 
 def _chunks(tensor_OI: Tensor) -> Iterator[slice]:

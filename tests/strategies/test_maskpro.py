@@ -68,23 +68,32 @@ class Toy:
         self.strategy.init_masker(self.masker, linear.weight, LayerResult(prior))
         # Away from the start, so that no symmetry hides a mistake.
         self.masker.logits_OI.data += torch.randn(SHAPE, generator=generator)
-        self.optimizer = self.strategy.optimizer([], {"layer": self.layer}, None)  # type: ignore[arg-type]
+        self.layers = {"layer": self.layer}
+        self.optimizer = self.strategy.optimizer(
+            [self.masker.logits_OI], self.layers, lambda params: torch.optim.SGD(params, lr=1.0)
+        )
 
     def run(self, step: int) -> ToyRun:
         return ToyRun(self.layer, self.scope, step)
 
+    def step(self, *runs: ToyRun) -> None:
+        """One step of so many micro-batches, as Lightning makes it."""
+
+        def closure() -> float:
+            for run in runs:
+                loss = self.strategy.loss(run) / len(runs)
+                if loss.requires_grad:
+                    loss.backward()
+            self.strategy.before_step(self.layers)
+            return 0.0
+
+        self.masker.logits_OI.grad = None
+        self.optimizer.step(closure)
+
     def estimate(self, step: int) -> Tensor:
         """The gradient that one step follows; the logits are put back."""
         before = self.masker.logits_OI.detach().clone()
-        self.masker.logits_OI.grad = None
-
-        def closure() -> float:
-            loss = self.strategy.loss(self.run(step))
-            if loss.requires_grad:
-                loss.backward()
-            return loss.item()
-
-        self.optimizer.step(closure)
+        self.step(self.run(step))
         step_OI = before - self.masker.logits_OI.detach()
         self.masker.logits_OI.data.copy_(before)
         return step_OI
@@ -223,17 +232,8 @@ def test_micro_batches_of_a_step_are_averaged() -> None:
             forget(toy)
             singles.append(toy.estimate(step))
         before = toy.masker.logits_OI.detach().clone()
-        toy.masker.logits_OI.grad = None
-
-        def closure(toy: Toy = toy) -> float:
-            for step in (3, 4):
-                loss = toy.strategy.loss(toy.run(step)) / 2  # as Lightning divides it
-                if loss.requires_grad:
-                    loss.backward()
-            return 0.0
-
         forget(toy)
-        toy.optimizer.step(closure)
+        toy.step(toy.run(3), toy.run(4))
         found = before - toy.masker.logits_OI.detach()
         torch.testing.assert_close(found, (singles[0] + singles[1]) / 2, rtol=1e-4, atol=1e-6)
 
@@ -288,16 +288,15 @@ def test_chunks_and_shards_make_the_same_masks_and_steps(monkeypatch: pytest.Mon
     )
     whole = made()
     mask, _ = whole.sample(weight, draw)
-    whole.follow(terms, 0.1)
+    total = torch.cat([part for _, part in whole.scores(terms)])
     monkeypatch.setattr(maskpro, "AT_ONCE", 48)
     chunked, part = made(), made(slice(3, 8))
     assert torch.equal(chunked.sample(weight, draw)[0], mask)
     assert torch.equal(part.sample(weight[3:8], draw, row0=3)[0], mask[3:8])
-    chunked.follow(terms, 0.1)
-    part.follow(terms, 0.1, row0=3)
-    assert torch.equal(chunked.logits_OI, whole.logits_OI)
-    assert torch.equal(part.logits_OI, whole.logits_OI[3:8])
-    assert not torch.equal(whole.logits_OI, start)
+    pieces = list(chunked.scores(terms))
+    assert [piece.shape[0] for _, piece in pieces] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat([piece for _, piece in pieces]), total)
+    assert torch.equal(torch.cat([p for _, p in part.scores(terms, row0=3)]), total[3:8])
 
 
 @contextmanager
