@@ -26,11 +26,13 @@ from sparsify.masked_linear import MaskedLinear
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
 from sparsify.plackett_luce import mean_mask, score
-from sparsify.prior import StartsFromPrior
+from sparsify.prior import StartsFromPrior, favour
 from sparsify.strategy import Run, SparsityStrategy
 
 # Weights whose masks and scores are made at once: some 40 MB of temporaries.
 AT_ONCE = 1 << 20
+# Of its group's largest weight: below it all are alike, and zeros have a logarithm.
+LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,9 @@ class MaskPro(StartsFromPrior):
         prior: the initial mask: a strategy by name or as an object, a mask file or an exported
             folder.
         strength: the logit at which kept weights start (the paper's C); dropped ones start at 0.
+        grading: adds ``grading * log(|weight| / largest of its group)`` to the first logits: then
+            draws try first what changes the layer's output least; 0 is the paper's start. Where the
+            prior and magnitudes disagree, weights count as just smaller than all that it keeps.
         lr: of the plain gradient descent, logits a nat.
         estimator: of the gradient.
         draws: K of ``leave_one_out``.
@@ -241,18 +246,24 @@ class MaskPro(StartsFromPrior):
         self,
         prior: SparsityStrategy | str = "sparsegpt",
         strength: float = 10.0,
+        grading: float = 0.0,
         lr: float = 50.0,
         estimator: Literal["residual", "leave_one_out", "control_variate"] = "residual",
         draws: int = 2,
         memory: float = 0.99,
     ) -> None:
         super().__init__(prior)
+        if strength < 0 or grading < 0:
+            raise SparsifyError(
+                f"strength={strength}, grading={grading}; neither may be negative, or learning "
+                "would not start from the prior's mask"
+            )
         if draws < 2 or not 0 <= memory < 1:
             raise SparsifyError(
                 f"draws={draws}, memory={memory}; leaving one out takes at least 2 draws, and the "
                 "memory of the average lies in [0, 1)"
             )
-        self.strength, self.lr, self.estimator = strength, lr, estimator
+        self.strength, self.grading, self.lr, self.estimator = strength, grading, lr, estimator
         self.draws, self.memory = draws, memory
         self.average = None if estimator == "leave_one_out" else MovingAverage(memory)
         self._terms: list[list[Term]] = []
@@ -266,7 +277,12 @@ class MaskPro(StartsFromPrior):
         self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
     ) -> None:
         masker, prior_OI = cast(LogitMasker, masker), cast(Tensor, prior_OI)
-        masker.logits_OI.data.copy_(prior_OI).mul_(self.strength)
+        logits_OI = masker.logits_OI.data.copy_(prior_OI).mul_(self.strength)
+        if self.grading:
+            size_OI = favour(weight_OI.detach().float(), prior_OI, masker.pattern).abs()
+            size_OGM = masker.pattern.groups(size_OI)
+            share_OGM = size_OGM / size_OGM.amax(-1, keepdim=True)
+            logits_OI += self.grading * share_OGM.clamp(min=LEAST_SHARE).log().flatten(-2)
         masker.initial_OG.data.copy_(masker.pattern.rank(prior_OI))
 
     def loss(self, run: Run) -> Tensor:
