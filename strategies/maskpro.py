@@ -33,6 +33,7 @@ from sparsify.strategy import Run, SparsityStrategy
 AT_ONCE = 1 << 20
 # Of its group's largest weight: below it all are alike, and zeros have a logarithm.
 LEAST_SHARE = 1e-3
+WITH_GRADIENTS = ("control_variate", "mean_gradient")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class MeanMask(Draw):
 
     Attributes:
         slopes: takes from backward, for each layer, the loss's slope at the mean mask in the
-            direction of the sample of this draw; their sum is a control variate of its loss.
+            direction of the sample of this draw; their sum is a control variate of its loss. None
+            where nobody asks for it.
     """
 
-    slopes: list[Tensor] = field(default_factory=list, compare=False)
+    slopes: list[Tensor] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class LogitMasker(Masker):
         none = weight_OI.new_zeros((), dtype=torch.float32)
         if isinstance(draw, MeanMask):
             mean_OI = mean_mask(self.logits_OI, self.pattern)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and draw.slopes is not None:
                 sampled = self.sampled_mask(draw, row0)
                 mean_OI = cast(Any, _Slope).apply(mean_OI, sampled, draw.slopes)
             return weight_OI * mean_OI.to(weight_OI.dtype), none
@@ -210,8 +212,8 @@ class PolicyGradient(Optimizer):
 class MaskPro(StartsFromPrior):
     """Learns masks over frozen weights from losses alone, or with one gradient at the mean mask.
 
-    The estimators of the gradient of the expected loss, all unbiased; f is the loss under a draw m,
-    s its score, d the moving average of what stands before it in past steps:
+    The estimators of the gradient of the expected loss; f is the loss under a draw m, s its score,
+    d the moving average of what stands before it in past steps. The first three are unbiased:
 
     - ``residual``: (f - f0 - d) s, with f0 the loss under the initial mask on the same batch (the
       paper's); two forward passes, of which the authors' code saves one by never changing its
@@ -221,10 +223,12 @@ class MaskPro(StartsFromPrior):
     - ``control_variate``: (f - f(mean) - g (m - mean) - d) s + g d mean / d logits, where g is the
       gradient with respect to the mask at the mean mask (MuProp: Gu et al., ICLR 2016); two forward
       passes, one backward, and a gradient buffer of the logits' size.
+    - ``mean_gradient``: g d mean / d logits alone: one forward pass and one backward. It takes the
+      loss for linear between the mean and the samples, and is free of their noise.
 
     The first two move the logits by plain gradient descent at the rate ``lr``, in place; the
-    Trainer's schedule applies to it, its ``optimizer`` is not used. The third has gradients, and
-    leaves them to that optimizer.
+    Trainer's schedule applies to it, its ``optimizer`` is not used. The others have gradients, and
+    leave them to that optimizer.
 
     The defaults are the paper's, for 10,000 steps of 32 x 128 tokens on seven billion weights.
     ``docs/maskpro.md`` tells how to choose ``strength`` and ``lr`` for others.
@@ -248,15 +252,17 @@ class MaskPro(StartsFromPrior):
         strength: float = 10.0,
         grading: float = 0.0,
         lr: float = 50.0,
-        estimator: Literal["residual", "leave_one_out", "control_variate"] = "residual",
+        estimator: Literal[
+            "residual", "leave_one_out", "control_variate", "mean_gradient"
+        ] = "residual",
         draws: int = 2,
         memory: float = 0.99,
     ) -> None:
         super().__init__(prior)
-        if strength < 0 or grading < 0:
+        if strength <= 0 or grading < 0:
             raise SparsifyError(
-                f"strength={strength}, grading={grading}; neither may be negative, or learning "
-                "would not start from the prior's mask"
+                f"strength={strength}, grading={grading}; the strength must be positive, and the "
+                "grading not negative, for learning to start from the prior's mask"
             )
         if draws < 2 or not 0 <= memory < 1:
             raise SparsifyError(
@@ -265,11 +271,12 @@ class MaskPro(StartsFromPrior):
             )
         self.strength, self.grading, self.lr, self.estimator = strength, grading, lr, estimator
         self.draws, self.memory = draws, memory
-        self.average = None if estimator == "leave_one_out" else MovingAverage(memory)
+        averages = estimator in ("residual", "control_variate")
+        self.average = MovingAverage(memory) if averages else None
         self._terms: list[list[Term]] = []
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> LogitMasker:
-        if self.estimator == "control_variate":
+        if self.estimator in WITH_GRADIENTS:
             mean_mask(torch.zeros(1, pattern.m), pattern)  # refuses patterns with too many sets
         return LogitMasker(name, shape, pattern)
 
@@ -304,11 +311,15 @@ class MaskPro(StartsFromPrior):
 
     def _control_variate(self, run: Run) -> Tensor:
         draw = run.draw()
-        mean = MeanMask(draw.seed, draw.step, draw.index)
-        at_mean = run(mean).loss
+        slopes: list[Tensor] = []
+        at_mean = run(MeanMask(draw.seed, draw.step, draw.index, slopes)).loss
         loss = run(draw, grad=False).loss
-        self._terms.append([Term(draw, loss - at_mean.detach(), mean.slopes)])
+        self._terms.append([Term(draw, loss - at_mean.detach(), slopes)])
         return at_mean
+
+    def _mean_gradient(self, run: Run) -> Tensor:
+        draw = run.draw()
+        return run(MeanMask(draw.seed, draw.step, draw.index)).loss
 
     def optimizer(
         self,
@@ -321,7 +332,7 @@ class MaskPro(StartsFromPrior):
                 f"{dist.get_world_size()} processes: draws and losses are not exchanged between "
                 "them yet; run one process (--trainer.devices 1)"
             )
-        if self.estimator == "control_variate":
+        if self.estimator in WITH_GRADIENTS:
             return default(params)
         return PolicyGradient(_maskers(layers), self._take, self.lr)
 

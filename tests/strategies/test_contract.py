@@ -94,6 +94,7 @@ CASES = [
     Case("maskpro", maskpro("residual"), ANY, draws=True, gradients=False),
     Case("maskpro, leave-one-out", maskpro("leave_one_out"), ANY, draws=True, gradients=False),
     Case("maskpro, control variate", maskpro("control_variate")),
+    Case("maskpro, mean gradient", maskpro("mean_gradient")),
     Case("sr_ste, no prior", SRSTE, ANY),
     Case("ste, no prior", lambda: SRSTE(decay=0), ANY),
     Case("asp, no prior", lambda: SRSTE(refresh="never"), ANY),

@@ -255,6 +255,35 @@ def test_starts_from_its_prior_and_ships_the_largest_logits() -> None:
     assert float(masker.metrics()["margin"]) == pytest.approx((7.0 * 23 + 1.0) / 24)
 
 
+def test_the_mean_gradient_alone_is_the_slope_at_the_mean() -> None:
+    for pattern in (TWO_FOUR, NMPattern(3, 8)):
+        toy = Toy(pattern, estimator="mean_gradient")
+        expected = linearised(toy.run(0), toy, toy.masker.hard_mask(toy.layer.weight_OI))[1]
+        torch.testing.assert_close(toy.estimate(0).double(), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_graded_logits_start_at_the_prior_and_follow_magnitudes_within_it() -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    weight[0, :4] = torch.tensor([4.0, 2.0, -1.0, 0.0])
+    weight[1, :4] = torch.tensor([4.0, 2.0, -1.0, 0.5])
+    prior = TWO_FOUR.top(weight.abs())
+    prior[1, :4] = torch.tensor([True, False, True, False])
+    strategy = MaskPro("magnitude", strength=0.5, grading=3.0)
+    masker = strategy.make_masker("layer", (6, 16), TWO_FOUR)
+    strategy.init_masker(masker, weight, LayerResult(prior))
+    found = masker.logits_OI.detach()
+    assert torch.equal(masker.hard_mask(weight), prior)
+    expected = torch.tensor([0.5, 0.5 - 3 * math.log(2), -3 * math.log(4), 3 * math.log(1e-3)])
+    torch.testing.assert_close(found[0, :4], expected)
+    # The prior keeps 1 and drops 2, which counts as just below 1.
+    low = -3 * math.log(4)
+    expected = torch.tensor([0.5, low, 0.5 + low, -3 * math.log(8)])
+    torch.testing.assert_close(found[1, :4], expected)
+    weak = MaskPro("magnitude", strength=1e-3, grading=3.0)
+    weak.init_masker(masker, weight, LayerResult(prior))
+    assert torch.equal(masker.hard_mask(weight), prior)
+
+
 @pytest.mark.parametrize("strength", [1.0, 3.0, 5.0])
 def test_the_strength_sets_how_many_groups_a_draw_changes(strength: float) -> None:
     # 0.58, 0.13 and 0.02 of the groups, from the probability of the start's own mask
@@ -360,6 +389,8 @@ def test_a_step_allocates_less_than_a_byte_a_weight(
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(SparsifyError, match="draws=1, memory=0.99; .* at least 2"):
         MaskPro("magnitude", draws=1)
+    with pytest.raises(SparsifyError, match="strength=2.0, grading=-1.0"):
+        MaskPro("magnitude", strength=2.0, grading=-1.0)
     with pytest.raises(SparsifyError, match="memory=1"):
         MaskPro("magnitude", memory=1.0)
     strategy = MaskPro("magnitude", estimator="control_variate")
