@@ -32,6 +32,16 @@ RUNS: dict[str, list[str]] = {
     "maskpro, control variate": [
         "--strategy=maskpro",
         "--model.strategy.estimator=control_variate",
+        "--data.batch_size=8",
+        "--trainer.max_steps=300",
+    ],
+    "maskpro, mean gradient": [
+        "--strategy=maskpro",
+        "--model.strategy.estimator=mean_gradient",
+        "--model.strategy.strength=4",
+        "--model.strategy.grading=0",
+        "--data.batch_size=8",
+        "--trainer.max_steps=300",
     ],
     "proxsparse": ["--strategy=proxsparse"],
     "fixed_mask": ["--strategy=fixed_mask"],
@@ -39,6 +49,7 @@ RUNS: dict[str, list[str]] = {
     "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
 }
 ONE_SHOT = ("dense", "magnitude")  # the same for every seed
+ONE_SEED = ("proxsparse", "fixed_mask")
 DEMO = ("dense", "magnitude", "maskllm")
 
 
@@ -96,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         for name in args.only or (RUNS if args.all else DEMO):
-            seeds = args.seeds[:1] if name in ONE_SHOT else args.seeds
+            seeds = args.seeds[:1] if name in (*ONE_SHOT, *ONE_SEED) else args.seeds
             results[name] = [
                 fit(
                     f"{name}, seed {seed}",
