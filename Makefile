@@ -12,9 +12,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py
 
-# The README's table: all strategies that learn, three seeds; stopped, it goes on where it was.
+# The README's table: all strategies that learn, three seeds (see benchmarks/embedded_table.py for those with one).
+# Stopped, it goes on where it was; runs are kept in runs/table.
 table: $(VENV)/ready
-	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder build/table --save benchmarks/results
+	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/table --save benchmarks/results
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -49,7 +49,7 @@ RUNS: dict[str, list[str]] = {
     "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
 }
 ONE_SHOT = ("dense", "magnitude")  # the same for every seed
-ONE_SEED = ("proxsparse", "fixed_mask")
+ONE_SEED = ("maskpro, mean gradient", "proxsparse", "fixed_mask")
 DEMO = ("dense", "magnitude", "maskllm")
 
 

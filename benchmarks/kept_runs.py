@@ -6,7 +6,9 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 
 def fit(name: str, options: list[str], folder: Path) -> dict[str, Any]:
@@ -14,21 +16,34 @@ def fit(name: str, options: list[str], folder: Path) -> dict[str, Any]:
     a run that was stopped is resumed.
     """
     root = folder / name.replace(", ", "-").replace(" ", "_")
-    if results := sorted(root.glob("runs/*/*/result.json")):
-        return json.loads(results[-1].read_text())
+    if (result := _newest(root, "result.json")) is not None:
+        return json.loads(result.read_text())
     print(f"\n== {name}", flush=True)
     root.mkdir(parents=True, exist_ok=True)
-    if checkpoints := sorted(root.glob("runs/*/*/checkpoints/last.ckpt")):
-        options = [f"--ckpt_path={checkpoints[-1].resolve()}"]
-    command = [sys.executable, "-m", "sparsify", "fit", *options]
-    subprocess.run(command, check=True, cwd=root)
-    return json.loads(sorted(root.glob("runs/*/*/result.json"))[-1].read_text())
+    command = "fit"
+    if (checkpoint := _newest(root, "checkpoints/last.ckpt")) is not None:
+        options = [f"--ckpt_path={checkpoint.resolve()}"]
+        command = "export" if _is_trained(checkpoint) else "fit"
+    subprocess.run([sys.executable, "-m", "sparsify", command, *options], check=True, cwd=root)
+    return fit(name, options, folder)
 
 
 def exported(name: str, folder: Path) -> Path:
     """The model that the run of this name exported."""
     root = folder / name.replace(", ", "-").replace(" ", "_")
-    return sorted(root.glob("runs/*/*/export"))[-1]
+    return cast(Path, _newest(root, "export"))
+
+
+def _newest(root: Path, what: str) -> Path | None:
+    found = root.glob(f"runs/*/*/{what}")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_trained(checkpoint: Path) -> bool:
+    """Whether only the test and the export are left."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    steps = content["hyper_parameters"]["config"]["trainer"]["max_steps"]
+    return content["global_step"] >= steps
 
 
 def check_protocol(results: list[dict[str, Any]]) -> None:

@@ -122,7 +122,9 @@ def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> di
     for name, loader in zip(names, loaders, strict=True):
         for batch in tracked(loader, f"measuring {name}", trainer):
             batch = batch.to(pl_module.device)
-            meter.update(name, pl_module.window_losses(batch), split_batch(batch)[1])
+            with trainer.precision_plugin.val_step_context():
+                losses_BT = pl_module.window_losses(batch)
+            meter.update(name, losses_BT, split_batch(batch)[1])
     return meter.scores() if names else {}
 
 
@@ -140,13 +142,14 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """What was done, as it stands in a result file."""
     speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
     device = pl_module.device
+    distils = pl_module.distillation.weight and pl_module.learns
     return {
         "strategy": pl_module.strategy.describe(),
         "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
         "overrides": pl_module.overrides.describe() if pl_module.strategy.prunes else {},
         "sparsity": sparsity(pl_module),
         "calibration": pl_module.calibrated,
-        "distillation": asdict(pl_module.distillation) if pl_module.distillation.weight else None,
+        "distillation": asdict(pl_module.distillation) if distils else None,
         "seed": pl_module.seed,
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": speed.tokens if pl_module.learns else 0,

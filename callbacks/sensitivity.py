@@ -33,9 +33,9 @@ class MeasureSensitivity(Callback):
             raise SparsifyError(
                 f"{name} masks nothing, so that no block can lose by it; take another --strategy"
             )
-        if strategy.weights != "frozen":
+        if strategy.changes_base:
             raise SparsifyError(
-                f"the base weights of {name} are {strategy.weights!r}, not 'frozen', so that a "
+                f"the base weights of {name} are {strategy.weights}, so that a "
                 "block that is kept dense would not be the base model's; take a strategy that "
                 "chooses masks alone, or its setting for that"
             )

@@ -220,6 +220,7 @@ def local_rows(values_OI: Tensor) -> Tensor:
     """The rows that this process holds of a weight or a masker's tensor, in place; all of them
     where nothing is sharded.
 
-    Groups run along a row, so that what is done to each by itself can be done to these alone.
+    Groups run along a row, so that what is done to each by itself can be done to these alone. (Not
+    where weights are stored as ``[I, O]``: the module refuses to shard those that train.)
     """
     return values_OI.to_local() if isinstance(values_OI, DTensor) else values_OI

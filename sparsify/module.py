@@ -34,7 +34,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
-from sparsify.masked_linear import MaskScope
+from sparsify.masked_linear import MaskedConv1D, MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.overrides import Overrides
 from sparsify.pattern import NMPattern
@@ -161,6 +161,7 @@ class SparseCausalLM(LightningModule):
         """Load, mask, calibrate and shard; the second call does nothing."""
         if self.model is not None:
             return
+        self._check_precision()
         # In main memory, where Lightning would have it all on the device at once: calibration takes
         # blocks there one by one.
         with torch.device("cpu"):
@@ -181,7 +182,8 @@ class SparseCausalLM(LightningModule):
         )
         self._check_dtype(model.dtype)
         model.requires_grad_(self.strategy.weights == "trained")
-        if self.distillation.weight and self.strategy.changes_base:
+        fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if self.distillation.weight and self.strategy.weights == "trained" and fits:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         if self.strategy.prunes:
             self.scope = inject(
@@ -201,6 +203,17 @@ class SparseCausalLM(LightningModule):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
             # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
+
+    def _check_precision(self) -> None:
+        # Lightning's true precisions convert what is learned too; scaled losses scale gradients
+        # that not all strategies take.
+        precision = None if self._trainer is None else self.trainer.precision
+        if precision not in (None, "32-true", "bf16-mixed"):
+            raise SparsifyError(
+                f"precision {precision}: what is learned stays in float32 and losses are not "
+                "scaled; give --trainer.precision bf16-mixed, or --model.dtype bfloat16 for the "
+                "base weights"
+            )
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         # A step of training is often smaller than half of a bf16 weight's last place, and is lost.
@@ -256,11 +269,23 @@ class SparseCausalLM(LightningModule):
 
     def _shard(self) -> None:
         mesh = cast(Any, self.device_mesh)["data_parallel"]
+        self._check_rows(mesh.size())
         for model in (self.lm, self.teacher):
             if model is not None:
                 for block in decoder_blocks(model).values():
                     fully_shard(block, mesh=mesh)
                 fully_shard(model, mesh=mesh)
+
+    def _check_rows(self, ranks: int) -> None:
+        if self.strategy.weights != "trained":
+            return
+        for name, layer in masked_layers(self.lm).items():
+            if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension
+                raise SparsifyError(
+                    f"{name}: its weight is stored as [in, out], so that {ranks} ranks would each "
+                    "hold a part of every group, which a strategy that trains weights cannot take; "
+                    "run one process"
+                )
 
     @property
     def steps(self) -> int:
@@ -290,7 +315,7 @@ class SparseCausalLM(LightningModule):
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.lm, self.scope, batch, first, self.distillation, self.teacher)
         loss = self.strategy.loss(run)
-        if not loss.requires_grad:  # Lightning goes backward through every loss
+        if self.strategy.without_gradients:  # Lightning goes backward through every loss
             loss = loss.detach().requires_grad_()
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
         self._finite.watch(self.task_loss, self.trainer)

@@ -6,7 +6,6 @@ Shapes: O out, I in, G groups, M group size.
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from sparsify.errors import SparsifyError
 from sparsify.mask_file import find_file, read_masks
 from sparsify.masker import Masker
 from sparsify.pattern import NMPattern
-from sparsify.registry import make_strategy
+from sparsify.registry import STRATEGIES, make_strategy, plugins
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 
@@ -28,22 +27,17 @@ class SavedMasks(SparsityStrategy):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.path = path
+        # Of a local path the last part, as records travel; the hash says which masks they were.
+        self.path = Path(path).resolve().name
+        self._file = file = find_file(Path(path))
+        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        saved = read_masks(Path(self.path)).masks
+        saved = read_masks(self._file).masks
         for block in blocks:
             for name in block.layers:
                 if name in saved:
                     yield name, LayerResult(saved[name])
-
-    def describe(self) -> dict[str, Any]:
-        file = find_file(Path(self.path))
-        description = super().describe()
-        # Of a local path the last part, as records travel; the hash says which masks they were.
-        description["settings"]["path"] = Path(self.path).resolve().name
-        description["settings"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        return description
 
 
 class MasksOnly(SparsityStrategy):
@@ -67,12 +61,29 @@ def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> Sparsity
     """The strategy whose masks another one starts from.
 
     Args:
-        prior: a strategy, the name of one, a mask file or an exported folder.
+        prior: a one-shot strategy, the name of one, a mask file or an exported folder.
         weights: let its results hold weights too, if it updates them.
+
+    Raises:
+        SparsifyError: it is unknown, or learns its masks.
     """
     if isinstance(prior, str):
-        prior = SavedMasks(prior) if Path(prior).exists() else make_strategy(prior)
+        prior = SavedMasks(prior) if _is_path(prior) else make_strategy(prior)
+    if isinstance(prior, StartsFromPrior):
+        raise SparsifyError(
+            f"prior {type(prior).__name__}: it learns its masks in a run of its own; name the "
+            "folder that this run exported, or a one-shot strategy"
+        )
     return prior if weights or prior.weights == "frozen" else MasksOnly(prior)
+
+
+def _is_path(prior: str) -> bool:
+    """Whether the text names masks that were saved, were they there or not: what a checkpoint
+    restores needs no prior any more.
+    """
+    if prior.lower() in plugins(STRATEGIES):
+        return False
+    return "/" in prior or prior.endswith(".safetensors") or Path(prior).exists()
 
 
 def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:

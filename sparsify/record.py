@@ -13,13 +13,14 @@ METRIC = (
 
 def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> dict[str, Any]:
     """How a score on a split is measured: what must agree for two to be compared."""
+    precision = None if module._trainer is None else module.trainer.precision
     return {
         "metric": METRIC,
         "split": split,
         "base": {
             "name": module.base_name,
             "hash": module.base_hash,
-            "dtype": module.dtype_name,
+            "dtype": module.dtype_name + (f", {precision}" if precision == "bf16-mixed" else ""),
         },
         "data": datamodule.describe(split),
     }

@@ -148,6 +148,11 @@ class SparsityStrategy(nn.Module):
         """Whether the base weights differ after the run."""
         return self.weights in ("updated", "trained")
 
+    @property
+    def without_gradients(self) -> bool:
+        """Whether it learns from losses alone, so that ``loss`` has no graph."""
+        return False
+
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
         self.values.update(
@@ -195,9 +200,7 @@ class SparsityStrategy(nn.Module):
         masker.set_mask(result.mask)
 
     def loss(self, run: Run) -> Tensor:
-        """The loss of one micro-batch, 0-d; without a graph where nothing is learned from its
-        gradients.
-        """
+        """The loss of one micro-batch, 0-d."""
         return run(run.draw()).loss
 
     def optimizer(

@@ -66,8 +66,8 @@ class FixedMask(StartsFromPrior):
 
     Args:
         prior: whose mask: a strategy by name or as an object, a mask file or an exported folder. If
-            it updates weights, these are the start of full training; an addition is to the weights
-            of the base.
+            it updates weights, these are the start of full training (of a file or folder only the
+            masks are taken); an addition is to the weights of the base.
         lora_rank: of the addition; 0 trains the weights themselves.
         lora_alpha: the addition is scaled by ``lora_alpha / lora_rank``.
     """

@@ -31,7 +31,7 @@ from sparsify.strategy import Run, SparsityStrategy
 
 # Weights whose masks and scores are made at once: some 40 MB of temporaries.
 AT_ONCE = 1 << 20
-# Of its group's largest weight: below it all are alike, and zeros have a logarithm.
+# Of its group's largest weight: what is smaller counts as this, so that zeros have a logarithm.
 LEAST_SHARE = 1e-3
 WITH_GRADIENTS = ("control_variate", "mean_gradient")
 
@@ -61,13 +61,21 @@ class Term:
     Attributes:
         draw: whose score.
         advantage: of its loss over another one, nats, 0-d.
-        slopes: what a control variate takes off the advantage; backward has divided them by the
-            number of micro-batches.
+        slopes: what a control variate takes off the advantage, by layer, from backward.
+        scale: what backward's gradients were scaled by, such as one over the micro-batches of a
+            step, 0-d; also from backward.
     """
 
     draw: Draw
     advantage: Tensor
     slopes: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list)
+
+    def value(self) -> Tensor:
+        """The advantage less the slopes, 0-d."""
+        if not self.slopes:
+            return self.advantage
+        return self.advantage - torch.stack(self.slopes).sum() / self.scale[0]
 
 
 class MovingAverage(nn.Module):
@@ -234,16 +242,17 @@ class MaskPro(StartsFromPrior):
     ``docs/maskpro.md`` tells how to choose ``strength`` and ``lr`` for others.
 
     Args:
-        prior: the initial mask: a strategy by name or as an object, a mask file or an exported
-            folder.
+        prior: the initial mask: a one-shot strategy by name or as an object, a mask file or an
+            exported folder.
         strength: the logit at which kept weights start (the paper's C); dropped ones start at 0.
-        grading: adds ``grading * log(|weight| / largest of its group)`` to the first logits: then
-            draws try first what changes the layer's output least; 0 is the paper's start. Where the
-            prior and magnitudes disagree, weights count as just smaller than all that it keeps.
+        grading: adds ``grading * log(|weight| / largest of its group)`` to the first logits: draws
+            then try first what changes the layer's output least; 0 is the paper's. What the prior
+            drops for something smaller counts as just smaller than what it keeps: ``strength`` is
+            then all that holds the prior's choice.
         lr: of the plain gradient descent, logits a nat.
         estimator: of the gradient.
         draws: K of ``leave_one_out``.
-        memory: share of the past that a step leaves in the moving average.
+        memory: share of the past that a micro-batch leaves in the moving average.
     """
 
     def __init__(
@@ -275,6 +284,10 @@ class MaskPro(StartsFromPrior):
         self.average = MovingAverage(memory) if averages else None
         self._terms: list[list[Term]] = []
 
+    @property
+    def without_gradients(self) -> bool:
+        return self.estimator not in WITH_GRADIENTS
+
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> LogitMasker:
         if self.estimator in WITH_GRADIENTS:
             mean_mask(torch.zeros(1, pattern.m), pattern)  # refuses patterns with too many sets
@@ -288,7 +301,8 @@ class MaskPro(StartsFromPrior):
         if self.grading:
             size_OI = favour(weight_OI.detach().float(), prior_OI, masker.pattern).abs()
             size_OGM = masker.pattern.groups(size_OI)
-            share_OGM = size_OGM / size_OGM.amax(-1, keepdim=True)
+            largest_OG = size_OGM.amax(-1, keepdim=True)
+            share_OGM = size_OGM / largest_OG.clamp(min=torch.finfo(torch.float32).tiny)
             logits_OI += self.grading * share_OGM.clamp(min=LEAST_SHARE).log().flatten(-2)
         masker.initial_OG.data.copy_(masker.pattern.rank(prior_OI))
 
@@ -314,7 +328,10 @@ class MaskPro(StartsFromPrior):
         slopes: list[Tensor] = []
         at_mean = run(MeanMask(draw.seed, draw.step, draw.index, slopes)).loss
         loss = run(draw, grad=False).loss
-        self._terms.append([Term(draw, loss - at_mean.detach(), slopes)])
+        term = Term(draw, loss - at_mean.detach(), slopes)
+        if at_mean.requires_grad:
+            at_mean.register_hook(term.scale.append)
+        self._terms.append([term])
         return at_mean
 
     def _mean_gradient(self, run: Run) -> Tensor:
@@ -349,10 +366,11 @@ class MaskPro(StartsFromPrior):
         """The draws of the step that ends, and the factors of their scores, 0-d."""
         micro_batches, taken = len(self._terms), []
         for term in (term for terms in self._terms for term in terms):
-            value = term.advantage - micro_batches * sum(term.slopes)
+            value = term.value()
             if self.average is not None:
                 value = self.average.remove(value)
-            taken.append((term.draw, value / micro_batches))
+            factor = term.scale[0] if term.scale else 1 / micro_batches
+            taken.append((term.draw, value * factor))
         self._terms.clear()
         return taken
 

@@ -26,7 +26,8 @@ from sparsify.strategy import Run, SparsityStrategy
 SWEEPS = 100
 TOLERANCE = 1e-8  # of a weight, absolute
 SWEEPS_AT_ONCE = 5  # before groups that have converged are set aside
-GROUPS_AT_ONCE = 1 << 18
+GROUPS_AT_ONCE = 1 << 18  # whose columns a CPU's cache holds; a GPU waits for each, and takes more
+GROUPS_AT_ONCE_ON_GPU = 1 << 24
 
 
 class ProxyMasker(Masker):
@@ -137,7 +138,8 @@ def proximal_(weight_OI: Tensor, strength: float) -> None:
         weight_OI: fp32 or fp64, contiguous.
         strength: lambda.
     """
-    for z_G4 in weight_OI.view(-1, 4).split(GROUPS_AT_ONCE):
+    at_once = GROUPS_AT_ONCE if weight_OI.device.type == "cpu" else GROUPS_AT_ONCE_ON_GPU
+    for z_G4 in weight_OI.view(-1, 4).split(at_once):
         size_G4, order_G4 = z_G4.abs().sort(dim=-1, descending=True, stable=True)
         z = [column.contiguous() for column in size_G4.unbind(-1)]
         best = [z[0], z[1], torch.zeros_like(z[2]), torch.zeros_like(z[3])]

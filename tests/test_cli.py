@@ -1,6 +1,7 @@
 """The command line, as a user types it, on the tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -304,6 +305,15 @@ def test_a_prior_from_a_file_starts_where_the_strategy_of_that_name_would(
     cli("fit", "--strategy=maskllm", f"--model.strategy.prior={prior}")
     _, by_name, by_file = map(result, cli.runs())
     assert by_file["scores"] == by_name["scores"]
+
+
+def test_a_checkpoint_needs_its_prior_no_more(cli: Cli) -> None:
+    cli("export", "--strategy=magnitude", "--output.folder=some/out")
+    cli("fit", "--strategy=maskllm", "--model.strategy.prior=some/out")
+    shutil.rmtree("some")
+    [checkpoint] = map(str, Path().glob("runs/maskllm/*/checkpoints/last.ckpt"))
+    cli("export", "--ckpt_path", checkpoint, "--output.folder=again")
+    assert Path("again").is_dir()
 
 
 def test_checkpoints_can_be_turned_off(cli: Cli) -> None:

@@ -74,6 +74,13 @@ def test_overrides_that_cannot_be_used(cli: Cli, fails: Fails) -> None:
     assert "give the strategy, pattern, include, exclude and overrides of its run" in message
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_precision_that_what_is_learned_cannot_have(fails: Fails, precision: str) -> None:
+    message = fails("fit", "--strategy=maskllm", f"--trainer.precision={precision}")
+    assert f"precision {precision}: what is learned stays in float32" in message
+    assert "--trainer.precision bf16-mixed" in message
+
+
 def test_too_little_text(fails: Fails) -> None:
     Path("short.txt").write_text("w1 w2 w3")
     message = fails("fit", "--strategy", "magnitude", "--data.train=short.txt")

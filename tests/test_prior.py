@@ -3,13 +3,16 @@
 Shapes: O out, I in.
 """
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sparsify import NMPattern
-from sparsify.prior import MasksOnly, favour, make_prior
+from sparsify import Block, NMPattern, SparsifyError
+from sparsify.prior import MasksOnly, SavedMasks, favour, make_prior
 from sparsify.strategies.sparsegpt import SparseGPT
 
 
@@ -99,3 +102,37 @@ def test_a_prior_brings_weights_only_where_they_are_wanted() -> None:
     assert isinstance(make_prior(updating), MasksOnly)
     assert make_prior(updating, weights=True) is updating
     assert make_prior(plain) is make_prior(plain, weights=True) is plain
+
+
+@pytest.mark.parametrize("learner", ["maskllm", "MaskPro", "sr_ste"])
+def test_a_prior_that_would_have_to_learn_is_refused(learner: str) -> None:
+    with pytest.raises(SparsifyError, match="learns its masks in a run of its own; name the"):
+        make_prior(learner)
+
+
+@pytest.mark.parametrize(
+    "path", ["gone/export", "../gone", "/gone/masks.safetensors", "m.safetensors"]
+)
+def test_a_path_is_one_whether_or_not_there_is_a_file(path: str) -> None:
+    prior = make_prior(path)
+    assert isinstance(prior, SavedMasks)
+    assert prior.describe()["settings"] == {"seed": 0, "path": Path(path).name, "sha256": ""}
+    block = Block("block", {})
+    with pytest.raises(SparsifyError, match="not a readable mask file"):
+        list(prior.calibrate([block]))
+
+
+def test_a_folder_of_a_strategys_name_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wanda").mkdir()
+    assert not isinstance(make_prior("wanda"), SavedMasks)
+
+
+def test_saved_masks_tell_their_hash(tmp_path: Path) -> None:
+    file = tmp_path / "masks.safetensors"
+    file.write_bytes(b"content")
+    settings = make_prior(str(file)).describe()["settings"]
+    assert settings["sha256"] == hashlib.sha256(b"content").hexdigest()
+    assert str(tmp_path) not in str(settings)

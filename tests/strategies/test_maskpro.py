@@ -76,12 +76,12 @@ class Toy:
     def run(self, step: int) -> ToyRun:
         return ToyRun(self.layer, self.scope, step)
 
-    def step(self, *runs: ToyRun) -> None:
+    def step(self, *runs: ToyRun, divisor: int | None = None) -> None:
         """One step of so many micro-batches, as Lightning makes it."""
 
         def closure() -> float:
             for run in runs:
-                loss = self.strategy.loss(run) / len(runs)
+                loss = self.strategy.loss(run) / (divisor or len(runs))
                 if loss.requires_grad:
                     loss.backward()
             self.strategy.before_step(self.layers)
@@ -255,6 +255,17 @@ def test_starts_from_its_prior_and_ships_the_largest_logits() -> None:
     assert float(masker.metrics()["margin"]) == pytest.approx((7.0 * 23 + 1.0) / 24)
 
 
+def test_a_scaled_loss_leaves_the_control_variate_right() -> None:
+    # As in the last step of an epoch, when fewer micro-batches are left than are accumulated.
+    found = []
+    for divisor in (1, 4):
+        toy = Toy(estimator="control_variate")
+        forget(toy)
+        toy.step(toy.run(3), divisor=divisor)
+        found.append(toy.masker.logits_OI.grad)
+    torch.testing.assert_close(found[0] / 4, found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_the_mean_gradient_alone_is_the_slope_at_the_mean() -> None:
     for pattern in (TWO_FOUR, NMPattern(3, 8)):
         toy = Toy(pattern, estimator="mean_gradient")
@@ -266,6 +277,7 @@ def test_graded_logits_start_at_the_prior_and_follow_magnitudes_within_it() -> N
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     weight[0, :4] = torch.tensor([4.0, 2.0, -1.0, 0.0])
     weight[1, :4] = torch.tensor([4.0, 2.0, -1.0, 0.5])
+    weight[2, :4] = 0
     prior = TWO_FOUR.top(weight.abs())
     prior[1, :4] = torch.tensor([True, False, True, False])
     strategy = MaskPro("magnitude", strength=0.5, grading=3.0)
@@ -273,6 +285,7 @@ def test_graded_logits_start_at_the_prior_and_follow_magnitudes_within_it() -> N
     strategy.init_masker(masker, weight, LayerResult(prior))
     found = masker.logits_OI.detach()
     assert torch.equal(masker.hard_mask(weight), prior)
+    assert bool(found.isfinite().all())
     expected = torch.tensor([0.5, 0.5 - 3 * math.log(2), -3 * math.log(4), 3 * math.log(1e-3)])
     torch.testing.assert_close(found[0, :4], expected)
     # The prior keeps 1 and drops 2, which counts as just below 1.
