@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.cli import main
+from sparsify.trainer import Trainer
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
 
@@ -126,3 +128,22 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, tex
     monkeypatch.setattr("sys.argv", ["sparsify"])
     monkeypatch.setattr("sys.path", list(sys.path))
     return Cli(tmp_path, model_folder, text)
+
+
+def quiet_trainer(folder: Path, **settings: Any) -> Trainer:
+    """A Trainer on CPU that writes and shows nothing."""
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "default_root_dir": folder,
+            **settings,
+        }
+    )

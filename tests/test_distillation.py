@@ -28,8 +28,7 @@ from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.proxsparse import ProxSparse
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
-from sparsify.trainer import Trainer
-from tests.conftest import tiny_llama
+from tests.conftest import quiet_trainer, tiny_llama
 from tests.strategies.training import built, sgd
 
 TOKENS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -225,18 +224,7 @@ def test_checkpoints_hold_no_teacher_and_go_on_bit_for_bit(
             calibration=Calibration(samples=8, cache=False),
         )
         callback = Stop(stop, tmp_path / "stopped.ckpt")
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            max_steps=4,
-            callbacks=[Annealing(), callback],
-            default_root_dir=tmp_path,
-        )
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[Annealing(), callback])
         data = Data(train=str(text / "train.txt"), block_size=16, batch_size=4)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=ckpt_path is None)
         return module, callback.losses

@@ -15,8 +15,8 @@ from sparsify import SparseCausalLM, TextDataModule
 from sparsify.callbacks.annealing import Annealing
 from sparsify.inject import hard_masks, whole_layers
 from sparsify.registry import make_strategy
-from sparsify.trainer import Trainer, leave_process_group
-from tests.conftest import tiny_llama, word_tokenizer
+from sparsify.trainer import leave_process_group
+from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
 
 
 class Save(Callback):
@@ -45,19 +45,14 @@ def main(strategy: str, text: str, out: str) -> None:
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     module = SparseCausalLM.from_model(tiny_llama(), word_tokenizer(), make_strategy(strategy))
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        Path(out).parent,
         devices=ranks,
         strategy=ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
         if ranks > 1
         else "auto",
         accumulate_grad_batches=1 if ranks > 1 else 2,
         max_steps=5,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Annealing(), Save(Path(out))],
     )
     trainer.fit(module, datamodule=TextDataModule(train=text, block_size=16, batch_size=2))

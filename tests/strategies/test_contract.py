@@ -44,7 +44,7 @@ from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
 from sparsify.strategies.wanda import Wanda
 from sparsify.trainer import Trainer
-from tests.conftest import tiny_llama
+from tests.conftest import quiet_trainer, tiny_llama
 
 
 @dataclass(frozen=True)
@@ -193,19 +193,7 @@ class Setting:
 
     def trainer(self, **settings: Any) -> Trainer:
         """A quiet one, on CPU."""
-        return Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            default_root_dir=self.folder,
-            **settings,
-        )
+        return quiet_trainer(self.folder, **settings)
 
 
 @pytest.fixture

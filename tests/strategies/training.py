@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsify import Calibration, SparseCausalLM, SparsityStrategy, TextDataModule
 from sparsify.callbacks.annealing import Annealing
-from sparsify.trainer import Trainer
-from tests.conftest import tiny_llama
+from tests.conftest import quiet_trainer, tiny_llama
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 WINDOWS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(1))
@@ -86,18 +85,7 @@ def adamw(lr: float, weight_decay: float = 0.1) -> Callable[[Any], torch.optim.O
 def train(module: SparseCausalLM, text: Path, folder: Path, steps: int = 4) -> Steps:
     """Train from where the module is."""
     taken = Steps()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        max_steps=steps,
-        callbacks=[Annealing(), taken],
-        default_root_dir=folder,
-    )
+    trainer = quiet_trainer(folder, max_steps=steps, callbacks=[Annealing(), taken])
     data = TextDataModule(train=str(text / "train.txt"), block_size=16, batch_size=4)
     trainer.fit(module, datamodule=data)
     assert len(taken.gradients) == steps
