@@ -142,7 +142,8 @@ class LogitMasker(Masker):
         """
         logits = self.logits_OI.detach()[rows]
         start = row0 + rows.start
-        gumbel = noise.gumbel(draw.key(self.name), *logits.shape, start, logits.device)
+        count, columns = logits.shape
+        gumbel = noise.gumbel(draw.key(self.name), count, columns, start, logits.device)
         return gumbel.add_(logits)
 
     def sampled_mask(self, draw: Draw, row0: int = 0) -> Tensor:
@@ -383,7 +384,8 @@ class MaskPro(StartsFromPrior):
 
 def _maskers(layers: Mapping[str, MaskedLinear]) -> list[LogitMasker]:
     """Each once, however many layers share it."""
-    return list({layer.masker: cast(LogitMasker, layer.masker) for layer in layers.values()})
+    maskers = {id(layer.masker): layer.masker for layer in layers.values()}
+    return [cast(LogitMasker, masker) for masker in maskers.values()]
 
 
 def _chunks(tensor_OI: Tensor) -> Iterator[slice]:
