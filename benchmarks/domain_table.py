@@ -1,7 +1,7 @@
 """Masks for one domain: a general mask, one learned from scratch on the domain's text alone, and
 one learned there from the general mask on (MaskLLM, Fang et al., 2024, table 5).
 
-On the embedded model, for each of its three texts::
+On the embedded model, for each of its three texts, or some of them (``--domains python``)::
 
     python benchmarks/domain_table.py --folder work --save benchmarks/results
 
@@ -10,9 +10,9 @@ exported; WikiText-2 tells what the domain's masks lose elsewhere::
 
     python benchmarks/domain_table.py --folder work --model smollm2 --general EXPORT --wikitext FILE
 
-``scratch`` starts where the general mask started: from a one-shot mask, on SmolLM2 calibrated with
-the domain's text; ``no prior`` starts from a uniform distribution, ``one shot`` is the start of
-``scratch``. Results are kept in the folder; a run that was stopped is resumed.
+``scratch`` starts as the general mask did, from a one-shot mask, on SmolLM2 calibrated with the
+domain's text; ``one shot`` is this start. Results are kept in the folder; a run that was stopped is
+resumed.
 """
 
 import argparse
@@ -37,7 +37,6 @@ def embedded_runs(domain: str, general: Path) -> dict[str, list[str]]:
     return {
         "one shot": ["--strategy=magnitude", *embedded_data()],
         "scratch": learn,
-        "no prior": [*learn, f"{PRIOR}=null"],
         "transfer": [*learn, f"{PRIOR}={general}"],
     }
 
@@ -85,7 +84,7 @@ def smollm2_runs(general: Path, args: argparse.Namespace) -> dict[str, list[str]
 def table(rows: dict[str, dict[str, dict[str, Any]]], title: str) -> Table:
     """Each cell is the perplexity of a domain under the mask that is for it."""
     domains = list(next(iter(rows.values())))
-    out = Table(title=title)
+    out = Table(title=title, min_width=len(title) + 4)
     for column in ("mask", *domains, *(["average"] if len(domains) > 1 else []), "steps"):
         out.add_column(column, justify="left" if column == "mask" else "right")
     for name, results in rows.items():
@@ -102,6 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="for the runs")
     parser.add_argument("--model", choices=("embedded", "smollm2"), default="embedded")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--general", type=Path, help="SmolLM2's general mask: an exported folder")
     parser.add_argument("--wikitext", type=Path, help="WikiText-2 text, to be measured beside")
     parser.add_argument("--steps", type=int, default=100, help="of learning on SmolLM2")
@@ -113,7 +113,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     if args.model == "embedded":
-        domains = DOMAINS
+        domains = tuple(args.domains)
         shared = {"dense": ["--strategy=dense"], "general": ["--strategy=maskllm"]}
         for name, options in shared.items():
             result = fit(name, [*options, *embedded_data()], args.folder)

@@ -90,7 +90,7 @@ def test_an_equal_run_finds_the_result(
 MIXED = Overrides.parse({"*.mlp.*": "4:8", "*.1.*_proj": "1:4", "*.1.mlp.up_proj": "dense"})
 
 
-NO_TEXT = ("dense", "magnitude")
+NO_TEXT = ("dense", "magnitude", "proxsparse", "sr_ste")
 
 
 @pytest.mark.parametrize("name", [n for n in plugins(STRATEGIES) if n not in NO_TEXT])

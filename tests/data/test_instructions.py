@@ -238,7 +238,8 @@ def batch() -> TokenBatch:
 def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
     model = tiny_llama()
     run = BatchRun(model, MaskScope(), batch, Draw(0, 0, 0))
-    loss, logits, _ = run("dense")
+    loss, task_loss, logits, _ = run("dense")
+    assert torch.equal(loss, task_loss)
     losses = [value for window in by_hand(logits, batch) for value in window]
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert run.task_loss is not None
