@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py
 
-# The README's table: all strategies that learn, three seeds (see benchmarks/embedded_table.py for those with one).
+# The README's table: strategies that learn, three seeds.
 # Stopped, it goes on where it was; runs are kept in runs/table.
 table: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/table --save benchmarks/results

@@ -35,21 +35,10 @@ RUNS: dict[str, list[str]] = {
         "--data.batch_size=8",
         "--trainer.max_steps=300",
     ],
-    "maskpro, mean gradient": [
-        "--strategy=maskpro",
-        "--model.strategy.estimator=mean_gradient",
-        "--model.strategy.strength=4",
-        "--model.strategy.grading=0",
-        "--data.batch_size=8",
-        "--trainer.max_steps=300",
-    ],
-    "proxsparse": ["--strategy=proxsparse"],
-    "fixed_mask": ["--strategy=fixed_mask"],
     "sr_ste": ["--strategy=sr_ste"],
     "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
 }
 ONE_SHOT = ("dense", "magnitude")  # the same for every seed
-ONE_SEED = ("maskpro, mean gradient", "proxsparse", "fixed_mask")
 DEMO = ("dense", "magnitude", "maskllm")
 
 
@@ -107,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         for name in args.only or (RUNS if args.all else DEMO):
-            seeds = args.seeds[:1] if name in (*ONE_SHOT, *ONE_SEED) else args.seeds
+            seeds = args.seeds[:1] if name in ONE_SHOT else args.seeds
             results[name] = [
                 fit(
                     f"{name}, seed {seed}",
