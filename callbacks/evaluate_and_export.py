@@ -1,5 +1,6 @@
 """Ends a run: measures what was made on the test text, and writes it out."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ class EvaluateAndExport(Callback):
         data: Any = trainer.datamodule
         # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
         if trainer.limit_val_batches and pl_module.validated_at != trainer.global_step:
-            scores = _measure(trainer, pl_module, data.validation_names, data.val_dataloader())
+            scores = _measure_all(trainer, pl_module, data.validation_names, data.val_dataloader())
             _log(trainer, "val", scores)
         data.setup("test")
-        scores = _measure(trainer, pl_module, data.test_names, data.test_dataloader())
+        scores = _measure_all(trainer, pl_module, data.test_names, data.test_dataloader())
         _log(trainer, "test", scores)
         self._finish(trainer, pl_module, "test", scores)
 
@@ -116,16 +117,27 @@ class EvaluateAndExport(Callback):
         return result
 
 
-def _measure(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> dict[str, Score]:
-    """The scores of named texts under the hard masks; none where there is no text."""
-    meter = PerplexityMeter(names, pl_module.device)
-    for name, loader in zip(names, loaders, strict=True):
-        for batch in tracked(loader, f"measuring {name}", trainer):
+def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Score]:
+    """The scores of named texts under the hard masks, in the trainer's precision; none where there
+    is no text.
+    """
+    meter = PerplexityMeter(batches, pl_module.device)
+    for name, some in batches.items():
+        for batch in some:
             batch = batch.to(pl_module.device)
             with trainer.precision_plugin.val_step_context():
                 losses_BT = pl_module.window_losses(batch)
             meter.update(name, losses_BT, split_batch(batch)[1])
-    return meter.scores() if names else {}
+    return meter.scores() if batches else {}
+
+
+def _measure_all(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> dict[str, Score]:
+    """Of whole texts, with their progress."""
+    watched = {
+        name: tracked(loader, f"measuring {name}", trainer)
+        for name, loader in zip(names, loaders, strict=True)
+    }
+    return measure(trainer, pl_module, watched)
 
 
 def _log(trainer: Any, split: str, scores: dict[str, Score]) -> None:

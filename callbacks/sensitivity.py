@@ -1,17 +1,16 @@
 """Measures, after a validation, what each decoder block loses by its masks."""
 
-import itertools
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 from rich.table import Table
 
-from sparsify.batch import split_batch
-from sparsify.callbacks.evaluate_and_export import console, describe_run, pattern_text
+from sparsify.callbacks.evaluate_and_export import console, describe_run, measure, pattern_text
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import OVERALL, PerplexityMeter, Score, make_result, write_json
+from sparsify.evaluation import OVERALL, Score, make_result, write_json
 from sparsify.progress import Progress, tracked
 from sparsify.record import describe_protocol
 from sparsify.run_folder import run_folder
@@ -56,21 +55,16 @@ class MeasureSensitivity(Callback):
         names = trainer.datamodule.validation_names
         loaders = trainer.datamodule.val_dataloader()
 
-        def measure() -> dict[str, Score]:
-            meter = PerplexityMeter(names, pl_module.device)
+        def scores() -> dict[str, Score]:
             parts = zip(names, loaders, trainer.num_val_batches, strict=True)
-            for name, loader, batches in parts:
-                for batch in itertools.islice(loader, int(batches)):
-                    batch = batch.to(pl_module.device)
-                    with trainer.precision_plugin.val_step_context():
-                        losses_BT = pl_module.window_losses(batch)
-                    meter.update(name, losses_BT, split_batch(batch)[1])
-            return meter.scores()
+            return measure(
+                trainer, pl_module, {name: islice(some, int(n)) for name, some, n in parts}
+            )
 
         def watch(cases: Sequence[frozenset[str]]) -> Iterable[frozenset[str]]:
             return tracked(cases, "measuring blocks", trainer)
 
-        found = measure_sensitivity(pl_module.lm, measure, watch)
+        found = measure_sensitivity(pl_module.lm, scores, watch)
         if trainer.is_global_zero:
             _report(trainer, pl_module, found)
 
