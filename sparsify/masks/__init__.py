@@ -1,0 +1,1 @@
+"""Masks as files: packed, compared, imported, and swapped over one model."""
