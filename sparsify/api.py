@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.data import Source, TextDataModule
-from sparsify.export import export
+from sparsify.export import export, mask_lineage
 from sparsify.inject import fold, hard_masks, layer_patterns
-from sparsify.mask_file import write_masks
+from sparsify.masks.file import write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
@@ -53,7 +53,8 @@ class Sparsified:
     def save_masks(self, path: str | Path) -> None:
         """Write the masks alone: a file that ``prior`` takes."""
         patterns = layer_patterns(self.model)
-        write_masks(Path(path), self.masks(), patterns, self.module.base_hash)
+        lineage = mask_lineage(self.module)
+        write_masks(Path(path), self.masks(), patterns, self.module.base_hash, lineage)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense

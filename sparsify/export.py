@@ -23,7 +23,7 @@ from sparsify.base import hash_parameters
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
 from sparsify.inject import base_parameters, layer_patterns, whole_layers
-from sparsify.mask_file import FILE_NAME, write_masks
+from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.module import SparseCausalLM
 
 MANIFEST = "sparsity_manifest.json"
@@ -93,7 +93,13 @@ def export(
         _plain_model(module.lm, weights, dtype).save_pretrained(partial)
         module.tokenizer.save_pretrained(partial)
         if masks:
-            write_masks(partial / FILE_NAME, masks, layer_patterns(module.lm), module.base_hash)
+            write_masks(
+                partial / FILE_NAME,
+                masks,
+                layer_patterns(module.lm),
+                module.base_hash,
+                mask_lineage(module),
+            )
         write_json(partial / MANIFEST, _manifest(module, masks, dtype) | dict(record))
         partial.chmod(0o755)
         _move(partial, folder)
@@ -120,6 +126,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported"
         )
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mask_lineage(module: SparseCausalLM) -> dict[str, Any]:
+    """Where a module's masks come from, for a mask file."""
+    return {"base": module.base_name, "strategy": module.strategy.describe()}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -107,13 +107,15 @@ class NMPattern:
         Raises:
             SparsifyError: a group does not hold exactly ``n`` kept weights.
         """
-        groups = self.groups(mask_OI)
-        bits = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=groups.device)
+        groups = self.groups(mask_OI.to(torch.bool)).view(torch.uint8)
+        dtype = torch.uint8 if self.m <= 8 else torch.int32
+        bits = torch.zeros(groups.shape[:-1], dtype=dtype, device=groups.device)
         for position, kept in enumerate(groups.unbind(-1)):
-            bits += kept.int() << position
-        ranks = _rank_of_bits(self.n, self.m).to(groups.device)[bits]
-        if not trusted and (wrong := ranks < 0).any():
-            row, group = wrong.nonzero()[0].tolist()
+            bits.add_(kept, alpha=1 << position)
+        table = _rank_of_bits(self.n, self.m).to(groups.device)
+        ranks = table.index_select(0, bits.flatten().int()).view(bits.shape)
+        if not trusted and ranks.numel() and ranks.min() < 0:
+            row, group = (ranks < 0).nonzero()[0].tolist()
             raise SparsifyError(
                 f"row {row}, group {group} keeps {int(groups[row, group].sum())} weights; "
                 f"a {self} mask keeps exactly {self.n} of {self.m}"
@@ -122,7 +124,8 @@ class NMPattern:
 
     def unrank(self, rank_OG: Tensor) -> Tensor:
         """The mask of numbered candidates: bool ``[O, I]`` from integers ``[O, G]``."""
-        return self.table(rank_OG.device)[rank_OG.int()].flatten(-2)
+        kept = self.table(rank_OG.device).index_select(0, rank_OG.flatten().int())
+        return kept.view(*rank_OG.shape[:-1], -1)
 
     @property
     def rank_dtype(self) -> torch.dtype:

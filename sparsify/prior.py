@@ -3,7 +3,6 @@
 Shapes: O out, I in, G groups, M group size.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
-from sparsify.mask_file import find_file, read_masks
 from sparsify.masker import Masker
+from sparsify.masks.file import SUFFIX, find_file, read_masks
 from sparsify.pattern import NMPattern
 from sparsify.registry import STRATEGIES, make_strategy, plugins
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
@@ -27,13 +26,14 @@ class SavedMasks(SparsityStrategy):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        # Of a local path the last part, as records travel; the hash says which masks they were.
+        # Of a local path the last part, as records travel; the digest says which masks they were.
         self.path = Path(path).resolve().name
-        self._file = file = find_file(Path(path))
-        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+        self._file = find_file(Path(path))
+        # What a checkpoint restores does not need the file any more.
+        self.digest = read_masks(self._file).digest if self._file.is_file() else ""
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        saved = read_masks(self._file).masks
+        saved = read_masks(self._file)
         for block in blocks:
             for name in block.layers:
                 if name in saved:
@@ -83,7 +83,7 @@ def _is_path(prior: str) -> bool:
     """
     if prior.lower() in plugins(STRATEGIES):
         return False
-    return "/" in prior or prior.endswith(".safetensors") or Path(prior).exists()
+    return "/" in prior or Path(prior).suffix == SUFFIX or Path(prior).exists()
 
 
 def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsify.cli import main
-from sparsify.mask_file import read_masks
+from sparsify.masks.file import read_masks
 from sparsify.pattern import NMPattern
 from tests.conftest import Cli
 
@@ -62,7 +62,7 @@ def test_patterns(cli: Cli, pattern: str) -> None:
     )
     n, m = map(int, pattern.split(":"))
     weights = load_file("out/model.safetensors")
-    for name in read_masks(Path("out")).masks:
+    for name in read_masks(Path("out")):
         assert (weights[f"{name}.weight"].unflatten(1, (-1, m)) != 0).sum(-1).eq(n).all(), name
 
 
@@ -283,7 +283,7 @@ def test_a_strategy_of_a_file_in_the_current_folder(cli: Cli) -> None:
     weight = load_file(cli.model[0].partition("=")[2] + "/model.safetensors")[
         "model.layers.1.mlp.down_proj.weight"
     ]
-    kept = read_masks(Path("out")).masks["model.layers.1.mlp.down_proj"]
+    kept = read_masks(Path("out"))["model.layers.1.mlp.down_proj"]
     score = weight.abs() / weight.abs().sum(0) + weight.abs() / weight.abs().sum(1, keepdim=True)
     assert torch.equal(kept, NMPattern(2, 4).top(score))
 
@@ -291,12 +291,12 @@ def test_a_strategy_of_a_file_in_the_current_folder(cli: Cli) -> None:
 @pytest.mark.parametrize("exclude", ["*q_proj", '["*q_proj"]', '["*q_proj", "model.layers.0.*"]'])
 def test_exclude_takes_a_glob_or_a_list(cli: Cli, exclude: str) -> None:
     cli("export", "--strategy", "magnitude", "--model.exclude", exclude, "--output.folder", "out")
-    masks = read_masks(Path("out")).masks
+    masks = read_masks(Path("out"))
     assert len(masks) == (6 if "layers.0" in exclude else 12)
     assert not any(name.endswith("q_proj") for name in masks)
 
 
-@pytest.mark.parametrize("prior", ["out", "out/masks.safetensors"])
+@pytest.mark.parametrize("prior", ["out", "out/masks.nmask"])
 def test_a_prior_from_a_file_starts_where_the_strategy_of_that_name_would(
     cli: Cli, prior: str
 ) -> None:

@@ -21,7 +21,7 @@ from sparsify import NMPattern, SparseCausalLM, SparsifyError
 from sparsify.base import hash_parameters
 from sparsify.export import MANIFEST, check_target, export, read_manifest
 from sparsify.inject import hard_masks, masked_layers
-from sparsify.mask_file import FILE_NAME, read_masks
+from sparsify.masks.file import FILE_NAME, read_masks
 from sparsify.record import sparsity
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
@@ -123,7 +123,7 @@ def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     found = {name: layer["pattern"] for name, layer in manifest["layers"].items()}
     assert found == {name: str(pattern) for name, pattern in wanted.items()}
     assert manifest["dense"]["model.layers.1.mlp.down_proj"] == "dense by override '*.1.mlp.*'"
-    masks = read_masks(tmp_path / "out").masks
+    masks = read_masks(tmp_path / "out")
     assert masks.keys() == wanted.keys()
     assert all(torch.equal(masks[name], mask) for name, mask in hard_masks(module.lm))
     total = sum(p.numel() for name, p in base.items() if "proj" in name)
@@ -201,10 +201,11 @@ def test_the_folder_holds_its_masks_and_its_tokenizer(
     module = masked_module(tiny_llama(), tokenizer, pattern="2:8")
     export(module, tmp_path / "out", {})
     found = read_masks(tmp_path / "out")
-    assert found.base_hash == module.base_hash
+    assert found.index.base_hash == module.base_hash
+    assert found.index.lineage == {"base": module.base_name, "strategy": Magnitude().describe()}
     masks = dict(hard_masks(module.lm))
-    assert found.masks.keys() == masks.keys()
-    assert all(torch.equal(found.masks[name], mask) for name, mask in masks.items())
+    assert found.keys() == masks.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [3, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not [key for key in load_file(tmp_path / "out" / "model.safetensors") if "masker" in key]
@@ -216,7 +217,7 @@ def test_a_kept_weight_that_is_zero_is_still_in_the_mask(
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[0, :4] = 0
     export(masked_module(model, tokenizer), tmp_path / "out", {})
-    mask = read_masks(tmp_path / "out" / FILE_NAME).masks["model.layers.0.mlp.up_proj"]
+    mask = read_masks(tmp_path / "out" / FILE_NAME)["model.layers.0.mlp.up_proj"]
     assert mask[0, :4].tolist() == [True, True, False, False]
 
 

@@ -10,6 +10,7 @@ from sparsify.calibration import Calibration, Layerwise
 from sparsify.evaluation import token_losses
 from sparsify.inject import inject, select
 from sparsify.masker import Draw
+from sparsify.masks.file import FILE_NAME
 from sparsify.module import SparseCausalLM
 from sparsify.registry import make_strategy
 from sparsify.strategies.maskllm import MaskLLM
@@ -68,5 +69,5 @@ def test_calibration_moves_blocks_to_the_gpu_and_back(name: str, offload: bool) 
 
 def test_a_run_on_the_gpu_exports(cli: Cli) -> None:
     cli("fit", "--strategy=maskllm", "--trainer.accelerator=gpu", "--trainer.devices=1")
-    assert (cli.runs()[0] / "export" / "masks.safetensors").is_file()
+    assert (cli.runs()[0] / "export" / FILE_NAME).is_file()
     assert Path("runs").is_dir()

@@ -3,7 +3,6 @@
 Shapes: O out, I in.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify import Block, NMPattern, SparsifyError
+from sparsify.masks.file import read_masks, write_masks
 from sparsify.prior import MasksOnly, SavedMasks, favour, make_prior
 from sparsify.strategies.sparsegpt import SparseGPT
 
@@ -110,13 +110,11 @@ def test_a_prior_that_would_have_to_learn_is_refused(learner: str) -> None:
         make_prior(learner)
 
 
-@pytest.mark.parametrize(
-    "path", ["gone/export", "../gone", "/gone/masks.safetensors", "m.safetensors"]
-)
+@pytest.mark.parametrize("path", ["gone/export", "../gone", "/gone/masks.nmask", "m.nmask"])
 def test_a_path_is_one_whether_or_not_there_is_a_file(path: str) -> None:
     prior = make_prior(path)
     assert isinstance(prior, SavedMasks)
-    assert prior.describe()["settings"] == {"seed": 0, "path": Path(path).name, "sha256": ""}
+    assert prior.describe()["settings"] == {"seed": 0, "path": Path(path).name, "digest": ""}
     block = Block("block", {})
     with pytest.raises(SparsifyError, match="not a readable mask file"):
         list(prior.calibrate([block]))
@@ -130,9 +128,12 @@ def test_a_folder_of_a_strategys_name_does_not_hide_it(
     assert not isinstance(make_prior("wanda"), SavedMasks)
 
 
-def test_saved_masks_tell_their_hash(tmp_path: Path) -> None:
-    file = tmp_path / "masks.safetensors"
-    file.write_bytes(b"content")
+def test_saved_masks_tell_which_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "masks.nmask"
+    write_masks(file, {"a": torch.tensor([[True, False]])}, NMPattern(1, 2), "h")
     settings = make_prior(str(file)).describe()["settings"]
-    assert settings["sha256"] == hashlib.sha256(b"content").hexdigest()
+    assert settings["digest"] == read_masks(file).digest
     assert str(tmp_path) not in str(settings)
+    file.write_bytes(b"content")
+    with pytest.raises(SparsifyError, match="not a readable mask file"):
+        make_prior(str(file))

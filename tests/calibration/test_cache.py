@@ -24,7 +24,7 @@ from sparsify import (
 from sparsify.base import hash_parameters
 from sparsify.calibration import Calibration
 from sparsify.inject import base_parameters
-from sparsify.mask_file import write_masks
+from sparsify.masks.file import write_masks
 from sparsify.overrides import Overrides
 from sparsify.registry import STRATEGIES, make_strategy, plugins
 from sparsify.strategies.admm import ADMM
@@ -250,7 +250,7 @@ def test_a_strategy_that_updates_weights_has_them_though_it_was_a_prior_before()
 
 
 def test_the_content_of_a_mask_file_counts(tmp_path: Path) -> None:
-    path = tmp_path / "masks.safetensors"
+    path = tmp_path / "masks.nmask"
 
     def write(column: int) -> None:
         kept = torch.zeros(4, dtype=torch.bool)

@@ -16,8 +16,8 @@ from sparsify import Draw, LayerResult, NMPattern, SparsifyError, noise
 from sparsify.base import hash_parameters
 from sparsify.export import export
 from sparsify.inject import base_parameters, fold, hard_masks, inject, masked_layers, select
-from sparsify.mask_file import write_masks
 from sparsify.masked_linear import MaskedLinear, MaskScope
+from sparsify.masks.file import write_masks
 from sparsify.strategies.fixed_mask import AdaptedMasker, FixedMask
 from sparsify.strategies.sparsegpt import SparseGPT
 from tests.conftest import tiny_llama
@@ -244,9 +244,9 @@ def test_every_layer_needs_a_mask(tokenizer: PreTrainedTokenizerFast, tmp_path: 
         for name, module in tiny_llama().named_modules()
         if name.endswith("_proj") and name != "model.layers.1.mlp.up_proj"
     }
-    write_masks(tmp_path / "m.safetensors", masks, TWO_FOUR, "h")
+    write_masks(tmp_path / "m.nmask", masks, TWO_FOUR, "h")
     with pytest.raises(SparsifyError, match=r"1\.mlp\.up_proj: the prior .* holds no mask of it"):
-        built(FixedMask(prior=str(tmp_path / "m.safetensors")), tokenizer)
+        built(FixedMask(prior=str(tmp_path / "m.nmask")), tokenizer)
 
 
 def test_full_training_of_a_bf16_base_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

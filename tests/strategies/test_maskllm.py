@@ -21,7 +21,7 @@ from sparsify.batch_run import BatchRun
 from sparsify.calibration import Calibration
 from sparsify.export import export
 from sparsify.inject import base_parameters, hard_masks, masked_layers
-from sparsify.mask_file import FILE_NAME, write_masks
+from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
@@ -381,11 +381,11 @@ def test_a_layer_without_a_prior_is_an_error(
         if name.endswith("_proj") and name != "model.layers.1.mlp.up_proj"
     }
     assert len(masks) == 13
-    write_masks(tmp_path / "m.safetensors", masks, TWO_FOUR, "h")
+    write_masks(tmp_path / "m.nmask", masks, TWO_FOUR, "h")
     with pytest.raises(
         SparsifyError, match=r"model\.layers\.1\.mlp\.up_proj: the prior .* holds no mask of it"
     ):
-        built(MaskLLM(prior=str(tmp_path / "m.safetensors")), model, tokenizer)
+        built(MaskLLM(prior=str(tmp_path / "m.nmask")), model, tokenizer)
 
 
 def test_a_prior_of_another_shape_or_pattern_is_an_error(
@@ -400,7 +400,7 @@ def test_a_prior_of_another_shape_or_pattern_is_an_error(
             for name, module in model.named_modules()
             if name.endswith("_proj")
         }
-        path = tmp_path / f"{pattern.n}.safetensors"
+        path = tmp_path / f"{pattern.n}.nmask"
         write_masks(path, masks, pattern, "h")
         with pytest.raises(SparsifyError, match=message):
             built(MaskLLM(prior=str(path)), copy_of(model), tokenizer)
