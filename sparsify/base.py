@@ -59,6 +59,15 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     return model.eval()
 
 
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device; arguments and errors as
+    :func:`load_model`.
+    """
+    with _load_errors("model", name_or_path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(**_location(name_or_path))
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
     with _load_errors("tokenizer", name_or_path):
@@ -103,11 +112,15 @@ def hash_tensor(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def hash_parameters(parameters: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over Parameters by name, type, shape and value: the name of a base model."""
+def hash_parameters(
+    parameters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over Parameters by name, type, shape and value: the name of a base model; with
+    ``dtype`` the one that they would have in this type.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {hash_tensor(parameter)}\n".encode())
+        digest.update(f"{name} {hash_tensor(parameter.to(dtype or parameter.dtype))}\n".encode())
     return digest.hexdigest()
 
 

@@ -201,7 +201,7 @@ def test_the_folder_holds_its_masks_and_its_tokenizer(
     module = masked_module(tiny_llama(), tokenizer, pattern="2:8")
     export(module, tmp_path / "out", {})
     found = read_masks(tmp_path / "out")
-    assert found.index.base_hash == module.base_hash
+    assert found.base_hash == module.base_hash
     assert found.index.lineage == {"base": module.base_name, "strategy": Magnitude().describe()}
     masks = dict(hard_masks(module.lm))
     assert found.keys() == masks.keys()

@@ -38,8 +38,7 @@ class MaskFile(Mapping[str, Tensor]):
 
     Attributes:
         path: the file.
-        index: what it says of itself: the base's hash, lineage, and every layer's shape, pattern
-            and hash.
+        index: what it says of itself: lineage, and every layer's shape, pattern and hash.
 
     Raises:
         SparsifyError: it is missing, no mask file, of another version, damaged, or a delta file
@@ -61,19 +60,14 @@ class MaskFile(Mapping[str, Tensor]):
         return {name: entry.pattern for name, entry in self.index.layers.items()}
 
     @property
+    def base_hash(self) -> str:
+        """The hash of the model that the masks were made for; empty if it is not known."""
+        return self.index.base_hash
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the masks, however they are stored."""
         return self.index.digest
-
-    def check_base(self, base_hash: str) -> None:
-        """Refuse masks that were made for another model than the one with this hash."""
-        made_for = self.index.base_hash
-        if made_for and made_for != base_hash:
-            raise SparsifyError(
-                f"{self.path}: its masks were made for a base model with hash {made_for[:12]}, and "
-                f"this one has {base_hash[:12]}; give the model that they were made for, in the "
-                "same dtype"
-            )
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index.layers[name]

@@ -29,8 +29,8 @@ class Backend:
     def takes(
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
-        """Whether it can run a layer of such a weight ``(O, I)``; whatever keeps at most 2 of every
-        4 is 2:4, so 1:4 is too.
+        """Whether it can run a layer of such a weight ``(O, I)``; what keeps at most 2 of every
+        aligned 4 is 2:4, so 1:4 and 2:8 are too.
         """
         if (tile := self.tiles.get(dtype)) is None or not _is_two_four(pattern):
             return False
@@ -57,5 +57,5 @@ def eligible(
 
 
 def _is_two_four(pattern: NMPattern) -> bool:
-    # Two groups of 1:2 make four weights of which at most two are kept.
-    return pattern in (TWO_FOUR, NMPattern(1, 4), NMPattern(1, 2))
+    # Four in a row lie in one group of 4 or 8, and in no more than two of any other size.
+    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)

@@ -1,0 +1,118 @@
+"""Masks of others: read here, checked, and made into a folder that any library loads.
+
+Shapes: O out, I in.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sparsify.base import Dtype, load_skeleton
+from sparsify.errors import SparsifyError
+from sparsify.export import check_target, export
+from sparsify.masks.layers import (
+    BaseHashes,
+    LayerShape,
+    check_masks,
+    find_pattern,
+    stored_shapes,
+)
+from sparsify.masks.npz import read_npz, write_npz
+from sparsify.masks.pt import read_pt
+from sparsify.masks.zeros import LayerZeros, read_zero_pattern
+from sparsify.module import SparseCausalLM
+from sparsify.pattern import NMPattern
+from sparsify.strategy import Block, LayerResult, SparsityStrategy
+
+__all__ = [
+    "GivenMasks",
+    "LayerShape",
+    "LayerZeros",
+    "apply_masks",
+    "check_masks",
+    "find_pattern",
+    "read_npz",
+    "read_pt",
+    "read_zero_pattern",
+    "stored_shapes",
+    "write_npz",
+]
+
+
+class GivenMasks(SparsityStrategy):
+    """Masks that were made elsewhere.
+
+    Args:
+        masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        source: where they come from, for the record.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], source: str = "") -> None:
+        super().__init__()
+        self._masks = masks
+        self.source = source
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            for name, layer in block.layers.items():
+                mask, wanted = self._masks[name], tuple(layer.weight_OI.shape)
+                if tuple(mask.shape) != wanted:
+                    raise SparsifyError(
+                        f"{name}: its mask is {tuple(mask.shape)} and the weight is {wanted}; give "
+                        "the model that the masks were made for"
+                    )
+                yield name, LayerResult(mask)
+
+
+def apply_masks(
+    base: str,
+    masks: Mapping[str, Tensor],
+    patterns: Mapping[str, NMPattern],
+    folder: Path,
+    *,
+    base_hash: str = "",
+    source: str = "",
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write the base model with its masked weights zero, as :func:`sparsify.export.export` does.
+
+    Args:
+        base: the dense model, as :func:`sparsify.base.load_model` takes it.
+        masks: bool ``[O, I]`` by qualified layer name, True = kept; other layers stay dense.
+        patterns: theirs.
+        folder: the place to write to.
+        base_hash: the hash of the model that the masks were made for; empty if nobody knows.
+        source: where the masks come from, for the manifest.
+        dtype: the type in which the weights are loaded; the folder holds them in the type in which
+            the base does.
+        overwrite: replace an earlier export.
+
+    Raises:
+        SparsifyError: the place is taken, the masks are not ones of this model, or not of their
+            patterns.
+    """
+    check_target(folder, overwrite)
+    if not masks:
+        raise SparsifyError("there are no masks to apply; give one at least")
+    known = stored_shapes(load_skeleton(base))
+    if unknown := next((name for name in masks if name not in known), None):
+        raise SparsifyError(
+            f"{unknown!r} is no linear layer of {base!r}; they are called like "
+            f"{next(iter(known), None)!r}: give the model that the masks were made for"
+        )
+    most = Counter(patterns[name] for name in masks).most_common(1)[0][0]
+    module = SparseCausalLM(
+        GivenMasks(masks, source),
+        name_or_path=base,
+        pattern=str(most),
+        include=list(masks),
+        overrides={name: str(patterns[name]) for name in masks if patterns[name] != most},
+        dtype=dtype,
+    )
+    module.configure_model()
+    BaseHashes(module.lm).check(base_hash, "the masks")
+    module._calibrate()
+    export(module, folder, {}, overwrite)

@@ -1,0 +1,240 @@
+"""The commands on what was exported: folders and mask files.
+
+They need no Trainer, so they are plain functions, whose docstrings are their help.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sparsify.base import load_skeleton
+from sparsify.errors import SparsifyError
+from sparsify.masks.diff import diff as diff_of
+from sparsify.masks.diff_matrix import diff_matrix
+from sparsify.masks.file import MaskFile, MaskWriter, read_masks, write_masks
+from sparsify.masks.interop import (
+    apply_masks,
+    find_pattern,
+    read_npz,
+    read_pt,
+    read_zero_pattern,
+    stored_shapes,
+    write_npz,
+)
+from sparsify.pattern import NMPattern
+
+
+def show(file: Path, prior: Path | None = None) -> None:
+    """Say what a mask file, or the one in an exported folder, holds.
+
+    Args:
+        file: the file or folder.
+        prior: the file that a delta file was made against.
+    """
+    masks = read_masks(file, read_masks(prior) if prior else None)
+    layers = masks.index.layers
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in layers.values())
+    bits = 8 * masks.path.stat().st_size / max(weights, 1)
+    table = Table(title=f"{masks.path.name}: {len(masks)} layers, {bits:.4f} bits a weight")
+    table.add_column("layer")
+    for column in ("shape", "pattern", "stored"):
+        table.add_column(column, justify="right")
+    for name, entry in layers.items():
+        share = "whole" if entry.changed is None else f"{entry.changed / entry.groups:.2%} changed"
+        table.add_row(name, f"{entry.shape[0]} x {entry.shape[1]}", str(entry.pattern), share)
+    _print(table)
+    _print(f"digest   {masks.digest}")
+    _print(f"base     {masks.base_hash or 'not known'}")
+    _print(f"lineage  {json.dumps(masks.index.lineage)}")
+
+
+def import_masks(
+    source: Path, out: Path, base: str | None = None, pattern: str | None = None
+) -> None:
+    """Make a mask file of masks in another form.
+
+    Args:
+        source: a ``mask_compressed.npz``; a ``.pt`` file or a folder of them, one a layer; or a
+            Hugging Face folder whose zeros are the masks.
+        out: the mask file.
+        base: the dense model that the masks are of; needed for npz and pt, whose layers have no
+            shapes of their own.
+        pattern: of a folder's masked layers, as N:M; found from its zeros if it is not given.
+    """
+    _check_free(out)
+    lineage = {"imported": source.resolve().name}
+    with MaskWriter(out, "", lineage) as file:
+        for name, mask, own in _foreign(source, base, pattern):
+            file.add(name, mask, own)
+    _wrote(out)
+
+
+def _foreign(
+    source: Path, base: str | None, pattern: str | None
+) -> Iterator[tuple[str, Tensor, NMPattern]]:
+    if (source / "config.json").is_file():
+        given = None if pattern is None else NMPattern.parse(pattern)
+        for layer in read_zero_pattern(source, given):
+            if layer.mask is None or layer.pattern is None:
+                _print(f"{layer.name} is dense")
+                continue
+            if layer.completed:
+                _print(
+                    f"{layer.name}: {layer.completed} groups hold fewer than {layer.pattern.n} "
+                    "nonzero weights; their lowest free positions count as kept"
+                )
+            yield layer.name, layer.mask, layer.pattern
+        return
+    if base is None:
+        raise SparsifyError(
+            f"{source}: files of this kind hold no shapes; give the model that the masks were made "
+            "for with --base MODEL"
+        )
+    shapes = stored_shapes(load_skeleton(base))
+    read = read_npz if source.suffix == ".npz" else read_pt
+    for name, mask in read(source, shapes):
+        try:
+            yield name, mask, find_pattern(mask)
+        except SparsifyError as error:
+            raise SparsifyError(f"{source}: {name}: {error}") from error
+
+
+def export_masks(
+    file: Path,
+    out: Path,
+    base: str,
+    dtype: Any = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Give masks the form that others take.
+
+    Args:
+        file: a mask file, or an exported folder.
+        out: a ``.npz`` file (``mask_compressed.npz``), or a folder: the base model with its masked
+            weights zero, as any library loads it.
+        base: the dense model that the masks were made for.
+        dtype: float32, float16, bfloat16 or auto: the type of the base when its masks were made.
+        overwrite: replace an earlier export.
+    """
+    masks = read_masks(file)
+    if out.suffix != ".npz":
+        source = file.resolve().name
+        apply_masks(
+            base,
+            masks,
+            masks.patterns,
+            out,
+            base_hash=masks.base_hash,
+            source=source,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+    else:
+        if not overwrite:
+            _check_free(out)
+        shapes = stored_shapes(load_skeleton(base))
+        write_npz(out, masks, {name for name, shape in shapes.items() if shape.transposed})
+    _wrote(out)
+
+
+def diff(files: list[Path], plot: Path | None = None, as_json: bool = False) -> None:
+    """Compare masks: two of them by block and kind of layer, more of them each with each.
+
+    Args:
+        files: mask files or exported folders.
+        plot: draw it into this PNG file.
+        as_json: print all numbers as JSON.
+    """
+    if len(files) < 2:
+        raise SparsifyError(f"{len(files)} mask file: give two to compare, or more")
+    masks = [read_masks(file) for file in files]
+    found: Any
+    if len(files) == 2:
+        found = diff_of(masks[0], masks[1], masks[0].patterns)
+    else:
+        found = diff_matrix(dict(zip(_names(files), masks, strict=True)))
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print(found.table())
+    if plot is not None:
+        _wrote(plot)
+
+
+def _names(files: list[Path]) -> list[str]:
+    """The last parts of the paths that tell all of them apart."""
+    parts = [file.resolve().parts for file in files]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise SparsifyError("a mask file is named twice; give different ones")
+
+
+def delta(prior: Path, file: Path, out: Path) -> None:
+    """Write masks as changes to those of another file.
+
+    Args:
+        prior: the masks that a reader of the delta file will have.
+        file: the masks to write.
+        out: the delta file.
+    """
+    _copy(read_masks(file), out, read_masks(prior))
+
+
+def join(prior: Path, delta: Path, out: Path) -> None:
+    """Write the masks that a delta file stands for as a file of its own.
+
+    Args:
+        prior: the masks that it was made against.
+        delta: the delta file.
+        out: the file.
+    """
+    _copy(read_masks(delta, read_masks(prior)), out, None)
+
+
+def _copy(masks: MaskFile, out: Path, prior: MaskFile | None) -> None:
+    _check_free(out)
+    write_masks(out, masks, masks.patterns, masks.base_hash, masks.index.lineage, prior)
+    _wrote(out)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise SparsifyError(f"{out} exists, and stays; name another file")
+
+
+def _wrote(out: Path) -> None:
+    size = f" ({out.stat().st_size:,} bytes)" if out.is_file() else ""
+    _print(f"wrote {out}{size}")
+
+
+def _print(content: Any) -> None:
+    # Text as it is: paths are not to be wrapped, nor brackets read as markup.
+    Console().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
+
+
+COMMANDS: Mapping[str, Any] = {
+    "mask": {
+        "_help": "Show, compare, convert and pack masks.",
+        "show": show,
+        "import": import_masks,
+        "export": export_masks,
+        "diff": diff,
+        "delta": delta,
+        "join": join,
+    },
+}
+
+
+def run(words: list[str]) -> int:
+    """Run one of the commands: its exit status."""
+    return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
