@@ -18,6 +18,7 @@ from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
 from sparsify.short_forms import RUNS, expand
+from sparsify.tools import ABOUT, COMMANDS, run
 from sparsify.trainer import Trainer, leave_process_group
 
 TRAINER_DEFAULTS = {
@@ -113,8 +114,11 @@ class SparsifyCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for command in cast(Any, parser)._subcommands_action._choices_actions:
+        commands = cast(Any, parser)._subcommands_action._choices_actions
+        for command in commands:
             command.help = _ABOUT[command.dest]
+        # Listed among the others, though another parser reads them.
+        commands += [type(commands[0])(name, [], about) for name, about in ABOUT.items()]
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
@@ -150,13 +154,16 @@ class SparsifyCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Exit status 2 and one message for input that a user can mend; 130, as of any interrupted
-    command, after Ctrl-C.
+    Exit status 1 if a folder that was verified is not sound; 2 and one message for input that a
+    user can mend; 130, as of any interrupted command, after Ctrl-C.
     """
     quiet()
     sys.path.insert(0, os.getcwd())  # a strategy may lie in a file of the current folder
+    words = sys.argv[1:] if args is None else list(args)
     try:
-        sys.argv[1:] = expand(sys.argv[1:] if args is None else list(args))
+        if words and words[0] in COMMANDS:
+            sys.exit(run(words))
+        sys.argv[1:] = expand(words)
         cli = SparsifyCLI(
             SparseCausalLM,
             TextDataModule,

@@ -7,8 +7,6 @@ The folder holds the model with exact zeros, its tokenizer, the packed masks and
 import copy
 import errno
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from sparsify.base import hash_parameters
+from sparsify.base import hash_parameters, hash_tensor
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
-from sparsify.inject import base_parameters, layer_patterns, whole_layers
+from sparsify.inject import base_parameters, layer_patterns, masked_layers, whole_layers
+from sparsify.masked_linear import MaskedConv1D
 from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.module import SparseCausalLM
+from sparsify.replace import partial_folder, replace_folder
+from sparsify.stored import StoredWeights
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"
+# How a layer's weight lies in its file: Linear's, or Conv1D's.
+OUT_IN, IN_OUT = "out_in", "in_out"
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -87,22 +90,24 @@ def export(
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     if not write:
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        _plain_model(module.lm, weights, dtype).save_pretrained(partial)
-        module.tokenizer.save_pretrained(partial)
-        if masks:
-            write_masks(
-                partial / FILE_NAME,
-                masks,
-                layer_patterns(module.lm),
-                module.base_hash,
-                mask_lineage(module),
-            )
-        write_json(partial / MANIFEST, _manifest(module, masks, dtype) | dict(record))
-        partial.chmod(0o755)
-        _move(partial, folder)
+        with partial_folder(folder) as partial:
+            plain = _plain_model(module.lm, weights, dtype)
+            plain.save_pretrained(partial)
+            module.tokenizer.save_pretrained(partial)
+            if masks:
+                write_masks(
+                    partial / FILE_NAME,
+                    masks,
+                    layer_patterns(module.lm),
+                    module.base_hash,
+                    mask_lineage(module),
+                )
+            content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
+            write_json(partial / MANIFEST, content | dict(record))
+            partial.chmod(0o755)
+            check_target(folder, overwrite)  # again: writing takes minutes, and others write too
+            replace_folder(partial, folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -110,8 +115,6 @@ def export(
             f"the disk is full: {folder} was not written; nothing else was lost. "
             "Free space, then run sparsify export --ckpt_path with the run's last checkpoint"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -123,7 +126,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise SparsifyError(
-            f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported"
+            f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported; "
+            "make one with sparsify export"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -170,27 +174,52 @@ def _plain_model(
 def _manifest(
     module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Any]:
-    patterns = layer_patterns(module.lm)
+    layers = masked_layers(module.lm)
     return {
         "schema": MANIFEST_SCHEMA,
         "pattern": str(module.pattern),
-        "base": {"name": module.base_name, "hash": module.base_hash},
+        "base": {
+            "name": module.base_name,
+            "hash": module.base_hash,
+            "dtype": _dtype_name(module.lm.dtype),
+        },
         "strategy": module.strategy.describe(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _dtype_name(dtype),
         "layers": {
-            name: {"shape": list(mask.shape), "pattern": str(patterns[name])}
+            name: {
+                "shape": list(mask.shape),
+                "layout": IN_OUT if isinstance(layers[name], MaskedConv1D) else OUT_IN,
+                "pattern": str(layers[name].masker.pattern),
+            }
             for name, mask in masks.items()
         },
         "dense": module.dense_layers,
     }
 
 
-def _move(partial: Path, folder: Path) -> None:
-    """Put the whole folder in its place; an earlier export stands until then."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    former = partial.with_name(partial.name.replace(".partial-", ".former-"))
-    folder.rename(former)
-    partial.rename(folder)
-    shutil.rmtree(former)
+def _stored_tensors(folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
+    """What the files hold.
+
+    Returns:
+        ``tensors``: by name in the files, the hash of the values; of those in memory, which came
+        from the base, wherever they are stored under the same name.
+        ``stored_as``: the Parameters that are not stored under their own name, each with the name
+        that it shares or was given, or None where Transformers stores it in parts.
+    """
+    values, stored = plain.state_dict(), StoredWeights(folder)
+    tensors = {
+        name: hash_tensor(values[name] if name in values else stored.get(name)) for name in stored
+    }
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    shared = {id(p): name for name, p in parameters.items() if name in tensors}
+    renamed = {tensors[name]: name for name in tensors if name not in values}
+    stored_as = {
+        name: shared.get(id(p)) or renamed.get(hash_tensor(p))
+        for name, p in parameters.items()
+        if name not in tensors
+    }
+    return {"tensors": tensors, "stored_as": stored_as}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

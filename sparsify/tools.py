@@ -3,20 +3,21 @@
 They need no Trainer, so they are plain functions, whose docstrings are their help.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparsify.base import load_skeleton
+from sparsify.base import Dtype, load_skeleton
 from sparsify.errors import SparsifyError
+from sparsify.masks.diff import MaskDiff
 from sparsify.masks.diff import diff as diff_of
-from sparsify.masks.diff_matrix import diff_matrix
+from sparsify.masks.diff_matrix import DiffMatrix, diff_matrix
 from sparsify.masks.file import MaskFile, MaskWriter, read_masks, write_masks
 from sparsify.masks.interop import (
     apply_masks,
@@ -27,7 +28,12 @@ from sparsify.masks.interop import (
     stored_shapes,
     write_npz,
 )
+from sparsify.onnx_export import export_onnx
 from sparsify.pattern import NMPattern
+from sparsify.quiet import quiet
+from sparsify.verify import verify as check_folder
+
+Format = Literal["table", "json"]
 
 
 def show(file: Path, prior: Path | None = None) -> None:
@@ -51,7 +57,7 @@ def show(file: Path, prior: Path | None = None) -> None:
     _print(table)
     _print(f"digest   {masks.digest}")
     _print(f"base     {masks.base_hash or 'not known'}")
-    _print(f"lineage  {json.dumps(masks.index.lineage)}")
+    _print(f"lineage  {dumps(masks.index.lineage)}")
 
 
 def import_masks(
@@ -108,8 +114,8 @@ def _foreign(
 def export_masks(
     file: Path,
     out: Path,
-    base: str,
-    dtype: Any = "float32",
+    base: str | None = None,
+    dtype: Dtype = "float32",
     overwrite: bool = False,
 ) -> None:
     """Give masks the form that others take.
@@ -119,9 +125,13 @@ def export_masks(
         out: a ``.npz`` file (``mask_compressed.npz``), or a folder: the base model with its masked
             weights zero, as any library loads it.
         base: the dense model that the masks were made for.
-        dtype: float32, float16, bfloat16 or auto: the type of the base when its masks were made.
+        dtype: the type of the base when its masks were made.
         overwrite: replace an earlier export.
     """
+    if base is None:
+        raise SparsifyError(
+            f"{out}: give the dense model that the masks were made for with --base MODEL"
+        )
     masks = read_masks(file)
     if out.suffix != ".npz":
         source = file.resolve().name
@@ -143,26 +153,33 @@ def export_masks(
     _wrote(out)
 
 
-def diff(files: list[Path], plot: Path | None = None, as_json: bool = False) -> None:
+def diff(
+    a: Path,
+    b: Path,
+    more: list[Path] | None = None,
+    plot: Path | None = None,
+    format: Format = "table",
+) -> None:
     """Compare masks: two of them by block and kind of layer, more of them each with each.
 
     Args:
-        files: mask files or exported folders.
+        a: a mask file or exported folder.
+        b: another.
+        more: others, as '[C, D]'.
         plot: draw it into this PNG file.
-        as_json: print all numbers as JSON.
+        format: table or json.
     """
-    if len(files) < 2:
-        raise SparsifyError(f"{len(files)} mask file: give two to compare, or more")
+    files = [a, b, *(more or [])]
     masks = [read_masks(file) for file in files]
-    found: Any
-    if len(files) == 2:
-        found = diff_of(masks[0], masks[1], masks[0].patterns)
-    else:
+    found: MaskDiff | DiffMatrix
+    if more:
         found = diff_matrix(dict(zip(_names(files), masks, strict=True)))
+    else:
+        found = diff_of(masks[0], masks[1], masks[0].patterns)
     if plot is not None:
         found.plot(plot)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+    if format == "json":
+        _print_json(found.to_dict())
     else:
         _print(found.table())
     if plot is not None:
@@ -217,12 +234,68 @@ def _wrote(out: Path) -> None:
     _print(f"wrote {out}{size}")
 
 
+def _print_json(content: Any) -> None:
+    print(dumps(content, indent=2))
+
+
 def _print(content: Any) -> None:
     # Text as it is: paths are not to be wrapped, nor brackets read as markup.
     Console().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
 
 
-COMMANDS: Mapping[str, Any] = {
+def verify(
+    folder: Path,
+    base: str | None = None,
+    pattern: str | None = None,
+    device: str = "cpu",
+    format: Format = "table",
+) -> int:
+    """Check that a folder of sparse weights is what it says; exit status 1 if it is not.
+
+    Args:
+        folder: what sparsify export wrote, or any folder of safetensors files.
+        base: the dense model, to compare kept weights and dense tensors with bit by bit.
+        pattern: what every masked layer must hold, as N:M; needed where there is no manifest.
+        device: cuda runs every layer's sparse product too, and times it.
+        format: table or json.
+    """
+    report = check_folder(folder, base, pattern, device)
+    if format == "json":
+        _print_json(report.to_dict())
+    else:
+        _print(report.table())
+    return 0 if report.ok else 1
+
+
+def onnx(
+    folder: Path,
+    file: Path,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    format: Format = "table",
+) -> None:
+    """Write an exported folder as an ONNX graph in which TensorRT finds its zeros.
+
+    Args:
+        folder: what sparsify export wrote.
+        file: the graph; its weights lie beside it, in FILE.data.
+        dtype: of the weights.
+        format: table or json: what was found in the graph.
+    """
+    report = export_onnx(folder, file, dtype)
+    if format == "json":
+        _print_json(report.describe())
+        return
+    ready = sum(layer.two_four for layer in report.layers)
+    _print(
+        f"{len(report.layers)} products by masked weights, each equal to the folder's to the bit; "
+        f"{ready} are 2:4 along the axis that is summed over"
+    )
+    _wrote(file)
+
+
+COMMANDS: Any = {
+    "verify": verify,
+    "onnx": onnx,
     "mask": {
         "_help": "Show, compare, convert and pack masks.",
         "show": show,
@@ -233,8 +306,14 @@ COMMANDS: Mapping[str, Any] = {
         "join": join,
     },
 }
+ABOUT = {
+    "verify": "Check that an exported folder is what it says.",
+    "onnx": "Write an exported folder as an ONNX graph for TensorRT.",
+    "mask": "Show, compare, convert and pack masks.",
+}
 
 
 def run(words: list[str]) -> int:
     """Run one of the commands: its exit status."""
+    quiet()
     return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0

@@ -1,6 +1,7 @@
 """The exported folder: loads anywhere, exact, whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from sparsify import NMPattern, SparseCausalLM, SparsifyError
-from sparsify.base import hash_parameters
+from sparsify.base import hash_parameters, hash_tensor
 from sparsify.export import MANIFEST, check_target, export, read_manifest
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.masks.file import FILE_NAME, read_masks
@@ -79,7 +80,11 @@ def test_the_folder_loads_as_the_masked_model(
             continue
         transposed = family == "gpt2"  # all its masked layers are Conv1D
         weight, old = (v.detach().T if transposed else v.detach() for v in (parameter, base[name]))
-        assert manifest["layers"][layer] == {"shape": list(weight.shape), "pattern": pattern}
+        assert manifest["layers"][layer] == {
+            "shape": list(weight.shape),
+            "layout": "in_out" if transposed else "out_in",
+            "pattern": pattern,
+        }
         assert torch.equal(weight[masks[layer]], old[masks[layer]]), name
         assert nm.holds(weight), name
         # Largest magnitudes of each group along the inputs, found without the pattern's code.
@@ -186,6 +191,7 @@ def test_the_manifest_says_what_it_is(tokenizer: PreTrainedTokenizerFast, tmp_pa
     assert manifest["strategy"]["class"] == "sparsify.strategies.magnitude.Magnitude"
     assert manifest["strategy"]["weights"] == "frozen"
     assert manifest["dtype"] == "float32"
+    assert manifest["base"]["dtype"] == "float32"
     assert manifest["scores"] == {"x": 1}
     assert len(manifest["layers"]) == 12
     assert manifest["dense"]["model.layers.0.mlp.down_proj"] == "excluded by '*down_proj'"
@@ -193,6 +199,48 @@ def test_the_manifest_says_what_it_is(tokenizer: PreTrainedTokenizerFast, tmp_pa
     assert str(tmp_path) not in json.dumps(manifest)
     with pytest.raises(SparsifyError, match="holds no sparsity_manifest.json"):
         read_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_manifest_hashes_what_is_stored(
+    family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = FAMILIES[family]()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    manifest = read_manifest(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert manifest["tensors"].keys() == stored.keys()
+    for name, tensor in stored.items():
+        head = f"torch.float32{tuple(tensor.shape)}".encode()
+        expected = hashlib.sha256(head + tensor.numpy().tobytes()).hexdigest()
+        assert manifest["tensors"][name] == expected, name
+    tied = {"tied llama": "model.embed_tokens", "gpt2": "transformer.wte"}
+    tied["opt"] = "model.decoder.embed_tokens"
+    expected = {"lm_head.weight": f"{tied[family]}.weight"} if family in tied else {}
+    assert manifest["stored_as"] == expected
+    assert names == stored.keys() | manifest["stored_as"].keys()
+
+
+def test_hashes_are_of_the_values_in_memory_not_of_the_files(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def save_badly(self: PreTrainedModel, folder: Path) -> None:
+        save(self, folder)
+        path = folder / "model.safetensors"
+        stored = load_file(path)
+        stored["lm_head.weight"][0, 0] += 1
+        save_file(stored, path)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
+    export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {})
+    monkeypatch.undo()
+    hashes = read_manifest(tmp_path / "out")["tensors"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    wrong = [name for name, tensor in stored.items() if hash_tensor(tensor) != hashes[name]]
+    assert wrong == ["lm_head.weight"]
 
 
 def test_the_folder_holds_its_masks_and_its_tokenizer(
@@ -246,7 +294,9 @@ def test_a_base_stored_in_fp16_is_exported_in_fp16(
     module.configure_model()
     module._calibrate()
     export(module, tmp_path / "out", {})
-    assert read_manifest(tmp_path / "out")["dtype"] == "float16"
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["dtype"] == "float16"
+    assert manifest["base"]["dtype"] == ("float16" if used == "auto" else used)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == base.keys()
     masks = dict(hard_masks(module.lm))

@@ -4,17 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sparsify import NMPattern, noise
+from sparsify import NMPattern, noise, runtime
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.evaluation import token_losses
+from sparsify.export import export
 from sparsify.inject import inject, select
 from sparsify.masker import Draw
 from sparsify.masks.file import FILE_NAME
 from sparsify.module import SparseCausalLM
 from sparsify.registry import make_strategy
+from sparsify.runtime.backends import BACKENDS, Backend
 from sparsify.strategies.maskllm import MaskLLM
-from tests.conftest import Cli, tiny_llama, word_tokenizer
+from tests.conftest import SIZES, Cli, tiny_llama, word_tokenizer
+from tests.test_export import masked_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,3 +75,80 @@ def test_a_run_on_the_gpu_exports(cli: Cli) -> None:
     cli("fit", "--strategy=maskllm", "--trainer.accelerator=gpu", "--trainer.devices=1")
     assert (cli.runs()[0] / "export" / FILE_NAME).is_file()
     assert Path("runs").is_dir()
+
+
+CUDA = torch.device("cuda")
+SPARSE_BACKENDS = [b for b in BACKENDS if torch.cuda.is_available() and b.available(CUDA)]
+"""Empty on a GPU that no library knows, and on none."""
+
+
+@pytest.fixture(scope="module")
+def wide_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers every backend takes, some with biases, exported with magnitude masks."""
+    sizes = SIZES | {"hidden_size": 128, "intermediate_size": 192}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("wide") / "out"
+    export(masked_module(model.bfloat16(), word_tokenizer()), folder, {})
+    return folder
+
+
+@pytest.mark.skipif(not SPARSE_BACKENDS, reason="no sparse backend runs on this GPU")
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3), (2, 64)])
+@torch.no_grad()
+def test_compressed_layers_multiply_as_dense_ones(
+    backend: Backend, shape: tuple[int, ...], wide_export: Path
+) -> None:
+    model = runtime.load(wide_export, choose="dense")
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 14
+    for linear in linears:
+        assert backend.takes((linear.out_features, linear.in_features), linear.weight.dtype)
+        bias = None if linear.bias is None else linear.bias.detach()
+        sparse = backend.compress(linear.weight.detach(), bias)
+        x = torch.randn(*shape, linear.in_features, dtype=torch.bfloat16, device="cuda")
+        for value in (x, x.transpose(0, 1)) if x.ndim == 3 else (x,):
+            torch.testing.assert_close(sparse(value), linear(value), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not SPARSE_BACKENDS, reason="no sparse backend runs on this GPU")
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS, ids=lambda backend: backend.name)
+def test_a_loaded_model_runs_sparse_on_the_gpu(backend: Backend, wide_export: Path) -> None:
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0)).cuda()
+    dense = runtime.load(wide_export, choose="dense")
+    sparse = runtime.load(wide_export, choose="sparse", backends=[backend])
+    assert {choice.backend for choice in runtime.choices(sparse).values()} == {backend.name}
+    assert {p.device.type for p in sparse.parameters()} == {"cuda"}
+    wanted, found = (model(input_ids=tokens).logits.float() for model in (dense, sparse))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    out = sparse.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 24)
+    with torch.inference_mode():
+        assert torch.isfinite(sparse(input_ids=tokens).logits).all()
+
+
+@pytest.mark.skipif(not SPARSE_BACKENDS, reason="no sparse backend runs on this GPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, in its compiler
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS, ids=lambda backend: backend.name)
+def test_a_loaded_model_compiles_on_the_gpu(backend: Backend, wide_export: Path) -> None:
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0)).cuda()
+    model = runtime.load(wide_export, choose="sparse", backends=[backend])
+    with torch.inference_mode():
+        wanted = model(input_ids=tokens).logits.float()
+        found = torch.compile(model)(input_ids=tokens).logits.float()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_layers_are_measured_on_the_gpu(wide_export: Path) -> None:
+    found = runtime.choices(runtime.load(wide_export, tokens=(1, 16)))
+    measured = {name for choice in found.values() for name in choice.seconds}
+    assert measured == {backend.name for backend in SPARSE_BACKENDS}
+    for choice in found.values():
+        for seconds in choice.seconds.values():
+            assert list(seconds) == [1, 2, 4, 8, 16]
+            assert all(0 < s < 0.1 for pair in seconds.values() for s in pair)

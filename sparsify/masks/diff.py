@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -118,11 +119,16 @@ class MaskDiff:
         """The share of weights that differ, by decoder block and kind of layer."""
         grid = self.grid()
         kinds = list(dict.fromkeys(kind for row in grid.values() for kind in row))
-        table = Table(title="weights that differ")
+        # Blocks of one list need no more than their numbers.
+        alike = len({block.rpartition(".")[0] for block in grid}) == 1
+        table = Table(
+            title="weights that differ", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
         for header in ("block", *kinds, "all"):
             table.add_column(header, justify="left" if header == "block" else "right")
         for block, row in grid.items():
-            table.add_row(block, *(_percent(row.get(kind)) for kind in kinds), _total(row.values()))
+            name = block.rpartition(".")[2] if alike else block
+            table.add_row(name, *(_percent(row.get(kind)) for kind in kinds), _total(row.values()))
         columns = [[row[kind] for row in grid.values() if kind in row] for kind in kinds]
         table.add_section()
         table.add_row("all", *map(_total, columns), _percent(self.overall))

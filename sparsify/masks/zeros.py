@@ -3,21 +3,18 @@
 Shapes: O out, I in, G groups, M group size.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.base import load_skeleton
 from sparsify.errors import SparsifyError
 from sparsify.masks.layers import GROUP_SIZES, stored_shapes
 from sparsify.pattern import NMPattern
+from sparsify.stored import StoredWeights
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Dense weights hold few zeros, mostly numbers too small for their type.
 DENSE_ZEROS = 0.1
 
@@ -56,11 +53,12 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
             sparse and holds no pattern.
     """
     shapes = stored_shapes(model := load_skeleton(str(folder)))
-    files = _files(folder)
+    weights = StoredWeights(folder)
+    weights.check()
     sparse = False
     for name, shape in shapes.items():
         if shape.in_block:
-            weight = _weight(folder, files, name, model.base_model_prefix)
+            weight = weights.get(_key(weights, name, model.base_model_prefix))
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(
                     f"{folder}: {name} is stored as {tuple(weight.shape)}, and config.json says "
@@ -119,32 +117,13 @@ def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
     )
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor, by the tensor's name."""
-    try:
-        if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            # A name alone: the index cannot lead out of the folder.
-            return {key: folder / Path(file).name for key, file in index["weight_map"].items()}
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / WEIGHTS)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SparsifyError(
-            f"{folder}: neither {WEIGHTS} nor {INDEX} can be read ({error}); save the model with "
-            "save_pretrained"
-        ) from error
-
-
-def _weight(folder: Path, files: dict[str, Path], name: str, prefix: str) -> Tensor:
+def _key(weights: StoredWeights, name: str, prefix: str) -> str:
+    """The name of a layer's weight in the files."""
     # Some folders hold the model without its head, whose names lack the first part.
     keys = (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."))
-    key = next((key for key in keys if key in files), None)
+    key = next((key for key in keys if key in weights), None)
     if key is None:
-        raise SparsifyError(f"{folder}: there is no {keys[0]!r} in its files; the model lacks it")
-    try:
-        with safe_open(files[key], framework="pt") as file:
-            return file.get_tensor(key)
-    except (OSError, SafetensorError) as error:
         raise SparsifyError(
-            f"{files[key]}: {key!r} cannot be read ({error}); the file is damaged"
-        ) from error
+            f"{weights.folder}: there is no {keys[0]!r} in its files; the model lacks it"
+        )
+    return key

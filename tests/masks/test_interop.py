@@ -53,7 +53,7 @@ def test_the_folder_is_that_of_an_export(family: str, pattern: str, tmp_path: Pa
     manifest, wanted = (read_manifest(tmp_path / name) for name in ("applied", "out"))
     for key in ("schema", "pattern", "dtype", "layers"):
         assert manifest[key] == wanted[key]
-    assert manifest["base"] == {"name": "base", "hash": own.base_hash}
+    assert manifest["base"] == {"name": "base", "hash": own.base_hash, "dtype": "float32"}
     assert manifest["strategy"]["settings"]["source"] == "a colleague"
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("applied", "base")]
     assert tokenizers[0]("w1 w2") == tokenizers[1]("w1 w2")

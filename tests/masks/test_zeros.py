@@ -52,10 +52,10 @@ def test_shards_come_back(tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert equal(masks_of(tmp_path / "shards"), masks)
     next((tmp_path / "shards").glob("*00002*.safetensors")).unlink()
-    with pytest.raises(SparsifyError, match="00002.* cannot be read"):
+    with pytest.raises(SparsifyError, match="damaged: .*00002.* is missing, though"):
         masks_of(tmp_path / "shards")
     (tmp_path / "shards" / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(SparsifyError, match=r"neither model.safetensors nor"):
+    with pytest.raises(SparsifyError, match="index.json has no readable weight_map"):
         masks_of(tmp_path / "shards")
 
 
@@ -147,7 +147,7 @@ def test_folders_that_are_no_sparse_model_are_refused(tmp_path: Path) -> None:
         masks_of(changed(tmp_path / "out", **{Q: None}))
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SparsifyError, match="neither model.safetensors nor"):
+    with pytest.raises(SparsifyError, match="not a readable safetensors file"):
         masks_of(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"model_type": "none"}))

@@ -1,0 +1,325 @@
+"""Speed and memory of 2:4 layers on a GPU, in one run of a few minutes and without downloads.
+
+A model of LLaMA-2-7B's shape with random bf16 weights, made on the GPU: each distinct layer alone,
+then prefill and decoding, dense and sparse::
+
+    python benchmarks/runtime_gpu.py --save benchmarks/results
+
+Every phase is a process of its own with a limit of time: one that fails is recorded, and the others
+go on. Decoding is also run as a CUDA graph, as at small batches PyTorch otherwise waits for Python.
+``--tiny`` goes through all of it on any machine, on a model of no interest.
+
+Shapes: O out, I in, T tokens, B batch, S sequence.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from sparsify import NMPattern
+from sparsify.inject import decoder_blocks
+from sparsify.runtime.backends import BACKENDS
+from sparsify.runtime.measure import LayerKind, measure
+from sparsify.runtime.timings import describe_machine
+
+PATTERN = NMPattern(2, 4)
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
+TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+SECONDS = {"layers": 120, "dense": 90, "sparse": 90, "dense graph": 90, "sparse graph": 90}
+
+
+class Plain:
+    """Stands in for a backend where there is none: dense layers."""
+
+    name = "none"
+
+    def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
+        layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+        return layer
+
+
+class Settings:
+    """What is run, and where."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.config = TINY if tiny else LLAMA_2_7B
+        self.tokens = [1, 8] if tiny else [1, 8, 16, 128, 2048]
+        self.prompt, self.new = (8, 4) if tiny else (2048, 128)
+        self.batches = [1, 2] if tiny else [1, 8]
+        self.backends: list[Any] = [b for b in BACKENDS if b.available(self.device)]
+        if tiny:
+            self.backends = [Plain()]
+
+    def backend(self) -> Any:
+        """The one that runs whole models."""
+        if not self.backends:
+            raise RuntimeError("no sparse backend runs on this GPU")
+        return self.backends[0]
+
+
+def random_24(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+    """A weight ``[O, I]`` with the two largest of every four of random values."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weight_OI = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
+    return torch.where(PATTERN.top(weight_OI.abs()), weight_OI, 0)
+
+
+def random_model(settings: Settings) -> LlamaForCausalLM:
+    """The dense model, made tensor by tensor on the device."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(settings.config).to(torch.bfloat16)
+    blocks = tuple(f"{name}." for name in decoder_blocks(model))
+    for seed, (name, old) in enumerate(list(model.named_parameters())):
+        if old.ndim == 1:
+            value = torch.ones(old.shape, dtype=old.dtype, device=settings.device)
+        else:
+            value = random_24(tuple(old.shape), seed, settings.device)
+            if not name.startswith(blocks):
+                value = torch.randn_like(value) * 0.02
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, nn.Parameter(value, requires_grad=False))
+    # Buffers have no values on the meta device: make them again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings.config).to(settings.device)
+    return model.eval()
+
+
+def compress(model: LlamaForCausalLM, backend: Any) -> None:
+    """Put every linear layer of the blocks on a backend."""
+    for prefix, block in decoder_blocks(model).items():
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                sparse = backend.compress(layer.weight.detach(), None)
+                model.set_submodule(f"{prefix}.{name}", sparse)
+
+
+@torch.inference_mode()
+def layers(settings: Settings) -> dict[str, Any]:
+    """Every distinct layer: seconds by tokens, and the errors against the product in fp32."""
+    wide, narrow = settings.config.intermediate_size, settings.config.hidden_size
+    found: dict[str, Any] = {}
+    for shape in [(narrow, narrow), (wide, narrow), (narrow, wide)]:
+        kind = LayerKind(shape, torch.bfloat16, False)
+        for backend in settings.backends:
+            times = measure(kind, backend, settings.tokens, settings.device)
+            found[f"{kind} | {backend.name}"] = {
+                "seconds": {
+                    count: {"dense": dense, "sparse": sparse, "speedup": dense / sparse}
+                    for count, (dense, sparse) in times.items()
+                },
+                "relative_error": errors(shape, backend, settings),
+            }
+    if not found:
+        settings.backend()
+    return found
+
+
+def errors(shape: tuple[int, int], backend: Any, settings: Settings) -> dict[str, float]:
+    """Of 16 tokens: the norm of the error, relative to that of the product in fp32."""
+    weight_OI = random_24(shape, 0, settings.device)
+    x_TI = torch.randn(16, shape[1], device=settings.device, dtype=torch.bfloat16)
+    exact_TO = x_TI.double() @ weight_OI.double().T
+    outputs = {
+        "dense": torch.nn.functional.linear(x_TI, weight_OI),
+        "sparse": backend.compress(weight_OI, None)(x_TI),
+    }
+    return {
+        name: float((output.double() - exact_TO).norm() / exact_TO.norm())
+        for name, output in outputs.items()
+    }
+
+
+@torch.inference_mode()
+def whole(settings: Settings, sparse: bool, graph: bool) -> dict[str, Any]:
+    """Prefill and decoding of the whole model."""
+    model = random_model(settings)
+    found: dict[str, Any] = {"backend": settings.backend().name if sparse else "dense"}
+    if sparse:
+        tokens = random_tokens(1, 64 if settings.prompt > 64 else settings.prompt, settings)
+        before = model(tokens).logits.float()
+        compress(model, settings.backend())
+        after = model(tokens).logits.float()
+        found["logits_relative_error"] = float((after - before).norm() / before.norm())
+        del before, after
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()
+        found["model_bytes"] = torch.cuda.memory_allocated()
+    for batch in settings.batches:
+        if settings.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run = decode_graph if graph else prefill_and_decode
+        found[f"batch {batch}"] = run(model, batch, settings)
+        if settings.device.type == "cuda":
+            found[f"batch {batch}"]["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def random_tokens(batch: int, length: int, settings: Settings) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(settings.config.vocab_size, (batch, length), generator=generator)
+    return tokens_BS.to(settings.device)
+
+
+def seconds(call: Callable[[], object], settings: Settings) -> float:
+    """Wall time until the device is done."""
+    wait = torch.cuda.synchronize if settings.device.type == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begin
+
+
+def prefill_and_decode(model: Any, batch: int, settings: Settings) -> dict[str, float]:
+    """PyTorch's plain execution."""
+    prompt_BS = random_tokens(batch, settings.prompt, settings)
+
+    def prefill() -> Any:
+        return model(prompt_BS, use_cache=True, logits_to_keep=1)
+
+    def decode(count: int) -> None:
+        output = state["output"]
+        for _ in range(count):
+            next_B1 = output.logits[:, -1:].argmax(-1)
+            output = model(next_B1, past_key_values=output.past_key_values, use_cache=True)
+
+    prefill()
+    times = [seconds(prefill, settings) for _ in range(3)]
+    state = {"output": prefill()}
+    decode(3)  # the cache grows by as much
+    took = seconds(lambda: decode(settings.new), settings)
+    return {"prefill_seconds": statistics.median(times), "decode_seconds": took / settings.new}
+
+
+def decode_graph(model: Any, batch: int, settings: Settings) -> dict[str, float]:
+    """One step of decoding, captured once and replayed: no launches from Python."""
+    length = settings.prompt + settings.new + 8  # steps before the clock runs
+    cache = StaticCache(settings.config, max_cache_len=length)
+    prompt_BS = random_tokens(batch, settings.prompt, settings)
+    logits = model(prompt_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    next_B1 = logits[:, -1:].argmax(-1).clone()
+    # The cache moves on by itself; that the position does not changes no time.
+    place_B1 = torch.full((batch, 1), settings.prompt, device=settings.device)
+
+    def step() -> None:
+        output = model(next_B1, past_key_values=cache, position_ids=place_B1, use_cache=True)
+        next_B1.copy_(output.logits[:, -1:].argmax(-1))
+
+    if settings.device.type != "cuda":
+        step()
+        return {"decode_seconds": seconds(step, settings)}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+
+    def replays() -> None:
+        for _ in range(settings.new):
+            graph.replay()
+
+    return {"decode_seconds": seconds(replays, settings) / settings.new}
+
+
+def run_phase(name: str, tiny: bool) -> dict[str, Any]:
+    """One phase in this process; a failure is its result."""
+    try:
+        settings = Settings(tiny)
+        if name == "layers":
+            return layers(settings)
+        return whole(settings, sparse=name.startswith("sparse"), graph=name.endswith("graph"))
+    except Exception as error:  # whatever it is, the other phases are wanted
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def command(name: str, tiny: bool) -> list[str]:
+    """What runs one phase."""
+    return [sys.executable, __file__, "--phase", name, *(["--tiny"] if tiny else [])]
+
+
+def run_apart(name: str, tiny: bool) -> dict[str, Any]:
+    """One phase in a process of its own, as a failure on a GPU may spoil what comes after."""
+    words = command(name, tiny)
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, timeout=SECONDS[name], text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {SECONDS[name]} s"}
+    except (IndexError, ValueError):
+        return {"failed": f"the process ended with {done.returncode}"}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run all phases; the file is written after each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--save", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--phase", choices=SECONDS, help="run this one here and print its result")
+    options = parser.parse_args(words)
+    if options.phase:
+        print(json.dumps(run_phase(options.phase, options.tiny)))
+        return
+    settings = Settings(options.tiny)
+    packages = ("torch", "transformers", "sparsify")
+    result: dict[str, Any] = {
+        "benchmark": "runtime_gpu",
+        "date": date.today().isoformat(),
+        "hardware": describe_machine(settings.device) | {"host": platform.machine()},
+        "versions": {name: version(name) for name in packages},
+        "model": settings.config.to_diff_dict(),
+        "prompt": settings.prompt,
+        "new_tokens": settings.new,
+        "phases": {},
+    }
+    options.save.mkdir(parents=True, exist_ok=True)
+    path = options.save / f"runtime_gpu-{result['date']}.json"
+    for name in SECONDS:
+        begin = time.perf_counter()
+        result["phases"][name] = run_apart(name, options.tiny)
+        result["phases"][name]["phase_seconds"] = round(time.perf_counter() - begin, 1)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {json.dumps(result['phases'][name])}", flush=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Put a whole folder in the place of another, so that a crash mixes nothing and loses nothing.
+
+The new folder is made beside its place under a hidden name, ``.NAME.partial-XXXXXXXX``, and then
+changes places with the former one. While it is made, a shared lock is held on ``.NAME.lock``: who
+can take that lock for itself alone knows that what lies there in hidden folders is of the dead.
+A lock, not a process number, because other nodes may write to the same file system.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # Linux, <linux/fs.h>
+_RENAME_SWAP = 2  # macOS, <sys/stdio.h>
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+_FORMER = ".former"
+
+
+@contextmanager
+def partial_folder(place: Path) -> Iterator[Path]:
+    """Make an empty hidden folder beside ``place``; whatever is under its name at the end goes.
+
+    First, unless another process is making a folder for the same place, it removes what killed
+    ones left there. Where the file system has no locks, nothing is removed.
+
+    Args:
+        place: where the folder will go; if that is a symbolic link, beside what it points to.
+
+    Yields:
+        The folder, readable by its owner only.
+    """
+    place = place.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _at_work(place):
+        partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Put a complete folder in its place, and remove the one that was there.
+
+    At every moment ``place`` is the former folder or the new one, whole; all of the new one is
+    on the disk before it is seen. What is killed after the exchange leaves the former under the
+    name of ``new``.
+
+    Where two folders cannot be exchanged (NFS, old kernels), the former is renamed to
+    ``new``'s name and ``.former``, then the new one takes the place. A kill between the two leaves
+    nothing at ``place`` and both folders whole under their hidden names; the next
+    :func:`partial_folder` puts the former back.
+
+    Args:
+        new: on the same file system, as :func:`partial_folder` makes it.
+        place: a symbolic link stays, and the folder that it points to is replaced.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written; it is as it was.
+    """
+    place = place.resolve()
+    _flush_all(new)
+    if not place.exists():
+        new.rename(place)
+        _flush(place.parent)
+        return
+    former = new
+    try:
+        _exchange(new, place)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        former = _rename_twice(new, place)
+    _flush(place.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two directory entries in one step."""
+    paths = os.fsencode(one), os.fsencode(other)
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*paths, ctypes.c_uint(_RENAME_SWAP))
+        else:
+            here = ctypes.c_int(_AT_FDCWD)
+            failed = libc.renameat2(here, paths[0], here, paths[1], ctypes.c_uint(_RENAME_EXCHANGE))
+    except AttributeError as error:
+        raise OSError(errno.ENOSYS, "no exchange of folders in the C library") from error
+    if failed:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _rename_twice(new: Path, place: Path) -> Path:
+    former = new.with_name(new.name + _FORMER)
+    place.rename(former)
+    try:
+        new.rename(place)
+    except OSError:
+        former.rename(place)
+        raise
+    return former
+
+
+def _flush_all(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(root, name))
+        _flush(Path(root))
+
+
+def _flush(path: Path) -> None:
+    """Have a file's contents, or a folder's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot flush folders.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _at_work(place: Path) -> Iterator[None]:
+    """Share the place's lock with all others at work; tidy up first if there are none."""
+    path = place.with_name(f".{place.name}.lock")
+    handle = _open_lock(path, place)
+    try:
+        yield
+    finally:
+        if handle is None or _locked(handle, fcntl.LOCK_EX):
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _open_lock(path: Path, place: Path) -> int | None:
+    """A handle on the locked file, or None where the file system has no locks."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # left by a process of another user that was killed
+            return None
+        try:
+            if _locked(handle, fcntl.LOCK_EX) and _is_at(handle, path):
+                _tidy(place)
+            # Waits for another that tidies. Between the two locks others may come and go: this
+            # process has no folder yet.
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None
+        # The last one at work unlinks the file, maybe before this process had its lock.
+        if _is_at(handle, path):
+            return handle
+        os.close(handle)
+
+
+def _locked(handle: int, kind: int) -> bool:
+    """Take a lock if it can be had at once."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _tidy(place: Path) -> None:
+    """Remove what killed processes left; put a former folder back where there is no other."""
+    hidden = re.compile(re.escape(f".{place.name}.partial-") + rf"\w{{8}}({_FORMER})?")
+    left = [path for path in place.parent.iterdir() if hidden.fullmatch(path.name)]
+    for former in (path for path in left if path.name.endswith(_FORMER)):
+        if not place.exists():
+            former.rename(place)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""Load an exported folder as a Transformers model whose layers run sparse where that is faster.
+
+The model is built without memory for its weights; :mod:`sparsify.runtime.filling` fills them in.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sparsify.errors import SparsifyError
+from sparsify.export import MANIFEST, read_manifest
+from sparsify.masked_linear import can_mask, linear_shape
+from sparsify.pattern import NMPattern
+from sparsify.runtime.backends import BACKENDS, Backend
+from sparsify.runtime.choose import DENSE, Choices, Choose, Layer, choose_layers
+from sparsify.runtime.filling import fill, names_by_parameter
+from sparsify.runtime.measure import LayerKind, in_turns, token_counts
+
+
+@torch.no_grad()
+def load(
+    folder: str | Path,
+    *,
+    tokens: int | tuple[int, int] = (1, 2048),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    choose: Choose = "measured",
+    backends: Sequence[Backend] = BACKENDS,
+) -> PreTrainedModel:
+    """Load an exported folder for inference; nothing in it trains.
+
+    Args:
+        folder: what ``sparsify export`` wrote, or a run's ``export`` folder.
+        tokens: the rows that a layer's input will have (batch x sequence: the batch while
+            generating, batch x length of the prompt before), or the least and the most of them.
+        device: where the model goes; None is the GPU if there is one, else the CPU.
+        dtype: the type of the weights; None is the one in which they are stored. No backend takes
+            float32, so layers of a model that is stored so run dense until this names another.
+        choose: ``measured`` runs a layer sparse if that is faster here at both ends of ``tokens``
+            and all powers of two between; ``sparse`` runs all sparse that can be; ``dense`` none.
+        backends: what may run sparse layers; of several that are equally good the first.
+
+    Returns:
+        The model in evaluation mode; :func:`choices` tells how its layers run.
+
+    Raises:
+        SparsifyError: the folder is not an export or is damaged, a layer does not hold its pattern,
+            or an argument is out of its range.
+    """
+    folder = Path(folder)
+    counts = _counts(tokens)
+    if choose not in get_args(Choose):
+        raise SparsifyError(f"choose={choose!r}: write 'measured', 'sparse' or 'dense'")
+    place = _device(device)
+    patterns = {
+        name: NMPattern.parse(layer["pattern"])
+        for name, layer in read_manifest(folder)["layers"].items()
+    }
+    # Measurements and checks draw numbers; the caller's sequence of them stays.
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        model = _empty_model(folder, dtype)
+        layers = _sparse_layers(model, patterns)
+        how = choose_layers(layers, place, choose, counts, backends, in_turns)
+        by_name = {backend.name: backend for backend in backends}
+        compressed = {n: by_name[c.backend] for n, c in how.items() if c.backend != DENSE}
+        fill(model, folder, place, patterns, compressed)
+    model.sparsify_choices = how  # type: ignore[assignment]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False).eval()
+
+
+def choices(model: nn.Module) -> Choices:
+    """How the layers of a loaded model run; ``print`` it for a table.
+
+    Raises:
+        SparsifyError: :func:`load` did not load it.
+    """
+    found = getattr(model, "sparsify_choices", None)
+    if not isinstance(found, Choices):
+        raise SparsifyError(
+            f"this {type(model).__name__} was not loaded by sparsify.runtime.load, so nothing was "
+            "chosen for its layers"
+        )
+    return found
+
+
+def _counts(tokens: int | tuple[int, int]) -> list[int]:
+    least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
+    if not 1 <= least <= most:
+        raise SparsifyError(
+            f"tokens={tokens}: give a number of at least 1, or the least and the most, in order"
+        )
+    return token_counts(least, most)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    place = torch.device(device or ("cuda" if cuda else "cpu"))
+    if place.type == "cuda" and not cuda:
+        raise SparsifyError(f"device={str(device)!r}: PyTorch finds no CUDA device; give 'cpu'")
+    return place
+
+
+def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model with Parameters that have no memory, tied as they should be, and real buffers."""
+    from accelerate import init_empty_weights  # takes a second
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SparsifyError(
+            f"{folder} holds no configuration that Transformers can read; export the model again"
+        ) from error
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32
+        )
+    model.tie_weights()  # not inside: there, every assignment makes another Parameter
+    return model
+
+
+def _sparse_layers(model: PreTrainedModel, patterns: Mapping[str, NMPattern]) -> dict[str, Layer]:
+    """What the manifest says is sparse, as the model has it."""
+    modules = dict(model.named_modules())
+    shared = {
+        name for names in names_by_parameter(model).values() if len(names) > 1 for name in names
+    }
+    layers = {}
+    for name, pattern in patterns.items():
+        module = modules.get(name)
+        if module is None or not can_mask(module):
+            raise SparsifyError(
+                f"{MANIFEST} lists {name}, which is no linear layer of this "
+                f"{type(model).__name__}; export the model again"
+            )
+        weight = cast(Tensor, module.weight)
+        kind = LayerKind(linear_shape(module), weight.dtype, module.bias is not None)
+        obstacle = None
+        if not isinstance(module, nn.Linear):
+            obstacle = f"{type(module).__name__} stores its weight transposed"
+        elif f"{name}.weight" in shared:
+            obstacle = "shares its weight with another layer"
+        layers[name] = Layer(kind, pattern, obstacle)
+    return layers

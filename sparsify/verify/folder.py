@@ -1,0 +1,109 @@
+"""Check that a folder of sparse weights is what it says, to the bit, without loading its model.
+
+Every tensor is read once, checked by itself, and forgotten.
+"""
+
+from pathlib import Path
+
+from sparsify.errors import SparsifyError
+from sparsify.export import MANIFEST
+from sparsify.masks.file import FILE_NAME, MaskFile, read_masks
+from sparsify.pattern import NMPattern
+from sparsify.runtime.device_check import cuda_check
+from sparsify.stored import StoredWeights, read_json
+from sparsify.verify.base_check import BaseCheck
+from sparsify.verify.manifest import Manifest, matrices_of_blocks, parse_manifest
+from sparsify.verify.report import Report
+from sparsify.verify.tensor_check import TensorCheck
+from sparsify.verify.text_files import check_text_files
+
+
+def verify(
+    folder: Path, base: str | None = None, pattern: str | None = None, device: str = "cpu"
+) -> Report:
+    """Check a folder of sparse weights.
+
+    With a manifest: files, manifest, masks and tensors against each other, and every tensor against
+    the hash that the export recorded. Without one, but with a pattern: a matrix of the decoder
+    blocks counts as dense if the pattern holds in less than half of its groups; all others must
+    hold it, and one at least must.
+
+    Args:
+        folder: what ``sparsify export`` wrote, or any folder of safetensors files.
+        base: the dense model, to compare kept weights and dense tensors with bit by bit.
+        pattern: what every masked layer must hold; needed where there is no manifest.
+        device: a CUDA device on which to run and time the layers' sparse products; ``cpu`` runs
+            none.
+
+    Raises:
+        SparsifyError: there is nothing to verify, nothing says the pattern, or there is no such
+            base or device.
+    """
+    folder = Path(folder)
+    asked = None if pattern is None else NMPattern.parse(pattern)
+    check = None if device == "cpu" else cuda_check(device)
+    weights = StoredWeights(folder)
+    report = Report(
+        str(folder), list(weights.damaged), device=None if check is None else check.report
+    )
+    manifest = _manifest(folder, asked, report)
+    # Somebody else's weights may well come without a tokenizer.
+    (report.problems if manifest else report.notes).extend(check_text_files(folder))
+    known = manifest or Manifest()
+    layers = known.layers
+    if asked is not None and not layers:
+        layers = matrices_of_blocks(folder, weights, asked)
+    base_check = None if base is None else BaseCheck(base, manifest, weights)
+    if base_check is not None:
+        report.problems += base_check.problems
+        report.notes += base_check.notes
+    verifier = TensorCheck(known, asked, _masks(folder, known, report), base_check, check)
+    verifier.run(weights, layers, report)
+    if not known.layers and asked is not None and not any(row.pattern for row in report.layers):
+        report.problems.append(f"no matrix of the decoder blocks holds {asked}")
+    return report
+
+
+def _manifest(folder: Path, asked: NMPattern | None, report: Report) -> Manifest | None:
+    if not (folder / MANIFEST).exists():
+        if asked is None:
+            raise SparsifyError(
+                f"{folder} holds no {MANIFEST}, so nothing says what it should hold; "
+                "give a pattern, for instance --pattern 2:4"
+            )
+        report.notes.append(f"there is no {MANIFEST}: only the pattern and the files are checked")
+        return None
+    try:
+        manifest = parse_manifest(read_json(folder / MANIFEST))
+    except SparsifyError as error:
+        report.problems.append(str(error))
+        return Manifest()
+    report.problems += manifest.problems
+    if manifest.changes != "nothing":
+        report.notes.append(
+            f"changed by the strategy ({manifest.weights}): {manifest.changes}; these are compared "
+            "with what the export wrote, not with the base"
+        )
+    return manifest
+
+
+def _masks(folder: Path, manifest: Manifest, report: Report) -> MaskFile | None:
+    """The stored masks, None where there are none to compare with."""
+    if not manifest.layers and not (manifest.tensors and (folder / FILE_NAME).exists()):
+        return None
+    try:
+        masks = read_masks(folder)
+    except SparsifyError as error:
+        report.problems.append(str(error))
+        return None
+    if manifest.base_hash and masks.base_hash != manifest.base_hash:
+        report.problems.append(
+            f"{FILE_NAME} is for base {masks.base_hash[:12]}, and {MANIFEST} says "
+            f"{manifest.base_hash[:12]}"
+        )
+    for name, pattern in masks.patterns.items():
+        if name not in manifest.layers:
+            report.problems.append(f"{name}: {FILE_NAME} masks it, and {MANIFEST} does not")
+        elif pattern != (stated := manifest.layers[name].pattern):
+            report.problems.append(f"{name}: {FILE_NAME} holds {pattern}, and {MANIFEST} {stated}")
+    return masks

@@ -1,0 +1,30 @@
+"""Whether the files beside the weights are there: configuration and tokenizer."""
+
+from pathlib import Path
+
+from sparsify.errors import SparsifyError
+from sparsify.stored import read_json
+
+_REQUIRED = ("config.json", "tokenizer_config.json")
+_OPTIONAL = ("generation_config.json", "tokenizer.json", "vocab.json", "special_tokens_map.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def check_text_files(folder: Path) -> list[str]:
+    """What is wrong with the configuration and the tokenizer, one sentence each."""
+    problems = []
+    for name in (*_REQUIRED, *_OPTIONAL):
+        if name in _OPTIONAL and not (folder / name).exists():
+            continue
+        try:
+            content = read_json(folder / name)
+        except SparsifyError as error:
+            problems.append(str(error))
+            continue
+        if name == "config.json" and not (isinstance(content, dict) and "model_type" in content):
+            problems.append("config.json: it names no model_type, so nothing can load the model")
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        problems.append(
+            f"the tokenizer's vocabulary is missing: none of {', '.join(_VOCABULARIES)}"
+        )
+    return problems
