@@ -21,18 +21,35 @@ class StoredWeights:
     Attributes:
         folder: where the files are.
         damaged: what is wrong with the files themselves, one sentence each.
+        others: safetensors files that a loader does not read: neither the one file nor in the
+            index.
 
     Raises:
         SparsifyError: the path is no folder, or it holds no safetensors files.
     """
 
     def __init__(self, folder: Path) -> None:
+        present = {path.name for path in _weight_files(folder)}
         self.folder = folder
         self.damaged: list[str] = []
         self._file_of: dict[str, Path] = {}
-        for path in _weight_files(folder):
-            self._open(path)
-        self._check_index(folder)
+        listed: dict[str, str] = {}
+        if (folder / INDEX).is_file():
+            listed = self._index()
+            files = set(listed.values()) or present
+        elif SINGLE in present:
+            files = {SINGLE}
+        else:
+            files = present
+            self.damaged.append(f"without {INDEX} a loader reads {SINGLE} alone, and there is none")
+        self.others = sorted(present - files)
+        for file in sorted(files):
+            if file in present:
+                self._open(folder / file)
+            else:
+                self.damaged.append(f"{file} is missing, though {INDEX} lists it")
+        if listed:
+            self._check_listed(listed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -87,28 +104,23 @@ class StoredWeights:
                 self.damaged.append(f"{name} is in both {self._file_of[name].name} and {path.name}")
             self._file_of[name] = path
 
-    def _check_index(self, folder: Path) -> None:
-        """A loader finds tensors through the index, so that it must say where they are."""
-        files = sorted({path.name for path in _weight_files(folder)})
-        if not (folder / INDEX).is_file():
-            if files != [SINGLE]:
-                self.damaged.append(
-                    f"without {INDEX} a loader reads {SINGLE} alone; there are {', '.join(files)}"
-                )
-            return
+    def _index(self) -> dict[str, str]:
+        """The file of every tensor, as the index says; nothing where it cannot be read."""
         try:
-            listed = dict(read_json(folder / INDEX)["weight_map"])
+            listed = dict(read_json(self.folder / INDEX)["weight_map"])
+            return {str(name): str(file) for name, file in listed.items()}
         except (SparsifyError, KeyError, TypeError, ValueError) as error:
             self.damaged.append(f"{INDEX} has no readable weight_map ({error})")
-            return
-        for file in sorted({str(file) for file in listed.values()} - set(files)):
-            self.damaged.append(f"{file} is missing, though {INDEX} lists it")
+            return {}
+
+    def _check_listed(self, listed: dict[str, str]) -> None:
+        """A loader finds tensors through the index, so that it must say where they are."""
         for name, path in self._file_of.items():
             if listed.get(name) != path.name:
                 self.damaged.append(f"{name} is in {path.name}, and {INDEX} does not say so")
-        unreadable = set(files) - {path.name for path in self._file_of.values()}
+        read = {path.name for path in self._file_of.values()}
         for name, file in listed.items():
-            if name not in self and file in files and file not in unreadable:
+            if name not in self and file in read:
                 self.damaged.append(f"{name} is not in {file}, though {INDEX} lists it there")
 
 

@@ -49,6 +49,11 @@ def verify(
     manifest = _manifest(folder, asked, report)
     # Somebody else's weights may well come without a tokenizer.
     (report.problems if manifest else report.notes).extend(check_text_files(folder))
+    (report.problems if manifest else report.notes).extend(
+        f"{name} is none of the files that a loader reads; some servers read every such file: "
+        "remove it"
+        for name in weights.others
+    )
     known = manifest or Manifest()
     layers = known.layers
     if asked is not None and not layers:

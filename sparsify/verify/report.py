@@ -44,8 +44,7 @@ class LayerReport:
     @property
     def backend_text(self) -> str:
         """The backends in a few words."""
-        names = ", ".join(self.backends) or "none"
-        return f"{names} as {self.cast}" if self.backends and self.cast else names
+        return ", ".join(self.backends) or "none"
 
 
 @dataclass
@@ -108,19 +107,24 @@ class Report:
 
     def _layer_table(self) -> Table:
         rows = list(self._rows())
-        columns = ["layer", "n", "out x in", "pattern", "nonzero", "backends"]
-        if not all(row[-1] == "" for row in rows):
-            columns.append("problems")
+        # The summary names a pattern that all have, and says if there is no problem.
+        said = {"pattern"} if len({row["pattern"] for row in rows}) == 1 else set()
+        said |= {"problems"} if not any(row["problems"] for row in rows) else set()
+        columns = [name for name in rows[0] if name not in said]
         table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        widest = max(len(row[0]) for row in rows)
-        table.add_column("layer", min_width=min(widest, 40), overflow="fold")
-        for column in columns[1:]:
-            table.add_column(column, justify="right" if column in ("n", "nonzero") else "left")
+        casts = dict.fromkeys(layer.cast for layer in self.layers if layer.cast and layer.backends)
+        titles = {"backends": f"backends as {', '.join(casts)}"} if casts else {}
+        for name in columns:
+            width = min(40, max(len(row[name]) for row in rows)) if name == "layer" else None
+            justify: Any = "right" if name in ("n", "nonzero") else "left"
+            table.add_column(
+                titles.get(name, name), justify=justify, min_width=width, overflow="fold"
+            )
         for row in rows:
-            table.add_row(*row[: len(columns)])
+            table.add_row(*(row[name] for name in columns))
         return table
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
+    def _rows(self) -> Iterator[dict[str, str]]:
         """A row for each family of sound layers, and one for each layer that has a problem."""
 
         def key(layer: LayerReport) -> tuple[object, ...]:
@@ -129,15 +133,15 @@ class Report:
 
         for _, group in _grouped(self.layers, key):
             first, count = group[0], len(group)
-            yield (
-                first.name if first.problems else family(first.name),
-                str(count),
-                f"{first.shape[0]} x {first.shape[1]}",
-                first.pattern or "dense",
-                _range([layer.nonzero for layer in group if layer.nonzero is not None]),
-                first.backend_text if first.pattern else "",
-                str(sum(len(layer.problems) for layer in group) or ""),
-            )
+            yield {
+                "layer": first.name if first.problems else family(first.name),
+                "n": str(count),
+                "out x in": f"{first.shape[0]} x {first.shape[1]}",
+                "pattern": first.pattern or "dense",
+                "nonzero": _range([layer.nonzero for layer in group if layer.nonzero is not None]),
+                "backends": first.backend_text if first.pattern else "",
+                "problems": str(sum(len(layer.problems) for layer in group) or ""),
+            }
 
 
 def family(name: str) -> str:

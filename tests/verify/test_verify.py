@@ -143,8 +143,8 @@ def test_an_export_is_ok(family: str, tokenizer: PreTrainedTokenizerFast, tmp_pa
 def test_the_backends_are_those_of_the_shape_in_the_type_that_packs(exported: Path) -> None:
     report = verify(exported / "out")
     rows = {row.name: row for row in report.layers}
-    assert rows["model.layers.0.self_attn.q_proj"].backend_text == "cusparselt as bfloat16"
-    assert rows["model.layers.0.mlp.down_proj"].backend_text == "cusparselt, cutlass as bfloat16"
+    assert rows["model.layers.0.self_attn.q_proj"].backend_text == "cusparselt"
+    assert rows["model.layers.0.mlp.down_proj"].backend_text == "cusparselt, cutlass"
     assert "cusparselt as bfloat16" in printed(report)
 
 
@@ -640,9 +640,26 @@ def test_the_table_shows_families_and_every_failing_layer(out: Path) -> None:
     lines = printed(report).splitlines()
     assert lines[0].startswith(f"4 problems: {out}, 14 sparse layers of 2:4"[:60])
     assert sum(line.startswith(f"  {UP}: ") for line in lines) == 3
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    for name in (UP, "model.layers.0.mlp.up_proj"):
-        assert [name, "1", "64 x 32", "2:4", "50.0 %"] in [row[:5] for row in rows]
+    rows = [line.split() for line in lines if line.startswith(" model.")]
+    assert next(r[:7] for r in rows if r[0] == UP) == [UP, "1", "64", "x", "32", "50.0", "%"]
+    assert [row[-1] for row in rows if row[0].endswith("up_proj")] == ["1", "3"]
     assert ["model.layers.*.mlp.gate_proj", "2"] in [row[:2] for row in rows]
     assert len(rows) == 8
     assert len(report.to_dict()["layers"]) == 14
+
+
+def test_a_file_that_loaders_do_not_read(out: Path, foreign_copy: Path) -> None:
+    save_file({"a": torch.zeros(2)}, out / "other.safetensors")
+    (found,) = problems(verify(out))
+    assert found.startswith("other.safetensors is none of the files that a loader reads")
+    save_file({"a": torch.zeros(2)}, foreign_copy / "consolidated.safetensors")
+    report = verify(foreign_copy, pattern="2:4")
+    assert report.ok
+    assert any(note.startswith("consolidated.safetensors is none of") for note in report.notes)
+
+
+@pytest.fixture
+def foreign_copy(out: Path, tmp_path: Path) -> Path:
+    folder = shutil.copytree(out, tmp_path / "foreign")
+    (folder / MANIFEST).unlink()
+    return folder
