@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.bits import bits
 from sparsify.errors import SparsifyError
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import TWO_FOUR
@@ -141,9 +142,7 @@ def _check_values(name: str, found_OI: Tensor, weight_OI: Tensor, pattern: NMPat
             f"{name}: the graph holds {what[0]} {what[1]} as (out, in), and the folder {wanted[0]} "
             f"{wanted[1]}; {FIX}"
         )
-    # As integers, so that -0.0 is not 0.0.
-    whole = torch.int16 if weight_OI.element_size() == 2 else torch.int32
-    wrong = (found_OI.view(whole) != weight_OI.view(whole)).nonzero()
+    wrong = (bits(found_OI) != bits(weight_OI)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
         raise SparsifyError(

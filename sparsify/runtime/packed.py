@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify.bits import bits
 from sparsify.errors import SparsifyError
 from sparsify.runtime.backends import TWO_FOUR
 
@@ -114,13 +115,6 @@ def kept_values(weight_OI: Tensor, nibbles_OG: Tensor) -> Tensor:
     """The kept values of every row in order: ``[O, I / 2]``."""
     kept = TWO_FOUR.groups(bits(weight_OI)).gather(-1, positions(nibbles_OG))
     return kept.flatten(-2).view(weight_OI.dtype)
-
-
-def bits(values: Tensor) -> Tensor:
-    """The same bytes as integers: operations on floats may change the bits of a NaN, and on fp16
-    and bf16 some do.
-    """
-    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[values.itemsize])
 
 
 def join_nibbles(nibbles_OG: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from typing import cast
 from torch import Tensor
 
 from sparsify.base import Dtype, hash_parameters, load_model
+from sparsify.bits import bits
 from sparsify.export import MANIFEST
 from sparsify.inject import base_parameters
 from sparsify.stored import StoredWeights
-from sparsify.verify.layer_check import bits
 from sparsify.verify.manifest import Manifest
 
 

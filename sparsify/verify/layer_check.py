@@ -3,17 +3,10 @@
 Shapes: O out, I in, G groups of M.
 """
 
-import torch
 from torch import Tensor
 
+from sparsify.bits import bits
 from sparsify.pattern import NMPattern
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The values as integers of the same width: equal where every bit is, zero for +0.0 alone."""
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def nonzero(tensor: Tensor) -> Tensor:

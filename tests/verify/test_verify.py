@@ -145,7 +145,7 @@ def test_the_backends_are_those_of_the_shape_in_the_type_that_packs(exported: Pa
     rows = {row.name: row for row in report.layers}
     assert rows["model.layers.0.self_attn.q_proj"].backend_text == "cusparselt"
     assert rows["model.layers.0.mlp.down_proj"].backend_text == "cusparselt, cutlass"
-    assert "cusparselt as bfloat16" in printed(report)
+    assert "backends as bfloat16" in printed(report)
 
 
 def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
