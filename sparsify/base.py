@@ -25,14 +25,20 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def _location(name_or_path: str) -> dict[str, str]:
-    """The arguments by which Transformers finds a model."""
+def _location(name_or_path: str) -> dict[str, Any]:
+    """The arguments by which Transformers finds a model; it runs no code that comes with one, and
+    does not ask whether it may.
+    """
+    arguments: dict[str, Any] = {
+        "pretrained_model_name_or_path": name_or_path,
+        "trust_remote_code": False,
+    }
     if name_or_path == EMBEDDED:
-        return {"pretrained_model_name_or_path": str(EMBEDDED_FOLDER)}
-    if _is_gguf(name_or_path):
+        arguments["pretrained_model_name_or_path"] = str(EMBEDDED_FOLDER)
+    elif _is_gguf(name_or_path):
         folder, _, file = name_or_path.rpartition("/")
-        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
-    return {"pretrained_model_name_or_path": name_or_path}
+        arguments |= {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    return arguments
 
 
 def _is_gguf(name_or_path: str) -> bool:
@@ -65,7 +71,7 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     """
     with _load_errors("model", name_or_path), torch.device("meta"):
         config = AutoConfig.from_pretrained(**_location(name_or_path))
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -6,7 +6,6 @@ The folder holds the model with exact zeros, its tokenizer, the packed masks and
 
 import copy
 import errno
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,12 @@ from sparsify.base import hash_parameters, hash_tensor
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
 from sparsify.inject import base_parameters, layer_patterns, masked_layers, whole_layers
+from sparsify.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.masked_linear import MaskedConv1D
 from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.replace import partial_folder, replace_folder
 from sparsify.stored import StoredWeights
-
-MANIFEST = "sparsity_manifest.json"
-MANIFEST_SCHEMA = "sparsify.manifest/1"
-# How a layer's weight lies in its file: Linear's, or Conv1D's.
-OUT_IN, IN_OUT = "out_in", "in_out"
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -49,7 +44,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise SparsifyError(
-            f"{folder} holds an earlier export; replace it with overwrite, or name another folder"
+            f"{folder} holds an earlier export; replace it with overwrite "
+            "(--output.overwrite true), or name another folder"
         )
 
 
@@ -105,7 +101,9 @@ def export(
                 )
             content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
             write_json(partial / MANIFEST, content | dict(record))
-            partial.chmod(0o755)
+            # Whoever serves the model may be another user; some of these were made private.
+            for path in (partial, *partial.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
             check_target(folder, overwrite)  # again: writing takes minutes, and others write too
             replace_folder(partial, folder)
     except OSError as error:
@@ -115,21 +113,6 @@ def export(
             f"the disk is full: {folder} was not written; nothing else was lost. "
             "Free space, then run sparsify export --ckpt_path with the run's last checkpoint"
         ) from error
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder.
-
-    Raises:
-        SparsifyError: there is none.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise SparsifyError(
-            f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported; "
-            "make one with sparsify export"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mask_lineage(module: SparseCausalLM) -> dict[str, Any]:

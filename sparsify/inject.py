@@ -1,7 +1,6 @@
 """Which layers of a model are masked, and how they get in and out of it."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import cast
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from sparsify.errors import SparsifyError
 from sparsify.masked_linear import MaskedLinear, MaskScope, can_mask, linear_shape, masked
 from sparsify.masker import Masker
+from sparsify.names import family
 from sparsify.overrides import DENSE, Overrides
 from sparsify.pattern import NMPattern
 
@@ -152,7 +152,7 @@ def _check_shared(layers: dict[str, nn.Module], pattern: NMPattern, overrides: O
 
 def _families(layers: dict[str, nn.Module]) -> list[str]:
     """Qualified names with their numbers replaced by ``*``: short enough to read."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layers))
+    return list(dict.fromkeys(map(family, layers)))
 
 
 def inject(

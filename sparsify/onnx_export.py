@@ -25,9 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsify.base import load_model
 from sparsify.errors import SparsifyError
-from sparsify.export import read_manifest
+from sparsify.manifest import manifest_patterns
 from sparsify.onnx_check import FIX, MODEL, OnnxLayer, check_layers
-from sparsify.pattern import NMPattern
 
 OnnxDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -74,10 +73,7 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
     """
     _require_packages()
     _check_target(file)
-    patterns = {
-        name: NMPattern.parse(layer["pattern"])
-        for name, layer in read_manifest(folder)["layers"].items()
-    }
+    patterns = manifest_patterns(folder)
     model = load_model(str(folder), dtype)
     _check_range(model, dtype)
     weights = {name: _weight_OI(model.get_submodule(name)) for name in patterns}

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -70,6 +70,8 @@ def replace_folder(new: Path, place: Path) -> None:
     """
     place = place.resolve()
     _flush_all(new)
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "something other than a folder is there", place)
     if not place.exists():
         new.rename(place)
         _flush(place.parent)
@@ -141,10 +143,9 @@ def _at_work(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if handle is None or _locked(handle, fcntl.LOCK_EX):
-            with suppress(PermissionError):
-                path.unlink(missing_ok=True)
         if handle is not None:
+            if _locked(handle, fcntl.LOCK_EX):
+                path.unlink(missing_ok=True)
             os.close(handle)
 
 
@@ -153,7 +154,7 @@ def _open_lock(path: Path, place: Path) -> int | None:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # left by a process of another user that was killed
+        except PermissionError:  # another user's, at work or killed
             return None
         try:
             if _locked(handle, fcntl.LOCK_EX) and _is_at(handle, path):
@@ -165,6 +166,7 @@ def _open_lock(path: Path, place: Path) -> int | None:
             os.close(handle)
             if error.errno not in _NO_LOCKS:
                 raise
+            path.unlink(missing_ok=True)
             return None
         # The last one at work unlinks the file, maybe before this process had its lock.
         if _is_at(handle, path):

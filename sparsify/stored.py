@@ -148,5 +148,5 @@ def read_json(path: Path) -> Any:
         raise SparsifyError(f"{path.name} is missing")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SparsifyError(f"{path.name}: not readable as JSON ({error})") from error

@@ -3,12 +3,15 @@
 They need no Trainer, so they are plain functions, whose docstrings are their help.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -18,9 +21,18 @@ from sparsify.errors import SparsifyError
 from sparsify.masks.diff import MaskDiff
 from sparsify.masks.diff import diff as diff_of
 from sparsify.masks.diff_matrix import DiffMatrix, diff_matrix
-from sparsify.masks.file import MaskFile, MaskWriter, read_masks, write_masks
+from sparsify.masks.file import (
+    SUFFIX,
+    MaskFile,
+    MaskWriter,
+    find_file,
+    open_index,
+    read_masks,
+    write_masks,
+)
 from sparsify.masks.interop import (
     apply_masks,
+    check_layers,
     find_pattern,
     read_npz,
     read_pt,
@@ -28,36 +40,42 @@ from sparsify.masks.interop import (
     stored_shapes,
     write_npz,
 )
+from sparsify.names import family
 from sparsify.onnx_export import export_onnx
 from sparsify.pattern import NMPattern
-from sparsify.quiet import quiet
 from sparsify.verify import verify as check_folder
 
 Format = Literal["table", "json"]
 
 
-def show(file: Path, prior: Path | None = None) -> None:
+def show(file: Path) -> None:
     """Say what a mask file, or the one in an exported folder, holds.
 
     Args:
         file: the file or folder.
-        prior: the file that a delta file was made against.
     """
-    masks = read_masks(file, read_masks(prior) if prior else None)
-    layers = masks.index.layers
-    weights = sum(entry.shape[0] * entry.shape[1] for entry in layers.values())
-    bits = 8 * masks.path.stat().st_size / max(weights, 1)
-    table = Table(title=f"{masks.path.name}: {len(masks)} layers, {bits:.4f} bits a weight")
+    index, path = open_index(file), find_file(file)
+    weights = sum(entry.shape[0] * entry.shape[1] for entry in index.layers.values())
+    bits = 8 * path.stat().st_size / max(weights, 1)
+    _print(f"{path}: {len(index.layers)} layers, {bits:.4f} bits a weight")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer")
-    for column in ("shape", "pattern", "stored"):
+    for column in ("n", "shape", "pattern", *(["groups changed"] if index.prior else [])):
         table.add_column(column, justify="right")
-    for name, entry in layers.items():
-        share = "whole" if entry.changed is None else f"{entry.changed / entry.groups:.2%} changed"
-        table.add_row(name, f"{entry.shape[0]} x {entry.shape[1]}", str(entry.pattern), share)
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for name, entry in index.layers.items():
+        key = family(name), "{} x {}".format(*entry.shape), str(entry.pattern)
+        share = 1.0 if entry.changed is None else entry.changed / entry.groups
+        rows.setdefault(key, []).append(share)
+    for (layer, shape, pattern), shares in rows.items():
+        changed = [f"{min(shares):.2%} to {max(shares):.2%}"] if index.prior else []
+        table.add_row(layer, str(len(shares)), shape, pattern, *changed)
     _print(table)
-    _print(f"digest   {masks.digest}")
-    _print(f"base     {masks.base_hash or 'not known'}")
-    _print(f"lineage  {dumps(masks.index.lineage)}")
+    _print(f"digest   {index.digest}")
+    if index.prior:
+        _print(f"changes  {index.prior}")
+    _print(f"base     {index.base_hash or 'not known'}")
+    _print(f"lineage  {dumps(index.lineage)}")
 
 
 def import_masks(
@@ -97,6 +115,13 @@ def _foreign(
                 )
             yield layer.name, layer.mask, layer.pattern
         return
+    if not source.exists():
+        raise SparsifyError(f"{source}: there is no such file or folder")
+    if pattern is not None:
+        raise SparsifyError(
+            f"--pattern {pattern}: masks in npz and pt files have patterns of their own; leave it "
+            "out"
+        )
     if base is None:
         raise SparsifyError(
             f"{source}: files of this kind hold no shapes; give the model that the masks were made "
@@ -124,7 +149,7 @@ def export_masks(
         file: a mask file, or an exported folder.
         out: a ``.npz`` file (``mask_compressed.npz``), or a folder: the base model with its masked
             weights zero, as any library loads it.
-        base: the dense model that the masks were made for.
+        base: the dense model that the masks were made for; for npz only its layers are looked at.
         dtype: the type of the base when its masks were made.
         overwrite: replace an earlier export.
     """
@@ -133,23 +158,26 @@ def export_masks(
             f"{out}: give the dense model that the masks were made for with --base MODEL"
         )
     masks = read_masks(file)
-    if out.suffix != ".npz":
-        source = file.resolve().name
+    if out.suffix == ".npz":
+        if not overwrite:
+            _check_free(out)
+        known = stored_shapes(load_skeleton(base))
+        shapes = {name: entry.shape for name, entry in masks.index.layers.items()}
+        check_layers(str(masks.path), shapes, known)
+        write_npz(out, masks, {name for name, shape in known.items() if shape.transposed})
+    elif out.suffix in (".pt", ".bin", ".safetensors", SUFFIX):
+        raise SparsifyError(f"{out}: masks are exported to a .npz file or a folder; name one")
+    else:
         apply_masks(
             base,
             masks,
             masks.patterns,
             out,
             base_hash=masks.base_hash,
-            source=source,
+            source=file.resolve().name,
             dtype=dtype,
             overwrite=overwrite,
         )
-    else:
-        if not overwrite:
-            _check_free(out)
-        shapes = stored_shapes(load_skeleton(base))
-        write_npz(out, masks, {name for name, shape in shapes.items() if shape.transposed})
     _wrote(out)
 
 
@@ -176,13 +204,20 @@ def diff(
         found = diff_matrix(dict(zip(_names(files), masks, strict=True)))
     else:
         found = diff_of(masks[0], masks[1], masks[0].patterns)
-    if plot is not None:
-        found.plot(plot)
     if format == "json":
         _print_json(found.to_dict())
     else:
         _print(found.table())
     if plot is not None:
+        try:
+            found.plot(plot)
+        except ImportError as error:
+            raise SparsifyError(
+                f"--plot needs a package that is not installed ({error}): "
+                "pip install 'sparsify[plot]'"
+            ) from error
+        except ValueError as error:
+            raise SparsifyError(f"--plot {plot}: {error}") from error
         _wrote(plot)
 
 
@@ -315,5 +350,10 @@ ABOUT = {
 
 def run(words: list[str]) -> int:
     """Run one of the commands: its exit status."""
-    quiet()
-    return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
+    try:
+        return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        raise SparsifyError(f"{error.filename or 'a file'}: {error.strerror}") from error

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from sparsify import SparseCausalLM, SparsifyError
 from sparsify.base import EMBEDDED, hash_parameters, load_model, load_tokenizer, stored_dtype
 from sparsify.calibration import Calibration
-from sparsify.export import export, read_manifest
+from sparsify.export import export
 from sparsify.inject import hard_masks
+from sparsify.manifest import read_manifest
 from sparsify.strategies.wanda import Wanda
 from tests.conftest import EOS, SIZES, Cli, tiny_llama
 

@@ -20,8 +20,9 @@ from transformers import (
 
 from sparsify import NMPattern, SparseCausalLM, SparsifyError
 from sparsify.base import hash_parameters, hash_tensor
-from sparsify.export import MANIFEST, check_target, export, read_manifest
+from sparsify.export import check_target, export
 from sparsify.inject import hard_masks, masked_layers
+from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.masks.file import FILE_NAME, read_masks
 from sparsify.record import sparsity
 from sparsify.strategies.dense import Dense
@@ -352,7 +353,9 @@ def test_an_earlier_export_is_replaced_only_if_asked(
     assert read_manifest(tmp_path / "out")["run"] == 2
     assert set(before) - set(files(tmp_path)) == {"out/note.txt"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert os.access(tmp_path / "out", os.R_OK | os.X_OK)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o644}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("where", ["weights", "manifest"])

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from sparsify import SparsifyError
-from sparsify.export import export, read_manifest
+from sparsify.export import export
+from sparsify.manifest import read_manifest
 from sparsify.onnx_export import OnnxReport, export_onnx
 from tests.conftest import SIZES, tiny_llama
 from tests.models import FAMILIES, tied_llama

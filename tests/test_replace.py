@@ -306,3 +306,11 @@ def test_other_failures_of_locks_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         put(tmp_path / "out", "1")
+
+
+def test_what_is_no_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "place").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="something other than a folder"):
+        replace_folder(tmp_path / "new", tmp_path / "place")
+    assert (tmp_path / "place").read_text() == "precious"

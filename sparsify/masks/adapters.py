@@ -16,9 +16,10 @@ from sparsify.errors import SparsifyError
 from sparsify.inject import fold, masked_layers
 from sparsify.masked_linear import MaskScope, masked
 from sparsify.masker import FixedMasker
-from sparsify.masks.file import read_masks
+from sparsify.masks.file import MaskFile, read_masks
 from sparsify.masks.layers import BaseHashes, find_pattern, stored_shapes
 
+FROZEN = "frozen"
 MaskSource = Mapping[str, Tensor] | str | Path
 
 
@@ -69,7 +70,7 @@ class MaskAdapters:
                 they state the hash of their base model, as files do, it must be this model.
 
         Raises:
-            SparsifyError: the name is taken, or the masks are not ones of this model.
+            SparsifyError: the name is taken, or the masks are not ones of this model as it is.
         """
         if name in self._maskers:
             raise SparsifyError(
@@ -193,4 +194,13 @@ class Swapped:
 def _read(masks: MaskSource) -> tuple[Mapping[str, Tensor], str]:
     """The masks, and the hash of the model that they were made for; empty if they state none."""
     found = masks if isinstance(masks, Mapping) else read_masks(Path(masks))
+    if isinstance(found, MaskFile):
+        strategy = found.index.lineage.get("strategy")
+        kind = strategy.get("weights", FROZEN) if isinstance(strategy, dict) else FROZEN
+        if kind not in (FROZEN, "proxy"):
+            raise SparsifyError(
+                f"{found.path}: its masks belong to weights that their strategy changed ({kind}), "
+                "so that over the dense weights they do not make the model that was exported; give "
+                "dict(read_masks(...)) for the masks alone"
+            )
     return found, getattr(found, "base_hash", "")

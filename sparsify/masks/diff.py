@@ -121,8 +121,13 @@ class MaskDiff:
         kinds = list(dict.fromkeys(kind for row in grid.values() for kind in row))
         # Blocks of one list need no more than their numbers.
         alike = len({block.rpartition(".")[0] for block in grid}) == 1
+        left = len(self.only_a) + len(self.only_b)
         table = Table(
-            title="weights that differ", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+            title="weights that differ",
+            caption=f"{left} layers are in one of the two alone, and left out" if left else None,
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
         )
         for header in ("block", *kinds, "all"):
             table.add_column(header, justify="left" if header == "block" else "right")

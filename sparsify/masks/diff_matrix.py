@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -31,7 +32,13 @@ class DiffMatrix:
 
     def table(self) -> Table:
         """The matrix."""
-        table = Table("", title="weights that differ")
+        table = Table(
+            "",
+            title=f"weights that differ, in the {len(self.layers)} layers that all mask",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for name in self.shares:
             table.add_column(name, justify="right")
         for name, row in self.shares.items():

@@ -47,10 +47,7 @@ class MaskFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, prior: "MaskFile | None" = None) -> None:
         self.path = find_file(path)
-        try:
-            self.index = read_index(self.path)
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise _unreadable(self.path, error) from error
+        self.index = open_index(self.path)
         self._offsets = self.index.offsets()
         self._prior = self._check_prior(prior)
 
@@ -161,6 +158,8 @@ class MaskWriter:
         Raises:
             SparsifyError: a group does not hold exactly N, or the layer was written before.
         """
+        if not name.isprintable():
+            raise SparsifyError(f"{name!r} holds control characters; give the layer another name")
         if name in self._layers:
             raise SparsifyError(f"{name}: its mask is in the file already; give each layer once")
         try:
@@ -218,6 +217,19 @@ def write_masks(
 def read_masks(path: Path, prior: MaskFile | None = None) -> MaskFile:
     """Open a mask file, or the one in an exported folder; arguments as of :class:`MaskFile`."""
     return MaskFile(path, prior)
+
+
+def open_index(path: Path) -> Index:
+    """What a mask file, or the one in an exported folder, says of itself; of a delta file too.
+
+    Raises:
+        SparsifyError: it is missing, no mask file, of another version, or damaged.
+    """
+    path = find_file(path)
+    try:
+        return read_index(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
 
 
 def find_file(path: Path) -> Path:

@@ -136,6 +136,8 @@ def read_index(path: Path) -> Index:
     """
     content, size = _read_json(path)
     layers = {name: LayerEntry.from_dict(entry) for name, entry in content["layers"].items()}
+    if odd := next((name for name in layers if not name.isprintable()), None):
+        raise ValueError(f"the layer name {odd!r} holds control characters")
     index = Index(content["base"], content["lineage"], content["prior"], layers)
     if not isinstance(index.base_hash, str) or not isinstance(index.lineage, dict):
         raise ValueError("base or lineage of a wrong type")

@@ -31,6 +31,7 @@ __all__ = [
     "LayerShape",
     "LayerZeros",
     "apply_masks",
+    "check_layers",
     "check_masks",
     "find_pattern",
     "read_npz",
@@ -39,6 +40,30 @@ __all__ = [
     "stored_shapes",
     "write_npz",
 ]
+
+
+def check_layers(
+    source: str, shapes: Mapping[str, tuple[int, int]], known: Mapping[str, LayerShape]
+) -> None:
+    """Refuse masks of layers that a model lacks, or has in another shape.
+
+    Args:
+        source: whose masks they are, for the message.
+        shapes: (O, I) of the masks by layer name.
+        known: the model's layers.
+    """
+    for name, shape in shapes.items():
+        if name not in known:
+            raise SparsifyError(
+                f"{source}: {name!r} is no linear layer of the base model; they are called like "
+                f"{next(iter(known), None)!r}: give the model that the masks were made for"
+            )
+        own = (known[name].rows, known[name].columns)
+        if shape != own:
+            raise SparsifyError(
+                f"{source}: the mask of {name} is {shape} and the base model's weight {own}; give "
+                "the model that the masks were made for"
+            )
 
 
 class GivenMasks(SparsityStrategy):
@@ -57,13 +82,7 @@ class GivenMasks(SparsityStrategy):
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:
             for name, layer in block.layers.items():
-                mask, wanted = self._masks[name], tuple(layer.weight_OI.shape)
-                if tuple(mask.shape) != wanted:
-                    raise SparsifyError(
-                        f"{name}: its mask is {tuple(mask.shape)} and the weight is {wanted}; give "
-                        "the model that the masks were made for"
-                    )
-                yield name, LayerResult(mask)
+                yield name, LayerResult(self._masks[name])
 
 
 def apply_masks(
@@ -98,11 +117,7 @@ def apply_masks(
     if not masks:
         raise SparsifyError("there are no masks to apply; give one at least")
     known = stored_shapes(load_skeleton(base))
-    if unknown := next((name for name in masks if name not in known), None):
-        raise SparsifyError(
-            f"{unknown!r} is no linear layer of {base!r}; they are called like "
-            f"{next(iter(known), None)!r}: give the model that the masks were made for"
-        )
+    check_layers("the masks", {name: tuple(masks[name].shape) for name in masks}, known)
     most = Counter(patterns[name] for name in masks).most_common(1)[0][0]
     module = SparseCausalLM(
         GivenMasks(masks, source),

@@ -4,7 +4,6 @@ A layer runs sparse if that was faster at every measured number of tokens.
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from typing import Literal
 import torch
 
 from sparsify.errors import SparsifyError
+from sparsify.names import family
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import Backend
 from sparsify.runtime.measure import Clock, LayerKind, measure
@@ -66,8 +66,7 @@ class Choices(dict[str, Choice]):
         """A table of layer families, and one of the times."""
         counts: dict[tuple[str, LayerKind, str, str], int] = {}
         for name, choice in self.items():
-            family = re.sub(r"\.\d+\.", ".*.", name)
-            row = family, choice.kind, choice.backend, choice.reason
+            row = family(name), choice.kind, choice.backend, choice.reason
             counts[row] = counts.get(row, 0) + 1
         rows = [("layers", "number", "weight", "runs", "reason")]
         rows += [(f, str(n), str(kind), runs, why) for (f, kind, runs, why), n in counts.items()]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
-from sparsify.export import MANIFEST
+from sparsify.manifest import MANIFEST
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import Backend
 from sparsify.stored import StoredWeights

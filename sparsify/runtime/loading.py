@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sparsify.errors import SparsifyError
-from sparsify.export import MANIFEST, read_manifest
+from sparsify.manifest import MANIFEST, manifest_patterns
 from sparsify.masked_linear import can_mask, linear_shape
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import BACKENDS, Backend
@@ -55,11 +55,10 @@ def load(
     counts = _counts(tokens)
     if choose not in get_args(Choose):
         raise SparsifyError(f"choose={choose!r}: write 'measured', 'sparse' or 'dense'")
+    if dtype is not None and not dtype.is_floating_point:
+        raise SparsifyError(f"dtype={dtype}: a model's weights are floats; write torch.bfloat16")
     place = _device(device)
-    patterns = {
-        name: NMPattern.parse(layer["pattern"])
-        for name, layer in read_manifest(folder)["layers"].items()
-    }
+    patterns = manifest_patterns(folder)
     # Measurements and checks draw numbers; the caller's sequence of them stays.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         model = _empty_model(folder, dtype)
@@ -90,17 +89,21 @@ def choices(model: nn.Module) -> Choices:
 
 
 def _counts(tokens: int | tuple[int, int]) -> list[int]:
-    least, most = (tokens, tokens) if isinstance(tokens, int) else tokens
-    if not 1 <= least <= most:
+    ends = tokens if isinstance(tokens, tuple) else (tokens, tokens)
+    whole = len(ends) == 2 and all(isinstance(end, int) for end in ends)
+    if not whole or not 1 <= ends[0] <= ends[1]:
         raise SparsifyError(
             f"tokens={tokens}: give a number of at least 1, or the least and the most, in order"
         )
-    return token_counts(least, most)
+    return token_counts(*ends)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
     cuda = torch.cuda.is_available()
-    place = torch.device(device or ("cuda" if cuda else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise SparsifyError(f"device={device!r}: write 'cuda', 'cuda:1' or 'cpu'") from error
     if place.type == "cuda" and not cuda:
         raise SparsifyError(f"device={str(device)!r}: PyTorch finds no CUDA device; give 'cpu'")
     return place
@@ -111,15 +114,16 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     from accelerate import init_empty_weights  # takes a second
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
         raise SparsifyError(
-            f"{folder} holds no configuration that Transformers can read; export the model again"
+            f"{folder} holds no configuration that Transformers can read "
+            f"({str(error).strip().splitlines()[0]}); export the model again"
         ) from error
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or config.dtype or torch.float32
-        )
     model.tie_weights()  # not inside: there, every assignment makes another Parameter
     return model
 

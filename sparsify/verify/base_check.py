@@ -6,10 +6,9 @@ from torch import Tensor
 
 from sparsify.base import Dtype, hash_parameters, load_model
 from sparsify.bits import bits
-from sparsify.export import MANIFEST
 from sparsify.inject import base_parameters
+from sparsify.manifest import MANIFEST, Manifest
 from sparsify.stored import StoredWeights
-from sparsify.verify.manifest import Manifest
 
 
 class BaseCheck:

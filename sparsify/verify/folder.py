@@ -6,13 +6,13 @@ Every tensor is read once, checked by itself, and forgotten.
 from pathlib import Path
 
 from sparsify.errors import SparsifyError
-from sparsify.export import MANIFEST
+from sparsify.manifest import MANIFEST, Manifest, parse_manifest
 from sparsify.masks.file import FILE_NAME, MaskFile, read_masks
 from sparsify.pattern import NMPattern
 from sparsify.runtime.device_check import cuda_check
 from sparsify.stored import StoredWeights, read_json
 from sparsify.verify.base_check import BaseCheck
-from sparsify.verify.manifest import Manifest, matrices_of_blocks, parse_manifest
+from sparsify.verify.blocks import matrices_of_blocks
 from sparsify.verify.report import Report
 from sparsify.verify.tensor_check import TensorCheck
 from sparsify.verify.text_files import check_text_files

@@ -1,6 +1,5 @@
 """What ``sparsify verify`` found, for people and as JSON."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.names import family
 from sparsify.runtime.device_check import DeviceReport, Product
 
 REPORT_SCHEMA = "sparsify.verify/1"
@@ -142,11 +142,6 @@ class Report:
                 "backends": first.backend_text if first.pattern else "",
                 "problems": str(sum(len(layer.problems) for layer in group) or ""),
             }
-
-
-def family(name: str) -> str:
-    """A qualified name with its numbers replaced by ``*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _range(shares: list[float]) -> str:

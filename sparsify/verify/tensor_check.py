@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.base import hash_tensor
 from sparsify.errors import SparsifyError
-from sparsify.export import MANIFEST
+from sparsify.manifest import MANIFEST, Layer, Manifest
 from sparsify.masks.file import FILE_NAME
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import TWO_FOUR, eligible
@@ -25,7 +25,6 @@ from sparsify.verify.layer_check import (
     not_finite,
     plainly_dense,
 )
-from sparsify.verify.manifest import Layer, Manifest
 from sparsify.verify.report import LayerReport, Report
 
 

@@ -25,7 +25,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sparsify import SparseCausalLM, replace
-from sparsify.export import MANIFEST, export
+from sparsify.export import export
+from sparsify.manifest import MANIFEST
 from sparsify.masks.file import FILE_NAME, MaskWriter
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.test_export import masked_module

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsify import SparsifyError
+from sparsify import NMPattern, SparsifyError
 from sparsify.export import export
 from sparsify.inject import hard_masks, masked_layers
-from sparsify.masks import layers
+from sparsify.masks import layers, read_masks, write_masks
 from sparsify.masks.adapters import MaskAdapters
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.masks.cases import random_mask
@@ -281,3 +281,14 @@ def test_several_patterns_in_one_mask(tmp_path: Path) -> None:
     adapters.use("x")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(adapters.model), logits(loaded))
+
+
+def test_masks_of_weights_that_a_strategy_changed_are_refused(tmp_path: Path) -> None:
+    masks = {"model.layers.0.mlp.up_proj": random_mask(64, 32)}
+    lineage = {"strategy": {"weights": "updated"}}
+    write_masks(tmp_path / "m.nmask", masks, NMPattern(2, 4), "", lineage)
+    adapters = MaskAdapters(tiny_llama())
+    with pytest.raises(SparsifyError, match=r"weights that their strategy changed \(updated\)"):
+        adapters.add("m", tmp_path / "m.nmask")
+    adapters.add("m", dict(read_masks(tmp_path / "m.nmask")))
+    assert adapters.names == ["m"]

@@ -65,7 +65,8 @@ def test_masks_of_every_pattern_come_back(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / FILE_NAME
     pattern = NMPattern.parse(data.draw(st.sampled_from(PATTERNS)))
-    name, sizes = st.text(min_size=1, max_size=8), st.integers(1, 12)
+    printable = st.characters().filter(str.isprintable)
+    name, sizes = st.text(printable, min_size=1, max_size=8), st.integers(1, 12)
     shapes = data.draw(st.dictionaries(name, st.tuples(sizes, sizes), max_size=3))
     masks = random_masks(pattern, shapes, data.draw(st.integers(0, 10**6)))
     write_masks(path, masks, pattern, BASE, {"from": "a test"})
@@ -135,6 +136,8 @@ def test_what_is_no_mask_is_not_written_and_the_former_file_stays(tmp_path: Path
     masks["b"][1, :4] = True
     with pytest.raises(SparsifyError, match="b: row 1, group 0 keeps 4 weights; a 2:4 mask"):
         write_masks(tmp_path / FILE_NAME, masks, TWO_FOUR, BASE)
+    with pytest.raises(SparsifyError, match="'a.x1b' holds control characters"):
+        write_masks(tmp_path / FILE_NAME, {"a\x1b": masks["a"]}, TWO_FOUR, BASE)
     pair = ("a", masks["a"])
     with pytest.raises(SparsifyError, match="a: its mask is in the file already"):
         write_masks(tmp_path / FILE_NAME, [pair, pair], TWO_FOUR, BASE)
@@ -297,6 +300,10 @@ def entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda index: index.update(base=5), "wrong type"),
         (lambda index: index.update(lineage=[]), "wrong type"),
         (lambda index: index["layers"].update(b=5), "not subscriptable"),
+        (
+            lambda index: index["layers"].update({"a\x1b": index["layers"].pop("model.a")}),
+            "holds control characters",
+        ),
     ],
 )
 def test_an_index_that_is_signed_and_wrong_is_refused(

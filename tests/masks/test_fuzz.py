@@ -53,7 +53,7 @@ def check(path: Path, prior: MaskFile | None = None) -> None:
     for name, mask in masks.items():
         entry = found.index.layers[name]
         assert tuple(mask.shape) == entry.shape
-        assert mask.numel() <= 16 * 8 * size
+        assert mask.numel() <= 32 * size
         assert (entry.pattern.groups(mask).sum(-1) == entry.pattern.n).all()
     again = path.with_suffix(".again")
     write_masks(again, masks, found.patterns, "")

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsify import NMPattern, SparsifyError
 from sparsify.base import hash_parameters
-from sparsify.export import export, read_manifest
+from sparsify.export import export
 from sparsify.inject import hard_masks
+from sparsify.manifest import read_manifest
 from sparsify.masks.file import read_masks
 from sparsify.masks.interop import apply_masks, find_pattern
 from tests.conftest import tiny_llama, word_tokenizer
@@ -102,7 +103,7 @@ def test_the_base_keeps_its_type_and_is_known_in_another(tmp_path: Path) -> None
         (
             {Q: random_mask(32, 64)},
             {},
-            rf"{Q}: its mask is \(32, 64\) and the weight is \(32, 32\)",
+            rf"{Q}: is \(32, 64\) and the base model's weight \(32, 32\)",
         ),
         ({Q: random_mask(32, 32, "1:4")}, {}, f"{Q}: row 0, group 0 keeps 1 weights"),
         ({Q: random_mask(32, 32)}, {"base_hash": "abc"}, "the masks: made for a base model with"),

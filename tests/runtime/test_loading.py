@@ -19,7 +19,8 @@ from transformers import (
 from transformers import pipeline as make_pipeline
 
 from sparsify import NMPattern, SparsifyError, runtime
-from sparsify.export import MANIFEST, export
+from sparsify.export import export
+from sparsify.manifest import MANIFEST
 from sparsify.runtime.loading import _sparse_layers
 from sparsify.stored import INDEX, SINGLE, StoredWeights
 from tests.conftest import SIZES, tiny_llama, word_tokenizer
@@ -237,7 +238,7 @@ def test_a_folder_without_a_configuration_is_refused(folder: Path) -> None:
         runtime.load(folder)
 
 
-@pytest.mark.parametrize("tokens", [0, (4, 2), (0, 8)])
+@pytest.mark.parametrize("tokens", [0, (4, 2), (0, 8), (1, 2, 3), 1.5, "5"])
 def test_token_ranges_are_checked(tokens: Any, folder: Path) -> None:
     with pytest.raises(SparsifyError, match="give a number of at least 1"):
         runtime.load(folder, tokens=tokens)
@@ -316,3 +317,10 @@ def test_layers_that_share_a_weight_stay_dense() -> None:
         "shares its weight with another layer",
         None,
     ]
+
+
+def test_other_arguments_are_checked(folder: Path) -> None:
+    with pytest.raises(SparsifyError, match="device='foo': write 'cuda'"):
+        runtime.load(folder, device="foo")
+    with pytest.raises(SparsifyError, match="dtype=torch.int8: a model's weights are floats"):
+        runtime.load(folder, dtype=torch.int8)

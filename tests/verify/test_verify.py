@@ -22,8 +22,9 @@ from transformers import (
 
 from sparsify import NMPattern, SparseCausalLM, SparsifyError
 from sparsify.base import hash_tensor
-from sparsify.export import MANIFEST, export
+from sparsify.export import export
 from sparsify.inject import masked_layers
+from sparsify.manifest import MANIFEST
 from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.fixed_mask import FixedMask
@@ -663,3 +664,11 @@ def foreign_copy(out: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(out, tmp_path / "foreign")
     (folder / MANIFEST).unlink()
     return folder
+
+
+def test_a_type_in_which_no_base_is_loaded(out: Path, exported: Path) -> None:
+    edit_manifest(out, lambda m: m["base"].update(dtype="int8"))
+    found = problems(verify(out, str(exported / "base")))
+    assert found == [
+        "sparsity_manifest.json: base.dtype is 'int8'; it must be one of float32, bfloat16, float16"
+    ]

@@ -1,24 +1,28 @@
-"""Read ``sparsity_manifest.json`` as somebody may have left it: what can be read is used, and what
-cannot is a problem in words.
+"""``sparsity_manifest.json``: what an exported folder says of itself.
+
+It is read as somebody may have left it: what can be read is used, and what cannot is a problem in
+words.
 """
 
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
+from sparsify.base import Dtype
 from sparsify.errors import SparsifyError
-from sparsify.export import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.pattern import NMPattern
-from sparsify.stored import StoredWeights, read_json
+from sparsify.stored import read_json
+
+MANIFEST = "sparsity_manifest.json"
+MANIFEST_SCHEMA = "sparsify.manifest/1"
+# How a layer's weight lies in its file: Linear's, or Conv1D's.
+OUT_IN, IN_OUT = "out_in", "in_out"
 
 T = TypeVar("T")
-
-# Families whose files hold weights as [I, O]; without a manifest nothing else tells.
-_CONV1D_MODELS = ("gpt2", "openai-gpt")
 
 # What each kind of ``SparsityStrategy.weights`` does to the base's values that ship.
 _CHANGES = {
@@ -81,6 +85,35 @@ class Manifest:
         return parameter if parameter in self.tensors else self.stored_as.get(parameter)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder as it stands.
+
+    Raises:
+        SparsifyError: there is none, or it is not readable.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SparsifyError(
+            f"{folder} holds no {MANIFEST}: it is not a folder that sparsify exported; "
+            "make one with sparsify export"
+        )
+    content = read_json(folder / MANIFEST)
+    if not isinstance(content, dict):
+        raise SparsifyError(f"{folder / MANIFEST}: it is no JSON object; export the model again")
+    return content
+
+
+def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
+    """The pattern of every masked layer of an exported folder.
+
+    Raises:
+        SparsifyError: there is no manifest, or it is damaged.
+    """
+    manifest = parse_manifest(read_manifest(folder))
+    if manifest.problems:
+        raise SparsifyError(f"{folder}: {manifest.problems[0]}; export the model again")
+    return {name: layer.pattern for name, layer in manifest.layers.items()}
+
+
 def parse_manifest(content: Any) -> Manifest:
     """Understand a manifest's parsed JSON; never fails."""
     found = Manifest()
@@ -110,7 +143,7 @@ def parse_manifest(content: Any) -> Manifest:
     }
     found.dtype = _dtype(read(str, "dtype"), found.problems)
     found.base_hash = read(str, "base", "hash") or ""
-    found.base_dtype = _dtype(read(str, "base", "dtype"), found.problems) or "float32"
+    found.base_dtype = _base_dtype(read(str, "base", "dtype"), found.problems)
     _read_changes(found, read(str, "strategy", "weights"))
     for name, entry in (read(dict, "layers") or {}).items():
         try:
@@ -142,6 +175,15 @@ def _dtype(name: str | None, problems: list[str]) -> str:
         problems.append(f"{MANIFEST}: dtype {name!r} is no type of PyTorch, such as 'bfloat16'")
         return ""
     return name or ""
+
+
+def _base_dtype(name: str | None, problems: list[str]) -> str:
+    known = [dtype for dtype in get_args(Dtype) if dtype != "auto"]
+    if name in known:
+        return str(name)
+    if name is not None:
+        problems.append(f"{MANIFEST}: base.dtype is {name!r}; it must be one of {', '.join(known)}")
+    return "float32"
 
 
 def _read_changes(found: Manifest, weights: str | None) -> None:
@@ -198,27 +240,3 @@ def _check_sparsity(found: Manifest, stated: Any) -> None:
             f"{MANIFEST}: run.sparsity is {stated!r}; the layers' patterns make {most:.4f} of the "
             "masked weights zero, and of all of the blocks' weights no more"
         )
-
-
-def matrices_of_blocks(
-    folder: Path, weights: StoredWeights, pattern: NMPattern
-) -> dict[str, Layer]:
-    """What could be masked in a folder without a manifest, by the names and shapes in its files:
-    matrices with a number in their name that are no embedding and no output head, and whose inputs
-    divide into groups.
-    """
-    try:
-        model_type = dict(read_json(folder / "config.json")).get("model_type")
-    except (SparsifyError, TypeError, ValueError):
-        model_type = None
-    transposed = model_type in _CONV1D_MODELS
-    layers = {}
-    for tensor in weights:
-        name, _, kind = tensor.rpartition(".")
-        shape = weights.shape(tensor)
-        if kind != "weight" or len(shape) != 2 or not re.search(r"(^|\.)\d+\.", name):
-            continue
-        rows, columns = reversed(shape) if transposed else shape
-        if columns % pattern.m == 0 and not re.search("embed|lm_head", name):
-            layers[name] = Layer(tensor, (rows, columns), pattern, transposed, may_be_dense=True)
-    return layers
