@@ -94,7 +94,7 @@ def test_masks_go_through_npz_and_zeros_and_come_back(out: Path, base: str, tool
         (("import", "a.pt", "m.nmask"), "files of this kind hold no shapes; give the model"),
         (
             ("import", "a.pt", "m.nmask", "--pattern=2:4"),
-            "have patterns of their own; leave it out",
+            "patterns of their own; leave it out",
         ),
         (("import", "gone.npz", "m.nmask"), "gone.npz: there is no such file or folder"),
         (("export", "out", "m.pt", "--base=embedded"), "exported to a .npz file or a folder"),
@@ -162,7 +162,7 @@ def test_differences_are_a_table_numbers_and_a_figure(out: Path, tool: Tool) -> 
     del masks["model.layers.0.mlp.up_proj"]
     write_masks(Path("c.nmask"), masks, read_masks(out).patterns, "")
     assert "1 layers are in one of the two alone" in tool("mask", "diff", "out", "c.nmask")[1]
-    assert "in the 13 layers" in tool("mask", "diff", "out", "b.nmask", "--more=[c.nmask]")[1]
+    assert "over 13 layers" in tool("mask", "diff", "out", "b.nmask", "--more=[c.nmask]")[1]
     status, text = tool("mask", "diff", "out", "b.nmask", "--more=[out/masks.nmask]")
     assert status == 0
     assert "masks.nmask" in text

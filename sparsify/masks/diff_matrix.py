@@ -34,7 +34,8 @@ class DiffMatrix:
         """The matrix."""
         table = Table(
             "",
-            title=f"weights that differ, in the {len(self.layers)} layers that all mask",
+            title="weights that differ",
+            caption=f"over {len(self.layers)} layers",
             box=SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,

@@ -103,7 +103,7 @@ def test_the_base_keeps_its_type_and_is_known_in_another(tmp_path: Path) -> None
         (
             {Q: random_mask(32, 64)},
             {},
-            rf"{Q}: is \(32, 64\) and the base model's weight \(32, 32\)",
+            rf"{Q} is \(32, 64\) and the base model's weight \(32, 32\)",
         ),
         ({Q: random_mask(32, 32, "1:4")}, {}, f"{Q}: row 0, group 0 keeps 1 weights"),
         ({Q: random_mask(32, 32)}, {"base_hash": "abc"}, "the masks: made for a base model with"),

@@ -319,7 +319,7 @@ def test_layers_that_share_a_weight_stay_dense() -> None:
     ]
 
 
-def test_other_arguments_are_checked(folder: Path) -> None:
+def test_devices_and_types_are_checked(folder: Path) -> None:
     with pytest.raises(SparsifyError, match="device='foo': write 'cuda'"):
         runtime.load(folder, device="foo")
     with pytest.raises(SparsifyError, match="dtype=torch.int8: a model's weights are floats"):
