@@ -1,38 +1,138 @@
 """Keeps what a run has learned."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from sparsify.checkpoint_files import (
+    FOLDER,
+    LAST,
+    DiskFull,
+    WholeFileIO,
+    complete,
+    disk_full,
+    partial_path,
+    remove,
+    remove_partials,
+    step_of,
+    step_path,
+    steps_in,
+)
+from sparsify.errors import SparsifyError
 from sparsify.run_folder import run_folder
 
 
 class Checkpoints(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` in the run's folder up to date.
+    """Keeps the newest checkpoints in ``checkpoints`` in the run's folder, the very newest under
+    the name ``last.ckpt`` too.
 
-    It is saved every few steps, and at the end before the export.
+    One is saved every few steps, and one at the end before the export. A run that is killed at any
+    moment leaves the former one or the new one, whole. Where the disk is full, the run goes on with
+    a warning, and the next save is tried as if nothing had happened.
 
-    To keep more than the last one, add Lightning's ModelCheckpoint under ``trainer.callbacks``.
+    To keep others, add Lightning's ModelCheckpoint under ``trainer.callbacks``.
 
     Args:
         every_n_steps: optimizer steps between two saves.
+        keep: how many to keep; more than one, so that there is another if the disk damages one.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
+        if keep < 1:
+            raise SparsifyError(f"checkpoint.keep is {keep}; it must be 1 or more")
         self.every_n_steps = every_n_steps
+        self.keep = keep
         self._saved_at = -1
+        self._kept: list[Path] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise SparsifyError(
+                "AsyncCheckpointIO: a checkpoint has to be on the disk before it takes its place; "
+                "leave this plugin out"
+            )
+        # Any other plugin of the user's stays.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileIO()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if pl_module.ends_step(batch_idx) and trainer.global_step % self.every_n_steps == 0:
+        if not pl_module.ends_step(batch_idx) or trainer.global_step % self.every_n_steps:
+            return
+        try:
             self.save(trainer)
+        except DiskFull as error:
+            if trainer.is_global_zero:
+                print(
+                    f"WARNING: {error}; the run goes on, and saves again after "
+                    f"{self.every_n_steps} more steps",
+                    file=sys.stderr,
+                )
 
     def save(self, trainer: Any) -> Path:
-        """Save this step, if that has not been done, and tell where."""
-        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
+        """Save this step, if that has not been done, and tell where. Every rank must call this.
+
+        Raises:
+            DiskFull: on every rank, if there is no space for it; the former checkpoints are as they
+                were.
+        """
+        folder = run_folder(trainer) / FOLDER
         if self._saved_at != trainer.global_step:
-            trainer.save_checkpoint(path, weights_only=False)
+            self._write(trainer, folder)
             self._saved_at = trainer.global_step
-        return path
+        return folder / LAST
+
+    def _write(self, trainer: Any, folder: Path) -> None:
+        place = step_path(folder, trainer.global_step)
+        partial = partial_path(place)
+        if trainer.is_global_zero:
+            remove_partials(folder)
+        trainer.strategy.barrier()
+        failure: DiskFull | None = None
+        try:
+            with disk_full(folder):
+                trainer.save_checkpoint(partial, weights_only=False)
+        except DiskFull as error:
+            failure = error
+            trainer.strategy.barrier()  # at the end of save_checkpoint the other ranks wait for it
+        if trainer.is_global_zero and failure is None:
+            try:
+                with disk_full(folder):
+                    complete(partial, place)
+            except DiskFull as error:
+                failure = error
+        if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+            if trainer.is_global_zero:
+                remove_partials(folder)
+            raise DiskFull(
+                f"the checkpoint of step {trainer.global_step} was not saved: "
+                f"{failure or 'the disk of another rank is full'}"
+            ) from failure
+        if trainer.is_global_zero:
+            self._prune(trainer, place)
+
+    def _prune(self, trainer: Any, newest: Path) -> None:
+        """Remove all but the newest of this run, whatever their numbers are: other runs may have
+        left theirs in the same folder.
+        """
+        if self._kept is None:
+            self._kept = _former(trainer.ckpt_path, newest)
+        self._kept = [*(path for path in self._kept if path != newest), newest][-self.keep :]
+        for path in steps_in(newest.parent):
+            if path not in self._kept:
+                remove(path)
+
+
+def _former(resumed: Any, newest: Path) -> list[Path]:
+    """The run's checkpoints up to the one that it was resumed from, if that lies beside; oldest
+    first.
+    """
+    if resumed is None or Path(resumed).resolve().parent != newest.parent.resolve():
+        return []
+    at = step_of(Path(resumed).resolve()) or 0
+    return [path for path in reversed(steps_in(newest.parent)) if (step_of(path) or 0) <= at]

@@ -15,6 +15,7 @@ from sparsify.batch import split_batch
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.throughput import Throughput, peak_memory
+from sparsify.checkpoint_files import DiskFull
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import (
     PerplexityMeter,
@@ -56,17 +57,17 @@ class EvaluateAndExport(Callback):
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
         if stopped or trainer.fast_dev_run:
             return
-        checkpoint = next(
-            (c.save(trainer) for c in trainer.callbacks if isinstance(c, Checkpoints)), None
-        )
-        if not self.enabled:
-            return
+        checkpoint, unsaved = _save(trainer)
         try:
-            self._evaluate_and_export(trainer, pl_module)
+            if self.enabled:
+                self._evaluate_and_export(trainer, pl_module)
         except SparsifyError as error:
             kept = f"the run is kept: sparsify export --ckpt_path {checkpoint}"
-            lost = "no checkpoint was asked for"
+            lost = str(unsaved or "no checkpoint was asked for")
             raise SparsifyError(f"{error} ({kept if checkpoint else lost})") from error
+        if unsaved:
+            done = "exported all the same" if self.enabled else "lost since the former checkpoint"
+            raise SparsifyError(f"{unsaved}; what was learned is {done}") from unsaved
 
     def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
@@ -148,6 +149,15 @@ def _log(trainer: Any, split: str, scores: dict[str, Score]) -> None:
 
 def _exporting(trainer: Any) -> bool:
     return bool(getattr(trainer, "exporting", False))
+
+
+def _save(trainer: Any) -> tuple[Path | None, DiskFull | None]:
+    """Save the last state, where that is asked for; its place, or why it has none."""
+    try:
+        callbacks = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        return next((c.save(trainer) for c in callbacks), None), None
+    except DiskFull as error:
+        return None, error
 
 
 def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:

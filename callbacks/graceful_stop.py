@@ -2,12 +2,11 @@
 
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from sparsify.run_folder import run_folder
+from sparsify.callbacks.checkpoints import Checkpoints
 
 
 class GracefulStop(Callback):
@@ -52,8 +51,8 @@ class GracefulStop(Callback):
             return
         self.stopped = True
         trainer.should_stop = True
-        path = Path(run_folder(trainer)) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        own = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        path = next(own, Checkpoints()).save(trainer)
         if trainer.is_global_zero:
             say = f"stopped after step {trainer.global_step}; resume with"
             print(f"{say} sparsify fit --ckpt_path {path}", file=sys.stderr)

@@ -38,8 +38,9 @@ def check_fits(
         )
 
 
-def check_resumes(checkpoint: Mapping[str, Any], steps: int) -> None:
-    """Check that training can go on from a checkpoint, to ``steps`` optimizer steps in all.
+def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
+    """Check that training can go on from the checkpoint at ``path``, to ``steps`` optimizer steps
+    in all.
 
     Raises:
         SparsifyError: its place in the data is lost, or nothing is left to do.
@@ -52,5 +53,6 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int) -> None:
     if checkpoint["global_step"] >= steps > 0:
         raise SparsifyError(
             f"the checkpoint is at step {checkpoint['global_step']} of {steps}, so nothing is left "
-            "to learn; export it with sparsify export, or give more steps with --trainer.max_steps"
+            f"to learn; test and export it with sparsify export --ckpt_path {path}, or give more "
+            "steps with --trainer.max_steps"
         )

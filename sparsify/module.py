@@ -424,4 +424,4 @@ class SparseCausalLM(LightningModule):
         state = self.state_dict()
         check_fits(checkpoint, self.base_hash, {key: state[key] for key in self._saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_resumes(checkpoint, self.trainer.max_steps)
+            check_resumes(checkpoint, self.trainer.max_steps, self.trainer.ckpt_path)

@@ -69,12 +69,12 @@ def replace_folder(new: Path, place: Path) -> None:
         OSError: the disk is full, or the place cannot be written; it is as it was.
     """
     place = place.resolve()
-    _flush_all(new)
+    flush_all(new)
     if place.exists() and not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "something other than a folder is there", place)
     if not place.exists():
         new.rename(place)
-        _flush(place.parent)
+        flush(place.parent)
         return
     former = new
     try:
@@ -83,7 +83,7 @@ def replace_folder(new: Path, place: Path) -> None:
         if error.errno not in _NO_EXCHANGE:
             raise
         former = _rename_twice(new, place)
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -115,14 +115,15 @@ def _rename_twice(new: Path, place: Path) -> Path:
     return former
 
 
-def _flush_all(folder: Path) -> None:
+def flush_all(folder: Path) -> None:
+    """Have all of a folder on the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _flush(Path(root, name))
-        _flush(Path(root))
+            flush(Path(root, name))
+        flush(Path(root))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file's contents, or a folder's entries, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

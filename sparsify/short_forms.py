@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from sparsify.checkpoint_files import METADATA
 from sparsify.errors import SparsifyError
+from sparsify.newest_checkpoint import newest_whole
 from sparsify.registry import STRATEGIES, find_strategy, plugins
 
 LOGGERS = {
@@ -61,9 +63,11 @@ def expand(args: Sequence[str]) -> list[str]:
             if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
                 before += _packaged_config(value.lower())
         else:
-            after.append(word)
             if flag == "--ckpt_path":
-                before.append(f"--config={_settings(Path(value), resumes=command == 'fit')}")
+                path = newest_whole(Path(value))
+                word = f"{flag}={path}"
+                before.append(f"--config={_settings(path, resumes=command == 'fit')}")
+            after.append(word)
     return [command, *_logger(logger, run_name), *before, *after]
 
 
@@ -112,15 +116,13 @@ def _logger(name: str, run_name: str) -> list[str]:
 
 def _settings(path: Path, resumes: bool) -> str:
     """The settings of a checkpoint's run as JSON: all to resume it, else of its model and data."""
-    if not path.is_file():
-        hint = "; give the checkpoints/last.ckpt of a run" if path.is_dir() else ""
-        raise SparsifyError(f"--ckpt_path {path}: there is no such file{hint}")
+    file = path / METADATA if path.is_dir() else path
     try:
-        config = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         config = config["hyper_parameters"]["config"]
     except Exception as error:
         raise SparsifyError(
-            f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote, or it is damaged; "
+            f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote; "
             "give the checkpoints/last.ckpt of a run"
         ) from error
     return json.dumps(config if resumes else {part: config[part] for part in ("model", "data")})

@@ -121,8 +121,8 @@ def test_ctrl_c_finishes_the_step_and_saves(
             cli("fit", *options, *press, steps=STEPS)
         assert signal.getsignal(signal.SIGINT) is handler
         stopped = cli.runs()[-1]
-        checkpoint = stopped / "checkpoints" / "interrupted.ckpt"
-        shown = f"runs/maskllm/{stopped.name}/checkpoints/interrupted.ckpt"
+        checkpoint = stopped / "checkpoints" / "last.ckpt"
+        shown = f"runs/maskllm/{stopped.name}/checkpoints/last.ckpt"
         say = f"stopped after step {step}; resume with sparsify fit --ckpt_path {shown}"
         assert say in capfd.readouterr().err
         assert torch.load(checkpoint, weights_only=True)["global_step"] == step
