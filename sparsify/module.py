@@ -274,7 +274,10 @@ class SparseCausalLM(LightningModule):
             if model is not None:
                 for block in decoder_blocks(model).values():
                     fully_shard(block, mesh=mesh)
-                fully_shard(model, mesh=mesh)
+                # Left to itself torch keeps what belongs to no block gathered until backward. Where
+                # none comes, steps would move the gathered copy, and be lost with it.
+                always = True if self.strategy.without_gradients else None
+                fully_shard(model, mesh=mesh, reshard_after_forward=always)
 
     def _check_rows(self, ranks: int) -> None:
         if self.strategy.weights != "trained":

@@ -5,6 +5,12 @@ from typing import Any, cast
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import StrategyRegistry
+
+from sparsify.distributed.ddp import DDP
+
+# What --trainer.strategy ddp stands for, and "auto" on several devices.
+StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
 
 
 class Trainer(LightningTrainer):

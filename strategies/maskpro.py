@@ -11,211 +11,26 @@ but the weights, the logits, and the ranks of the initial mask.
 Shapes: O out, I in, G groups, M group size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify import noise
 from sparsify.errors import SparsifyError
 from sparsify.masked_linear import MaskedLinear
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
-from sparsify.plackett_luce import mean_mask, score
+from sparsify.plackett_luce import mean_mask
 from sparsify.prior import StartsFromPrior, favour
+from sparsify.strategies.logit_masker import InitialMask, LogitMasker, MeanMask
+from sparsify.strategies.policy_gradient import MovingAverage, PolicyGradient, Term, coefficients
 from sparsify.strategy import Run, SparsityStrategy
 
-# Weights whose masks and scores are made at once: some 40 MB of temporaries.
-AT_ONCE = 1 << 20
 # Of its group's largest weight: what is smaller counts as this, so that zeros have a logarithm.
 LEAST_SHARE = 1e-3
 WITH_GRADIENTS = ("control_variate", "mean_gradient")
-
-
-@dataclass(frozen=True)
-class InitialMask(Draw):
-    """No sample, but the mask that learning started from."""
-
-
-@dataclass(frozen=True)
-class MeanMask(Draw):
-    """No sample, but the mean of all, where the loss has a gradient with respect to the mask.
-
-    Attributes:
-        slopes: takes from backward, for each layer, the loss's slope at the mean mask in the
-            direction of the sample of this draw; their sum is a control variate of its loss. None
-            where nobody asks for it.
-    """
-
-    slopes: list[Tensor] | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One draw's part in a step.
-
-    Attributes:
-        draw: whose score.
-        advantage: of its loss over another one, nats, 0-d.
-        slopes: what a control variate takes off the advantage, by layer, from backward.
-        scale: what backward's gradients were scaled by, such as one over the micro-batches of a
-            step, 0-d; also from backward.
-    """
-
-    draw: Draw
-    advantage: Tensor
-    slopes: list[Tensor] = field(default_factory=list)
-    scale: list[Tensor] = field(default_factory=list)
-
-    def value(self) -> Tensor:
-        """The advantage less the slopes, 0-d."""
-        if not self.slopes:
-            return self.advantage
-        return self.advantage - torch.stack(self.slopes).sum() / self.scale[0]
-
-
-class MovingAverage(nn.Module):
-    """Takes the mean of past values off each value.
-
-    Args:
-        memory: share of the past that a new value leaves.
-    """
-
-    sums: Tensor
-
-    def __init__(self, memory: float) -> None:
-        super().__init__()
-        self.memory = memory
-        # Of weights, values and squares: divided by that of the weights, the mean is right from the
-        # first step on. In the paper it starts at zero, which 10,000 steps forget.
-        self.register_buffer("sums", torch.zeros(3))
-
-    def remove(self, value: Tensor) -> Tensor:
-        """The value less the mean of those before it, 0-d; then it is one of them."""
-        mean, _ = self.moments()
-        now = torch.stack([torch.ones_like(value), value, value.square()]).to(self.sums)
-        self.sums.mul_(self.memory).add_(now, alpha=1 - self.memory)
-        return value - mean
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the past, 0-d; zero before the first value."""
-        weight, total, squares = self.sums.unbind()
-        mean, square = total / weight.clamp(min=1e-30), squares / weight.clamp(min=1e-30)
-        return mean, (square - mean.square()).clamp(min=0).sqrt()
-
-
-class _Slope(torch.autograd.Function):
-    """The identity on the mean mask; notes the gradient's product with (sample - mean)."""
-
-    @staticmethod
-    def forward(ctx: Any, mean_OI: Tensor, sample_OI: Tensor, slopes: list[Tensor]) -> Tensor:
-        ctx.save_for_backward(mean_OI, sample_OI)
-        ctx.slopes = slopes
-        return mean_OI.view_as(mean_OI)
-
-    @staticmethod
-    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Any, ...]:
-        mean_OI, sample_OI = ctx.saved_tensors
-        ctx.slopes.append((grad_OI * (sample_OI.to(grad_OI.dtype) - mean_OI)).sum())
-        return grad_OI, None, None
-
-
-class LogitMasker(Masker):
-    """One logit for each weight, and the initial mask as a rank a group."""
-
-    logits_OI: Tensor
-    initial_OG: Tensor
-
-    def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
-        super().__init__(name, shape, pattern)
-        self.logits_OI = nn.Parameter(torch.zeros(shape))
-        ranks = torch.zeros(shape[0], shape[1] // pattern.m, dtype=pattern.rank_dtype)
-        self.initial_OG = nn.Parameter(ranks, requires_grad=False)
-
-    def keys(self, draw: Draw, rows: slice, row0: int = 0) -> Tensor:
-        """The logits of some rows plus the draw's Gumbel noise; the N largest of a group are kept
-        (Gumbel-top-k: Kool et al., 2019).
-        """
-        logits = self.logits_OI.detach()[rows]
-        start = row0 + rows.start
-        count, columns = logits.shape
-        gumbel = noise.gumbel(draw.key(self.name), count, columns, start, logits.device)
-        return gumbel.add_(logits)
-
-    def sampled_mask(self, draw: Draw, row0: int = 0) -> Tensor:
-        """The mask of a draw, bool ``[O, I]``."""
-        mask = torch.empty_like(self.logits_OI, dtype=torch.bool)
-        for rows in _chunks(mask):
-            mask[rows] = self.pattern.top(self.keys(draw, rows, row0))
-        return mask
-
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        none = weight_OI.new_zeros((), dtype=torch.float32)
-        if isinstance(draw, MeanMask):
-            mean_OI = mean_mask(self.logits_OI, self.pattern)
-            if torch.is_grad_enabled() and draw.slopes is not None:
-                sampled = self.sampled_mask(draw, row0)
-                mean_OI = cast(Any, _Slope).apply(mean_OI, sampled, draw.slopes)
-            return weight_OI * mean_OI.to(weight_OI.dtype), none
-        if isinstance(draw, InitialMask):
-            mask = self.pattern.unrank(self.initial_OG)
-        else:
-            mask = self.sampled_mask(draw, row0)
-        return torch.where(mask, weight_OI, weight_OI.new_zeros(())), none
-
-    @torch.no_grad()
-    def scores(
-        self, terms: list[tuple[Draw, Tensor]], row0: int = 0
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the sum of coefficient times score, some rows at a time: (rows, ``[rows, I]``)."""
-        for rows in _chunks(self.logits_OI):
-            logits = self.logits_OI.detach()[rows]
-            total = torch.zeros_like(logits)
-            for draw, coefficient in terms:
-                total += coefficient * score(logits, self.keys(draw, rows, row0), self.pattern)
-            yield rows, total
-
-    def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        return self.pattern.top(self.logits_OI)
-
-    def metrics(self) -> dict[str, Tensor]:
-        """How far the logits of kept weights lie above those of dropped ones, on average."""
-        groups = self.pattern.groups(self.logits_OI.detach()).sort(-1, descending=True).values
-        n = self.pattern.n
-        return {"margin": (groups[..., n - 1] - groups[..., n]).mean()}
-
-
-class PolicyGradient(Optimizer):
-    """Plain gradient descent on logits along the scores of the draws of a step.
-
-    Args:
-        maskers: whose logits.
-        take: gives the draws of the step and their coefficients.
-        lr: logits a nat.
-    """
-
-    def __init__(
-        self,
-        maskers: list[LogitMasker],
-        take: Callable[[], list[tuple[Draw, Tensor]]],
-        lr: float,
-    ) -> None:
-        super().__init__([masker.logits_OI for masker in maskers], {"lr": lr})
-        self.maskers, self.take = maskers, take
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; the closure goes through the micro-batches."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        terms = self.take()
-        for masker in self.maskers:
-            for rows, total in masker.scores(terms):
-                masker.logits_OI[rows].sub_(total, alpha=self.param_groups[0]["lr"])
-        return loss
 
 
 class MaskPro(StartsFromPrior):
@@ -345,11 +160,6 @@ class MaskPro(StartsFromPrior):
         layers: Mapping[str, MaskedLinear],
         default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise SparsifyError(
-                f"{dist.get_world_size()} processes: draws and losses are not exchanged between "
-                "them yet; run one process (--trainer.devices 1)"
-            )
         if self.estimator in WITH_GRADIENTS:
             return default(params)
         return PolicyGradient(_maskers(layers), self._take, self.lr)
@@ -359,19 +169,11 @@ class MaskPro(StartsFromPrior):
         if self.estimator == "control_variate":
             terms = self._take()
             for masker in _maskers(layers):
-                for rows, total in masker.scores(terms):
-                    cast(Tensor, masker.logits_OI.grad)[rows] += total
+                masker.add_scores(cast(Tensor, masker.logits_OI.grad), terms)
 
-    @torch.no_grad()
     def _take(self) -> list[tuple[Draw, Tensor]]:
         """The draws of the step that ends, and the factors of their scores, 0-d."""
-        micro_batches, taken = len(self._terms), []
-        for term in (term for terms in self._terms for term in terms):
-            value = term.value()
-            if self.average is not None:
-                value = self.average.remove(value)
-            factor = term.scale[0] if term.scale else 1 / micro_batches
-            taken.append((term.draw, value * factor))
+        taken = coefficients(self._terms, self.average)
         self._terms.clear()
         return taken
 
@@ -386,11 +188,3 @@ def _maskers(layers: Mapping[str, MaskedLinear]) -> list[LogitMasker]:
     """Each once, however many layers share it."""
     maskers = {id(layer.masker): layer.masker for layer in layers.values()}
     return [cast(LogitMasker, masker) for masker in maskers.values()]
-
-
-def _chunks(tensor_OI: Tensor) -> Iterator[slice]:
-    """Rows of some ``AT_ONCE`` elements."""
-    rows, columns = tensor_OI.shape
-    at_once = max(1, AT_ONCE // columns)
-    for start in range(0, rows, at_once):
-        yield slice(start, min(start + at_once, rows))

@@ -19,8 +19,9 @@ from sparsify.batch_run import BatchRun
 from sparsify.inject import inject, masked_layers, select
 from sparsify.masked_linear import MaskScope, masked
 from sparsify.masker import Masking
-from sparsify.strategies import maskpro
-from sparsify.strategies.maskpro import InitialMask, LogitMasker, MaskPro
+from sparsify.strategies import logit_masker
+from sparsify.strategies.logit_masker import InitialMask, LogitMasker
+from sparsify.strategies.maskpro import MaskPro
 from tests.conftest import SIZES
 
 TWO_FOUR = NMPattern(2, 4)
@@ -331,7 +332,7 @@ def test_chunks_and_shards_make_the_same_masks_and_steps(monkeypatch: pytest.Mon
     whole = made()
     mask, _ = whole.sample(weight, draw)
     total = torch.cat([part for _, part in whole.scores(terms)])
-    monkeypatch.setattr(maskpro, "AT_ONCE", 48)
+    monkeypatch.setattr(logit_masker, "AT_ONCE", 48)
     chunked, part = made(), made(slice(3, 8))
     assert torch.equal(chunked.sample(weight, draw)[0], mask)
     assert torch.equal(part.sample(weight[3:8], draw, row0=3)[0], mask[3:8])
@@ -357,7 +358,7 @@ def test_a_step_allocates_less_than_a_byte_a_weight(
     estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As small beside this model as it is beside a real one.
-    monkeypatch.setattr(maskpro, "AT_ONCE", 1 << 13)
+    monkeypatch.setattr(logit_masker, "AT_ONCE", 1 << 13)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8}
     model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).eval().requires_grad_(False)
     strategy = MaskPro("magnitude", estimator=estimator, strength=2.0)  # type: ignore[arg-type]
@@ -409,10 +410,3 @@ def test_settings_that_cannot_be_are_refused() -> None:
     strategy = MaskPro("magnitude", estimator="control_variate")
     with pytest.raises(SparsifyError, match="8:16"):
         strategy.make_masker("layer", (4, 32), NMPattern(8, 16))
-
-
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(SparsifyError, match="2 processes"):
-        MaskPro("magnitude").optimizer([], {}, None)  # type: ignore[arg-type]
