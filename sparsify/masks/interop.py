@@ -43,7 +43,7 @@ __all__ = [
 
 
 def check_layers(
-    source: str, shapes: Mapping[str, tuple[int, int]], known: Mapping[str, LayerShape]
+    source: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, LayerShape]
 ) -> None:
     """Refuse masks of layers that a model lacks, or has in another shape.
 
