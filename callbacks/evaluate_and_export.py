@@ -96,7 +96,7 @@ class EvaluateAndExport(Callback):
         result = self._report(trainer, pl_module, split, scores)
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
-        export(pl_module, folder, record, self.overwrite, write=trainer.is_global_zero)
+        export(pl_module, folder, record, self.overwrite)
         if trainer.is_global_zero:
             console(trainer).print(f"exported to {folder}", soft_wrap=True)
 

@@ -6,7 +6,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from sparsify.inject import masked_layers, whole_layers
+from sparsify.distributed.rows import mask_ranks, metrics
+from sparsify.inject import masked_layers
 
 
 class MaskLogging(Callback):
@@ -58,8 +59,8 @@ class MaskLogging(Callback):
             }
             for name in now
         }
-        for name, layer in masked_layers(pl_module.lm).items():
-            table[name] |= layer.masker.metrics()
+        for name, row in metrics(masked_layers(pl_module.lm)).items():
+            table[name] |= row
         self._last = now
         weights = {name: ranks.numel() for name, ranks in now.items()}
         total = sum(weights.values())
@@ -92,10 +93,7 @@ class MaskLogging(Callback):
 
 def _ranks(pl_module: Any) -> dict[str, Tensor]:
     """Each layer's hard mask as a rank a group: a quarter of a byte a weight for 2:4."""
-    return {
-        name: layer.masker.pattern.rank(layer.masker.hard_mask(layer.weight_OI), trusted=True)
-        for name, layer in whole_layers(pl_module.lm)
-    }
+    return {name: mask_ranks(layer) for name, layer in masked_layers(pl_module.lm).items()}
 
 
 def _changed(now: Tensor, before: Tensor) -> Tensor:

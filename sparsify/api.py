@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.data import Source, TextDataModule
+from sparsify.distributed.together import rank_zero, together
 from sparsify.export import export, mask_lineage
 from sparsify.inject import fold, hard_masks, layer_patterns
 from sparsify.masks.file import write_masks
@@ -53,8 +54,10 @@ class Sparsified:
     def save_masks(self, path: str | Path) -> None:
         """Write the masks alone: a file that ``prior`` takes."""
         patterns = layer_patterns(self.model)
-        lineage = mask_lineage(self.module)
-        write_masks(Path(path), self.masks(), patterns, self.module.base_hash, lineage)
+        lineage, masks = mask_lineage(self.module), self.masks()
+        with together():
+            if rank_zero():
+                write_masks(Path(path), masks, patterns, self.module.base_hash, lineage)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that loads it."""
+"""Whether a checkpoint belongs to the run that loads it, and how it goes on on other ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import SparsifyError
+from sparsify.trainer import data_parallel
 
 
 def check_fits(
@@ -56,3 +57,56 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
             f"to learn; test and export it with sparsify export --ckpt_path {path}, or give more "
             "steps with --trainer.max_steps"
         )
+
+
+def step_shape(trainer: Any) -> dict[str, int]:
+    """Of how many micro-batches a step of the optimizer is made: on ranks, one after another."""
+    return {"ranks": data_parallel(trainer)[1], "accumulated": trainer.accumulate_grad_batches}
+
+
+def continue_on(checkpoint: Mapping[str, Any], now: Mapping[str, int], epoch: int) -> None:
+    """Rewrite a checkpoint's place in the data, in place, for another number of ranks.
+
+    Lightning counts the micro-batches of a rank, and the data is dealt to ranks one micro-batch
+    after another: after the same steps of the optimizer, half the ranks have counted twice as many.
+
+    Args:
+        checkpoint: what Lightning read.
+        now: the run's ``step_shape``.
+        epoch: micro-batches that this run's epoch has on a rank.
+
+    Raises:
+        SparsifyError: a step of this run has another number of micro-batches, or the checkpoint was
+            saved within a step.
+    """
+    before = checkpoint["step_shape"]
+    size = before["ranks"] * before["accumulated"]
+    if now["ranks"] * now["accumulated"] != size:
+        raise SparsifyError(
+            f"the checkpoint's steps are of {before['ranks']} ranks x {before['accumulated']} "
+            f"accumulated micro-batches, and this run's of {now['ranks']} x {now['accumulated']}; "
+            f"a run goes on with the same {size} in all: {_fix(size, now['ranks'])}"
+        )
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    progress = fit_loop["epoch_loop.batch_progress"]
+    current = progress["current"]
+    if current["ready"] % before["accumulated"] and not progress["is_last_batch"]:
+        raise SparsifyError(
+            f"the checkpoint was saved after {current['ready']} micro-batches of an epoch, within "
+            f"a step of {before['accumulated']}; go on with {before['ranks']} ranks, or from one "
+            "that was saved after a step"
+        )
+    # Saved in its last micro-batch, an epoch may have some left for fewer ranks.
+    still_open = current["completed"] < current["processed"]
+    for counts in (progress["total"], current):
+        running = counts["processed"] - counts["completed"]
+        counts.update({key: -(-n * before["ranks"] // now["ranks"]) for key, n in counts.items()})
+        counts["completed"] = counts["processed"] - running
+    if still_open or not progress["is_last_batch"]:
+        progress["is_last_batch"] = current["ready"] >= epoch
+
+
+def _fix(size: int, ranks: int) -> str:
+    if size % ranks:
+        return f"take a number of ranks that divides {size}"
+    return f"give --trainer.accumulate_grad_batches {size // ranks}"

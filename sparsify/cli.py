@@ -39,7 +39,8 @@ _SHORT_FORMS = f"""
 
 --strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
 import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for
---trainer.logger.
+--trainer.logger. --devices N stands for --trainer.devices, and --shard for --trainer.strategy fsdp,
+which shards weights and masks over the devices.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
 run hold wherever the command line says nothing else."""
 _ABOUT = {
@@ -58,7 +59,10 @@ _HELP = {
     **{
         name: {
             "description": about + _SHORT_FORMS,
-            "usage": f"sparsify {name} --strategy NAME [--logger NAME] [--config FILE] [options]",
+            "usage": (
+                f"sparsify {name} --strategy NAME [--devices N] [--shard] [--logger NAME] "
+                "[--config FILE] [options]"
+            ),
         }
         for name, about in _ABOUT.items()
     },
@@ -120,6 +124,12 @@ class SparsifyCLI(LightningCLI):
         # Listed among the others, though another parser reads them.
         commands += [type(commands[0])(name, [], about) for name, about in ABOUT.items()]
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
+        the other processes of a run with these.
+        """
+        self.config = parser.parse_args(expand(sys.argv[1:]))
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
 
@@ -163,7 +173,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words and words[0] in COMMANDS:
             sys.exit(run(words))
-        sys.argv[1:] = expand(words)
+        sys.argv[1:] = words
         cli = SparsifyCLI(
             SparseCausalLM,
             TextDataModule,

@@ -8,7 +8,7 @@ import copy
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparsify.base import hash_parameters, hash_tensor
+from sparsify.distributed.rows import hard_mask, shipped, whole
+from sparsify.distributed.together import rank_zero, together
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
-from sparsify.inject import base_parameters, layer_patterns, masked_layers, whole_layers
+from sparsify.inject import base_parameters, layer_patterns, masked_layers
 from sparsify.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
-from sparsify.masked_linear import MaskedConv1D
+from sparsify.masked_linear import MaskedConv1D, MaskedLinear
 from sparsify.masks.file import FILE_NAME, write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.replace import partial_folder, replace_folder
@@ -51,41 +53,73 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 @torch.no_grad()
 def export(
-    module: SparseCausalLM,
-    folder: Path,
-    record: Mapping[str, Any],
-    overwrite: bool = False,
-    write: bool = True,
+    module: SparseCausalLM, folder: Path, record: Mapping[str, Any], overwrite: bool = False
 ) -> None:
     """Write the folder whole, or leave everything as it was.
 
+    In a run of several processes every rank must call this. Only rank 0 writes, and if it fails,
+    all do.
+
     Args:
-        module: the model with its masks; it is not changed. If it is sharded, every rank must call
-            this.
+        module: the model with its masks; it is not changed.
         folder: the place to write to.
         record: lineage, protocol and results, for the manifest.
         overwrite: replace an earlier export.
-        write: False on the ranks that only take part in gathering.
 
     Raises:
         SparsifyError: the place is taken, the disk is full, or weights changed that must not.
     """
-    check_target(folder, overwrite)
-    weights = {name: _whole(p) for name, p in base_parameters(module.lm).items()}
+    with together():
+        if rank_zero():
+            check_target(folder, overwrite)
+    whole_model = _gather(module)
+    with together():
+        if rank_zero():
+            _write(module, folder, whole_model, record, overwrite)
+
+
+class _Whole(NamedTuple):
+    """What is gathered: base weights by Parameter, masks and shipped weights by layer."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    shipped: dict[str, Tensor]
+
+
+def _gather(module: SparseCausalLM) -> _Whole:
+    """All that rank 0 writes, one tensor at a time; on the other ranks nothing is kept."""
+    model = _Whole({}, {}, {})
+    for name, parameter in base_parameters(module.lm).items():
+        weight = whole(parameter)
+        if rank_zero():
+            model.weights[name] = weight.cpu() if isinstance(parameter, DTensor) else weight
+    for name, layer in masked_layers(module.lm).items():
+        mask_OI, weight_OI = hard_mask(layer), shipped(layer)
+        if rank_zero():
+            model.masks[name] = mask_OI.cpu()
+            if weight_OI is not None:
+                model.shipped[name] = weight_OI
+    return model
+
+
+def _write(
+    module: SparseCausalLM,
+    folder: Path,
+    whole_model: _Whole,
+    record: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    weights, masks, _ = whole_model
     if not module.strategy.changes_base and hash_parameters(weights) != module.base_hash:
         raise SparsifyError(
             "the base weights changed during the run, though the strategy says that they stay"
         )
-    masks: dict[str, Tensor] = {}
-    for name, layer in whole_layers(module.lm):
-        masks[name] = layer.masker.hard_mask(layer.weight_OI).cpu()
+    for name, layer in masked_layers(module.lm).items():
         # A weight that two layers share is listed once.
-        if f"{name}.weight" in weights:
-            weights[f"{name}.weight"] = layer.as_stored(layer.masker.harden(layer.weight_OI))
+        if (key := f"{name}.weight") in weights:
+            weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
     dtype = _storage_dtype(module, weights.values())
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
-    if not write:
-        return
     try:
         with partial_folder(folder) as partial:
             plain = _plain_model(module.lm, weights, dtype)
@@ -115,13 +149,19 @@ def export(
         ) from error
 
 
+def _masked(
+    layer: MaskedLinear, stored: Tensor, mask_OI: Tensor, shipped_OI: Tensor | None
+) -> Tensor:
+    """A layer's weight as it ships, in the layout of the stored one."""
+    if shipped_OI is None:
+        weight_OI = layer.as_stored(stored)  # a transpose, or nothing: its own inverse
+        shipped_OI = torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
+    return layer.as_stored(shipped_OI)
+
+
 def mask_lineage(module: SparseCausalLM) -> dict[str, Any]:
     """Where a module's masks come from, for a mask file."""
     return {"base": module.base_name, "strategy": module.strategy.describe()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:

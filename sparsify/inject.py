@@ -1,15 +1,15 @@
 """Which layers of a model are masked, and how they get in and out of it."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sparsify.distributed.rows import hard_mask
 from sparsify.errors import SparsifyError
 from sparsify.masked_linear import MaskedLinear, MaskScope, can_mask, linear_shape, masked
 from sparsify.masker import Masker
@@ -200,43 +200,27 @@ def base_parameters(model: nn.Module, all_names: bool = False) -> dict[str, nn.P
     return {name: parameter for name, parameter in named if ".masker." not in name}
 
 
-def whole_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
-    """Yield the masked layers with whole Parameters; a sharded block is gathered while its layers
-    are looked at.
-    """
-    owners = {
-        name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)
-    }
-
-    def owner(name: str) -> str | None:
-        return max(
-            (o for o in owners if o == "" or name.startswith(f"{o}.")), key=len, default=None
-        )
-
-    for unit, layers in itertools.groupby(
-        masked_layers(model).items(), key=lambda item: owner(item[0])
-    ):
-        if unit is not None:
-            owners[unit].unshard()
-        yield from layers
-        if unit is not None:
-            owners[unit].reshard()
-
-
-@torch.no_grad()
 def hard_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, bool mask ``[O, I]``) of every masked layer; of a sharded model the whole mask,
     on every rank.
     """
-    for name, layer in whole_layers(model):
-        yield name, layer.masker.hard_mask(layer.weight_OI)
+    for name, layer in masked_layers(model).items():
+        yield name, hard_mask(layer)
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
     """Multiply every hard mask into its weight, in place, and restore the plain layer classes.
     Biases stay.
+
+    Raises:
+        SparsifyError: the model is sharded.
     """
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise SparsifyError(
+            "the model is sharded over several processes, and each would fold a part; export it, "
+            "and load the folder"
+        )
     done: set[int] = set()  # a weight that two layers share is hardened once: a masker may add
     for name, layer in masked_layers(model).items():
         if id(layer.weight) not in done:

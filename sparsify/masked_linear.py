@@ -11,7 +11,7 @@ Shapes: O out, I in, B any leading dimensions.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +28,36 @@ class MaskScope:
 
     Attributes:
         masking: how to mask now.
+        grad: whether the forward under way has a graph.
         penalties: those of the forward under way, 0-d, one a layer.
     """
 
     def __init__(self) -> None:
         self.masking: Masking = "hard"
+        self.grad = False
         self.penalties: list[Tensor] = []
 
     @contextmanager
     def use(self, masking: Masking) -> Iterator[list[Tensor]]:
         """Run the model under ``masking``; yields the list that fills with penalties."""
-        before = self.masking, self.penalties
-        self.masking, self.penalties = masking, []
+        before = self.masking, self.grad, self.penalties
+        self.masking, self.grad, self.penalties = masking, torch.is_grad_enabled(), []
         try:
             yield self.penalties
         finally:
-            self.masking, self.penalties = before
+            self.masking, self.grad, self.penalties = before
 
     def checkpoint_contexts(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
         """For activation checkpointing: a recomputation uses the draw of its own forward."""
         return nullcontext(), self.use(self.masking)
+
+
+class Gather(Protocol):
+    """Takes over the product of a layer whose weight is masked before ranks gather it."""
+
+    def multiply(self, x_BI: Tensor) -> Tensor: ...
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -119,6 +127,7 @@ class MaskedLinear(nn.Module):
         self.register_parameter("bias", cast(nn.Parameter | None, linear.bias))
         self.masker = masker
         self.scope = scope
+        self.gather: Gather | None = None
 
     @property
     def weight_OI(self) -> Tensor:
@@ -146,6 +155,8 @@ class MaskedLinear(nn.Module):
         return dict(self.masker.named_parameters())
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gather is not None:
+            return self.gather.multiply(x_BI)
         masking, device = self.scope.masking, x_BI.device.type
         if masking == "dense":
             return self.multiply(x_BI, self.weight_OI, self.bias)

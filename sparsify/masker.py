@@ -87,7 +87,9 @@ class Masker(nn.Module):
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors that describe the distribution; logged per layer and over all weights."""
+        """0-d tensors that describe the distribution, each a mean over rows; logged per layer and
+        over all weights.
+        """
         return {}
 
 

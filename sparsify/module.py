@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,8 +28,11 @@ from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tok
 from sparsify.batch import TokenBatch, split_batch
 from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.checkpoint import check_fits, check_resumes
+from sparsify.calibration.shared import on_rank_zero
+from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
 from sparsify.distillation import Distillation
+from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
+from sparsify.distributed.together import from_rank_zero
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch
@@ -70,6 +73,8 @@ class SparseCausalLM(LightningModule):
         lr_final: the learning rate at the end as a share of the one at the start; the way there is
             half a cosine.
         warmup_steps: optimizer steps over which the learning rate first rises from zero.
+        gather: what ranks that shard a model send each other: ``plain`` weights and all that masks
+            are made of, or ``masked`` weights: less, and all ranks have the same masks.
         seed: of the masks' noise.
     """
 
@@ -88,6 +93,7 @@ class SparseCausalLM(LightningModule):
         optimizer: OptimizerCallable = _adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
+        gather: Literal["plain", "masked"] = "plain",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,6 +113,7 @@ class SparseCausalLM(LightningModule):
         self.teacher: PreTrainedModel | None = None
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
+        self.gather = gather
         self.seed = strategy.seed = seed
         self.model: PreTrainedModel | None = None
         self.strategy = strategy
@@ -242,17 +249,17 @@ class SparseCausalLM(LightningModule):
         )
         layers = masked_layers(self.lm)
         left = dict(layers)
-        for name, result in engine.run(self.strategy):
+        for name, result in on_rank_zero(engine.run(self.strategy), self.lm.device):
             layer = left.pop(name)
             self.strategy.init_masker(layer.masker, layer.weight_OI, result)
             if result.weight is not None:
                 layer.weight_OI.data.copy_(result.weight)
         for layer in left.values():
             self.strategy.init_masker(layer.masker, layer.weight_OI, None)
-        self.calibrated = engine.record
-        if engine.record is not None and trainer is not None:
+        (self.calibrated,) = from_rank_zero([engine.record])
+        if self.calibrated is not None and trainer is not None:
             text = cast(Any, trainer).datamodule.describe("train")
-            engine.record["sources"] = text["sources"]
+            self.calibrated["sources"] = text["sources"]
 
     def calibration_windows(self) -> Tensor:
         """Windows of training text, int64 ``[S, T]``."""
@@ -268,8 +275,13 @@ class SparseCausalLM(LightningModule):
             )
 
     def _shard(self) -> None:
-        mesh = cast(Any, self.device_mesh)["data_parallel"]
-        self._check_rows(mesh.size())
+        meshes = cast(Any, self.device_mesh)
+        mesh = meshes["data_parallel"]
+        self._check_shards(mesh.size(), meshes.size() // mesh.size())
+        if self.gathers_masked:
+            check_gather(self.strategy)
+            shard_gathering_masked(self.lm, mesh)
+            return
         for model in (self.lm, self.teacher):
             if model is not None:
                 for block in decoder_blocks(model).values():
@@ -279,7 +291,19 @@ class SparseCausalLM(LightningModule):
                 always = True if self.strategy.without_gradients else None
                 fully_shard(model, mesh=mesh, reshard_after_forward=always)
 
-    def _check_rows(self, ranks: int) -> None:
+    def _check_shards(self, ranks: int, parts: int) -> None:
+        """Refuse what cannot be sharded over ``ranks``, and layers split in ``parts`` too."""
+        name = type(self.strategy).__name__
+        if parts > 1:
+            raise SparsifyError(
+                f"tensor_parallel_size={parts}: layers are sharded by rows over data-parallel "
+                "ranks, not split for tensor parallelism; give --trainer.strategy fsdp"
+            )
+        if any(p.requires_grad for p in self.strategy.parameters()):
+            raise SparsifyError(
+                f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
+                "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
+            )
         if self.strategy.weights != "trained":
             return
         for name, layer in masked_layers(self.lm).items():
@@ -289,6 +313,11 @@ class SparseCausalLM(LightningModule):
                     "hold a part of every group, which a strategy that trains weights cannot take; "
                     "run one process"
                 )
+
+    @property
+    def gathers_masked(self) -> bool:
+        """Whether ranks gather masked weights; where nothing is sharded nothing is gathered."""
+        return self.gather == "masked" and self._device_mesh is not None
 
     @property
     def steps(self) -> int:
@@ -313,7 +342,7 @@ class SparseCausalLM(LightningModule):
         if not self.learns:
             self.trainer.should_stop = True
             return 0 * self.anchor.sum()
-        rank, ranks = data_parallel(self.trainer)
+        rank, ranks = (0, 1) if self.gathers_masked else data_parallel(self.trainer)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.lm, self.scope, batch, first, self.distillation, self.teacher)
@@ -342,6 +371,9 @@ class SparseCausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         params = [p for p in self.parameters() if p.requires_grad]
+        if self.gathers_masked:  # base weights have gradients then, on their way to the masks
+            base = set(base_parameters(self.lm).values())
+            params = [p for p in params if p not in base]
         optimizer = self.strategy.optimizer(params, masked_layers(self.lm), self.make_optimizer)
         steps = self.trainer.estimated_stepping_batches
         if not 1 <= steps < math.inf:
@@ -402,8 +434,8 @@ class SparseCausalLM(LightningModule):
 
     # -- checkpoints: what is learned, and the name of the base ------------------------------------
 
-    def _saved_keys(self) -> set[str]:
-        """The state's keys that a checkpoint holds: all but base weights that stay as they are."""
+    def saved_keys(self) -> set[str]:
+        """The state's keys that checkpoints hold: all but base weights that stay as they are."""
         kept = {name for name in self.state_dict() if not name.startswith("teacher.")}
         if self.strategy.changes_base:
             return kept
@@ -411,7 +443,7 @@ class SparseCausalLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._finite.check(self.trainer)
-        kept = self._saved_keys()
+        kept = self.saved_keys()
         checkpoint["state_dict"] = {
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
         }
@@ -419,12 +451,21 @@ class SparseCausalLM(LightningModule):
         checkpoint["calibration"] = self.calibrated
         # Once fit has returned, Lightning has forgotten where in the data it was.
         checkpoint["resumable"] = self.trainer.training
+        checkpoint["step_shape"] = step_shape(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
         self.calibrated = checkpoint.get("calibration")
         state = self.state_dict()
-        check_fits(checkpoint, self.base_hash, {key: state[key] for key in self._saved_keys()})
+        check_fits(checkpoint, self.base_hash, {key: state[key] for key in self.saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_resumes(checkpoint, self.trainer.max_steps, self.trainer.ckpt_path)
+            if (now := step_shape(self.trainer)) != checkpoint["step_shape"]:
+                continue_on(checkpoint, now, self._epoch_batches())
+
+    def _epoch_batches(self) -> int:
+        """Micro-batches of an epoch on this rank."""
+        batches = len(cast(Any, self.trainer).datamodule.train_dataloader())
+        limit = self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -18,6 +18,7 @@ LOGGERS = {
     "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
     "wandb": "lightning.pytorch.loggers.WandbLogger",
 }
+SHARDED = "sparsify.distributed.Sharded"
 RUNS = "runs"
 STRATEGY_FLAGS = ("--strategy", "--model.strategy")
 
@@ -27,9 +28,9 @@ def expand(args: Sequence[str]) -> list[str]:
 
     ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
     config and no model named, the packaged config of that name, made for the embedded model, comes
-    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. With
-    ``--ckpt_path`` the settings of the checkpoint's run come first, so that what is said on the
-    command line wins.
+    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. ``--devices N``
+    becomes ``--trainer.devices``, and ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path``
+    the settings of the checkpoint's run come first, so that what is said on the command line wins.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -44,11 +45,6 @@ def expand(args: Sequence[str]) -> list[str]:
             f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
             "import path) or --ckpt_path FILE"
         )
-    if "--trainer.strategy=fsdp" in rest:
-        raise SparsifyError(
-            "--trainer.strategy fsdp: Lightning's FSDP cannot hold frozen bf16 weights beside fp32 "
-            "logits; take lightning.pytorch.strategies.ModelParallelStrategy"
-        )
     run_name, logger = command, "csv"
     before: list[str] = []
     after: list[str] = []
@@ -56,6 +52,10 @@ def expand(args: Sequence[str]) -> list[str]:
         flag, _, value = word.partition("=")
         if flag == "--logger":
             logger = value
+        elif flag == "--devices":
+            after.append(f"--trainer.devices={value}")
+        elif word in ("--shard", "--trainer.strategy=fsdp"):
+            after.append(f"--trainer.strategy={SHARDED}")  # by its class, it has options
         elif flag in STRATEGY_FLAGS and not value.startswith("{"):
             cls = find_strategy(value)
             run_name = cls.__name__.lower()
@@ -87,6 +87,7 @@ def _split(args: Sequence[str]) -> list[str]:
         if word in (
             *STRATEGY_FLAGS,
             "--trainer.strategy",
+            "--devices",
             "--logger",
             "--ckpt_path",
             "--config",

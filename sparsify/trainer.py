@@ -3,11 +3,20 @@
 from typing import Any, cast
 
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 
 from sparsify.distributed.ddp import DDP
+from sparsify.distributed.sharded import Sharded
+from sparsify.distributed.shards import ShardedCheckpointIO
+from sparsify.errors import SparsifyError
 
 # What --trainer.strategy ddp stands for, and "auto" on several devices.
 StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
@@ -16,6 +25,11 @@ StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
 class Trainer(LightningTrainer):
     """A Trainer that can also export a checkpoint, and measure its blocks; everything else is
     Lightning's.
+
+    Args:
+        strategy: how the processes of a run share the work; ``fsdp`` is
+            :class:`~sparsify.distributed.Sharded`, on CPU too.
+        settings: Lightning's other arguments.
 
     Attributes:
         exporting: whether ``export`` is at work.
@@ -27,6 +41,11 @@ class Trainer(LightningTrainer):
     exporting = False
     sensing = False
     restores = False
+
+    def __init__(self, *, strategy: Strategy | str = "auto", **settings: Any) -> None:
+        super().__init__(strategy=_own_strategy(strategy), **settings)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = ShardedCheckpointIO()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
@@ -68,6 +87,26 @@ class Trainer(LightningTrainer):
         finally:
             self.sensing = False
             cast(Any, self).callbacks.remove(callback)
+
+
+def _own_strategy(strategy: Strategy | str) -> Strategy | str:
+    if isinstance(strategy, str):
+        if strategy.lower() == "fsdp":
+            return Sharded()
+        if strategy.lower().startswith("fsdp"):
+            raise SparsifyError(
+                f"strategy {strategy}: sharded tensors stay on their devices here; give "
+                "--trainer.strategy fsdp"
+            )
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(
+        strategy, Sharded
+    ):
+        raise SparsifyError(
+            f"strategy {type(strategy).__name__}: it cannot hold frozen bf16 weights beside fp32 "
+            "logits, or keep base weights out of checkpoints; give --trainer.strategy fsdp, which "
+            "is sparsify.distributed.Sharded"
+        )
+    return strategy
 
 
 def data_parallel(trainer: Any) -> tuple[int, int]:

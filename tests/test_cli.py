@@ -326,3 +326,15 @@ def test_the_readme_shows_this_strategy_and_it_is_short() -> None:
     code = MY_STRATEGY.read_text()
     assert len(code.splitlines()) <= 20
     assert code in (MY_STRATEGY.parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flags", [["--shard"], ["--trainer.strategy", "fsdp"]])
+def test_short_forms_of_several_processes(
+    cli: Cli, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["fit", "--strategy=maskllm", "--devices", "8", *flags, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert int(config["devices"]) == 8
+    assert config["strategy"]["class_path"] == "sparsify.distributed.Sharded"
+    assert config["strategy"]["init_args"]["save_distributed_checkpoint"] is False

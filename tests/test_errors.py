@@ -250,9 +250,13 @@ def test_neither_strategy_nor_checkpoint(fails: Fails, command: str) -> None:
     assert "--ckpt_path" in message
 
 
-def test_lightnings_own_fsdp(fails: Fails) -> None:
-    message = fails("fit", "--strategy=maskllm", "--trainer.strategy", "fsdp")
-    assert "ModelParallelStrategy" in message
+@pytest.mark.parametrize(
+    "name", ["fsdp_cpu_offload", "lightning.pytorch.strategies.ModelParallelStrategy"]
+)
+def test_lightnings_own_sharding(fails: Fails, name: str) -> None:
+    message = fails("fit", "--strategy=maskllm", "--trainer.strategy", name)
+    assert f"strategy {name.rpartition('.')[2]}: " in message
+    assert "give --trainer.strategy fsdp" in message
 
 
 def test_a_folder_given_as_a_checkpoint(cli: Cli, fails: Fails) -> None:

@@ -391,13 +391,6 @@ def test_a_failed_write_leaves_the_former_export(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_ranks_that_do_not_write_write_nothing(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {}, write=False)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_masks_do_not_change_the_module(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     module = masked_module(tiny_llama(), tokenizer)
     state: dict[str, Tensor] = {key: value.clone() for key, value in module.state_dict().items()}

@@ -200,9 +200,9 @@ def test_remedies_come_in_order_until_one_fits(quick: list[PlanSettings]) -> Non
 def test_what_a_strategy_cannot_do_is_not_tried(quick: list[PlanSettings]) -> None:
     changes = {
         name: [change for change, _ in make_plan(PlanSettings(name), memory=1).tries]
-        for name in ("magnitude", "sr_ste")
+        for name in ("maskllm", "sr_ste")
     }
-    assert changes["magnitude"][1:] == ["bfloat16 weights"]
+    assert "bfloat16 weights" in changes["maskllm"]
     assert "bfloat16 weights" not in changes["sr_ste"]
     assert "sharded over 2" in changes["sr_ste"]
 

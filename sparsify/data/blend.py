@@ -180,13 +180,15 @@ class BatchesOfRank(Sampler[list[int]]):
         return BatchIterator(self)
 
     def identity(self) -> dict[str, Any]:
-        """What the batches of an epoch depend on; a saved position holds only where it is equal."""
+        """What the batches of an epoch depend on; a saved position holds only where it is equal.
+
+        Not on the number of processes: it only says which of them reads a batch.
+        """
         return {
             "blocks": list(self.sampler.sizes),
             "blocks an epoch": list(self.sampler.quotas),
             "seed": self.sampler.seed,
             "batch_size": self.batch_size,
-            "processes": self.world,
         }
 
 
@@ -219,18 +221,22 @@ class BatchIterator(Iterator[list[int]]):
         return indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, which is the same on every rank."""
+        """The position, which is the same on every rank: the epoch, and how many of its batches
+        all ranks together have read.
+        """
         epoch, step = self._position()
-        return {"epoch": epoch, "step": step}
+        return {"epoch": epoch, "batch": step * self.batches.world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved position, and sets the sampler's epoch to the saved one.
 
         Args:
-            state: What `state_dict` gave.
+            state: What `state_dict` gave, on any number of ranks. Batches that do not fill a round
+                of the present ones are the last of their epoch, and end it.
         """
         self.batches.sampler.set_epoch(state["epoch"])
-        self._epoch, self._step, self._order = state["epoch"], state["step"], None
+        step = -(-state["batch"] // self.batches.world)
+        self._epoch, self._step, self._order = state["epoch"], step, None
 
     def _position(self) -> tuple[int, int]:
         if self._epoch is not None and self._order is not None:

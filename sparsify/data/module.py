@@ -317,7 +317,6 @@ class TextDataModule(LightningDataModule):
                 "seed": self.seed,
                 "batch_size": self.batch_size,
                 "block_size": self.block_size,
-                "processes": world,
             },
         )
 

@@ -17,7 +17,8 @@ from sparsify.plan.settings import PlanSettings
 
 # Resident memory of a process that has imported Python's, torch's, Transformers' and Lightning's
 # modules and read the embedded text, measured on Linux, torch 2.13 for CPU
-# (one magnitude run, less its tensors). A CUDA context takes a few hundred MiB more that were not measured.
+# (one run that prunes in one shot, less its tensors). A CUDA context takes a few hundred MiB more
+# that were not measured.
 CPU_BASE = 448 << 20
 BASE, BUCKETS = "process", "gradient buckets"
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify import SparseCausalLM, TextDataModule
-from sparsify.inject import hard_masks, whole_layers
+from sparsify.distributed.rows import whole
+from sparsify.inject import hard_masks, masked_layers
 from sparsify.registry import make_strategy
 from sparsify.trainer import leave_process_group
 from tests.conftest import quiet_trainer, word_tokenizer
@@ -88,7 +88,10 @@ class Watch(Callback):
     def on_train_end(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
         average = module.strategy.average
         self.found = {
-            "logits": {n: x.masker.logits_OI.detach().clone() for n, x in whole_layers(module.lm)},
+            "logits": {
+                name: whole(layer.masker.logits_OI).clone()
+                for name, layer in masked_layers(module.lm).items()
+            },
             "masks": dict(hard_masks(module.lm)),
             "average": [] if average is None else average.sums.tolist(),
             "logged": {
@@ -113,11 +116,10 @@ def learn(case: Case, text: str, folder: Path, ranks: int = 1) -> dict[str, Any]
         optimizer=lambda params: torch.optim.SGD(params, lr=20.0),
     )
     watch = Watch()
-    sharded = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
     trainer = quiet_trainer(
         folder,
         devices=ranks,
-        strategy="auto" if ranks == 1 else sharded if case.parallel == "fsdp" else "ddp",
+        strategy="auto" if ranks == 1 else case.parallel,
         accumulate_grad_batches=case.accumulate * (2 if ranks == 1 else 1),
         max_steps=case.steps,
         max_epochs=-1,

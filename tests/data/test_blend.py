@@ -127,11 +127,11 @@ def test_position_of_an_iterator_that_has_not_begun() -> None:
     batches = BatchesOfRank(BlendSampler([20], None, seed=1), 4, 0, 1)
     iterator = iter(batches)
     batches.sampler.set_epoch(2)
-    assert iterator.state_dict() == {"epoch": 2, "step": 0}
-    iterator.load_state_dict({"epoch": 1, "step": 5})
-    assert iterator.state_dict() == {"epoch": 1, "step": 5}
+    assert iterator.state_dict() == {"epoch": 2, "batch": 0}
+    iterator.load_state_dict({"epoch": 1, "batch": 5})
+    assert iterator.state_dict() == {"epoch": 1, "batch": 5}
     assert list(iterator) == []
-    iterator.load_state_dict({"epoch": 1, "step": 5})
+    iterator.load_state_dict({"epoch": 1, "batch": 5})
     batches.sampler.set_epoch(2)
-    assert iterator.state_dict() == {"epoch": 2, "step": 0}
+    assert iterator.state_dict() == {"epoch": 2, "batch": 0}
     assert len(list(iterator)) == 5
