@@ -30,6 +30,7 @@ from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
+from sparsify.checks import check_dtype, check_precision, check_shards, check_text
 from sparsify.distillation import Distillation
 from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
 from sparsify.distributed.together import from_rank_zero
@@ -37,7 +38,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
-from sparsify.masked_linear import MaskedConv1D, MaskScope
+from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
 from sparsify.overrides import Overrides
 from sparsify.pattern import NMPattern
@@ -168,7 +169,7 @@ class SparseCausalLM(LightningModule):
         """Load, mask, calibrate and shard; the second call does nothing."""
         if self.model is not None:
             return
-        self._check_precision()
+        check_precision(None if self._trainer is None else self.trainer.precision)
         # In main memory, where Lightning would have it all on the device at once: calibration takes
         # blocks there one by one.
         with torch.device("cpu"):
@@ -187,7 +188,7 @@ class SparseCausalLM(LightningModule):
         layers, self.dense_layers = select(
             model, self.pattern, self.include, self.exclude, self.overrides
         )
-        self._check_dtype(model.dtype)
+        check_dtype(self.strategy, model.dtype)
         model.requires_grad_(self.strategy.weights == "trained")
         fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         if self.distillation.weight and self.strategy.weights == "trained" and fits:
@@ -210,26 +211,6 @@ class SparseCausalLM(LightningModule):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
             # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
-
-    def _check_precision(self) -> None:
-        # Lightning's true precisions convert what is learned too; scaled losses scale gradients
-        # that not all strategies take.
-        precision = None if self._trainer is None else self.trainer.precision
-        if precision not in (None, "32-true", "bf16-mixed"):
-            raise SparsifyError(
-                f"precision {precision}: what is learned stays in float32 and losses are not "
-                "scaled; give --trainer.precision bf16-mixed, or --model.dtype bfloat16 for the "
-                "base weights"
-            )
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        # A step of training is often smaller than half of a bf16 weight's last place, and is lost.
-        if self.strategy.weights in ("trained", "proxy") and dtype != torch.float32:
-            raise SparsifyError(
-                f"dtype {str(dtype).removeprefix('torch.')}: {type(self.strategy).__name__} trains "
-                "weights and needs them in float32; give --model.dtype float32, and "
-                "--trainer.precision bf16-mixed for the speed of bfloat16"
-            )
 
     def _calibrate(self) -> None:
         trainer = self._trainer
@@ -264,20 +245,15 @@ class SparseCausalLM(LightningModule):
     def calibration_windows(self) -> Tensor:
         """Windows of training text, int64 ``[S, T]``."""
         datamodule: Any = cast(Any, self.trainer).datamodule
-        self._check_text(datamodule, "compute")
+        check_text(self.name_or_path, datamodule.embedded, "compute")
         return datamodule.calibration(self.calibration.samples, self.calibration.seed)
-
-    def _check_text(self, datamodule: Any, verb: str) -> None:
-        if self.name_or_path != EMBEDDED and datamodule.embedded:
-            raise SparsifyError(
-                f"no text was named to {verb} the masks of {self.name_or_path!r} from, and the "
-                "embedded text is made for the embedded model; give --data.train FILE"
-            )
 
     def _shard(self) -> None:
         meshes = cast(Any, self.device_mesh)
         mesh = meshes["data_parallel"]
-        self._check_shards(mesh.size(), meshes.size() // mesh.size())
+        check_shards(
+            self.strategy, masked_layers(self.lm), mesh.size(), meshes.size() // mesh.size()
+        )
         if self.gathers_masked:
             check_gather(self.strategy)
             shard_gathering_masked(self.lm, mesh)
@@ -290,29 +266,6 @@ class SparseCausalLM(LightningModule):
                 # none comes, steps would move the gathered copy, and be lost with it.
                 always = True if self.strategy.without_gradients else None
                 fully_shard(model, mesh=mesh, reshard_after_forward=always)
-
-    def _check_shards(self, ranks: int, parts: int) -> None:
-        """Refuse what cannot be sharded over ``ranks``, and layers split in ``parts`` too."""
-        name = type(self.strategy).__name__
-        if parts > 1:
-            raise SparsifyError(
-                f"tensor_parallel_size={parts}: layers are sharded by rows over data-parallel "
-                "ranks, not split for tensor parallelism; give --trainer.strategy fsdp"
-            )
-        if any(p.requires_grad for p in self.strategy.parameters()):
-            raise SparsifyError(
-                f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
-                "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
-            )
-        if self.strategy.weights != "trained":
-            return
-        for name, layer in masked_layers(self.lm).items():
-            if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension
-                raise SparsifyError(
-                    f"{name}: its weight is stored as [in, out], so that {ranks} ranks would each "
-                    "hold a part of every group, which a strategy that trains weights cannot take; "
-                    "run one process"
-                )
 
     @property
     def gathers_masked(self) -> bool:
@@ -336,7 +289,7 @@ class SparseCausalLM(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.learns:
-            self._check_text(cast(Any, self.trainer).datamodule, "learn")
+            check_text(self.name_or_path, cast(Any, self.trainer).datamodule.embedded, "learn")
 
     def training_step(self, batch: Tensor | TokenBatch, batch_idx: int) -> Tensor:
         if not self.learns:

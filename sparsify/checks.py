@@ -1,0 +1,78 @@
+"""What a run refuses before it begins, because it would end in wrong numbers."""
+
+from collections.abc import Mapping
+
+import torch
+
+from sparsify.base import EMBEDDED
+from sparsify.errors import SparsifyError
+from sparsify.masked_linear import MaskedConv1D, MaskedLinear
+from sparsify.strategy import SparsityStrategy
+
+
+def check_precision(precision: str | None) -> None:
+    """Refuse Lightning's true precisions, which convert what is learned too, and scaled losses,
+    which scale gradients that not all strategies take.
+
+    Args:
+        precision: the Trainer's; None without one.
+    """
+    if precision not in (None, "32-true", "bf16-mixed"):
+        raise SparsifyError(
+            f"precision {precision}: what is learned stays in float32 and losses are not "
+            "scaled; give --trainer.precision bf16-mixed, or --model.dtype bfloat16 for the "
+            "base weights"
+        )
+
+
+def check_dtype(strategy: SparsityStrategy, dtype: torch.dtype) -> None:
+    """Refuse to train weights of 16 bits: a step is often smaller than half of their last place,
+    and is lost.
+    """
+    if strategy.weights in ("trained", "proxy") and dtype != torch.float32:
+        raise SparsifyError(
+            f"dtype {str(dtype).removeprefix('torch.')}: {type(strategy).__name__} trains "
+            "weights and needs them in float32; give --model.dtype float32, and "
+            "--trainer.precision bf16-mixed for the speed of bfloat16"
+        )
+
+
+def check_text(model: str, embedded: bool, verb: str) -> None:
+    """Refuse the embedded text for another model than the embedded one.
+
+    Args:
+        model: its name or path.
+        embedded: whether the text is the embedded one.
+        verb: what would be done to the masks.
+    """
+    if model != EMBEDDED and embedded:
+        raise SparsifyError(
+            f"no text was named to {verb} the masks of {model!r} from, and the "
+            "embedded text is made for the embedded model; give --data.train FILE"
+        )
+
+
+def check_shards(
+    strategy: SparsityStrategy, layers: Mapping[str, MaskedLinear], ranks: int, parts: int
+) -> None:
+    """Refuse what cannot be sharded over ``ranks``, and layers split in ``parts`` too."""
+    name = type(strategy).__name__
+    if parts > 1:
+        raise SparsifyError(
+            f"tensor_parallel_size={parts}: layers are sharded by rows over data-parallel "
+            "ranks, not split for tensor parallelism; give --trainer.strategy fsdp"
+        )
+    if any(p.requires_grad for p in strategy.parameters()):
+        raise SparsifyError(
+            f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
+            "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
+        )
+    if strategy.weights != "trained":
+        return
+    for layer_name, layer in layers.items():
+        if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension
+            raise SparsifyError(
+                f"{layer_name}: its weight is stored as [in, out], so that {ranks} ranks would "
+                "each hold a part of every group, which a strategy that trains weights cannot "
+                "take; run one process"
+            )
