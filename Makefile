@@ -18,7 +18,7 @@ table: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/table --save benchmarks/results
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m "slow"

@@ -117,12 +117,14 @@ class Checkpoints(Checkpoint):
             self._prune(trainer, place)
 
     def _prune(self, trainer: Any, newest: Path) -> None:
-        """Remove all but the newest of this run, whatever their numbers are: other runs may have
-        left theirs in the same folder.
+        """Once this run has as many as are kept, remove all others, whatever their numbers are: a
+        run in the same folder may have left its own.
         """
         if self._kept is None:
             self._kept = _former(trainer.ckpt_path, newest)
         self._kept = [*(path for path in self._kept if path != newest), newest][-self.keep :]
+        if len(self._kept) < self.keep:
+            return  # another run's are better than none
         for path in steps_in(newest.parent):
             if path not in self._kept:
                 remove(path)

@@ -71,6 +71,9 @@ def _cause(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno
+        # safetensors has the number in its text alone.
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _FULL:
+            return int(match[1])
         error = error.__cause__ or error.__context__
     return None
 
@@ -131,8 +134,8 @@ class WholeFileIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the file; one that is damaged is a :class:`SparsifyError`."""
-        if "://" not in str(path) and (reason := damage(Path(path))):
-            raise SparsifyError(f"{path}: {reason}; resume from another checkpoint")
+        if "://" not in str(path):
+            check_whole(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
 
 
@@ -216,6 +219,16 @@ def damage(path: Path) -> str:
         return f"it is incomplete: there is no {COMPLETE} in it"
     # Of another writer, such as Lightning's ModelCheckpoint, whose last file this is.
     return damage(path / METADATA) and f"it is incomplete: there is no whole {METADATA} in it"
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a checkpoint that is damaged.
+
+    Raises:
+        SparsifyError: it is.
+    """
+    if reason := damage(path):
+        raise SparsifyError(f"{path}: {reason}; resume from another checkpoint")
 
 
 @lru_cache

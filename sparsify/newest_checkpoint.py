@@ -1,5 +1,6 @@
 """Which checkpoint a command reads: the newest one that is whole."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def newest_whole(path: Path) -> Path:
     bad: list[str] = []
     for candidate in candidates:
         if not (reason := damage(candidate)):
-            for line in bad:
+            for line in bad if os.environ.get("LOCAL_RANK", "0") == "0" else ():
                 print(f"WARNING: {line}; going on from {_named(candidate)}", file=sys.stderr)
             return candidate
         bad.append(f"{_named(candidate)} is left aside: {reason}")

@@ -153,6 +153,11 @@ class SparsityStrategy(nn.Module):
         """Whether it learns from losses alone, so that ``loss`` has no graph."""
         return False
 
+    @property
+    def exchanges_draws(self) -> bool:
+        """Whether ranks exchange what they found, each under draws of its own."""
+        return False
+
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
         self.values.update(

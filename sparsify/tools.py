@@ -419,8 +419,17 @@ ABOUT = {
 }
 
 
+FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite")
+
+
 def run(words: list[str]) -> int:
     """Run one of the commands: its exit status."""
+    # Flags as those of fit: what says nothing says true.
+    following = [*words[1:], "--"]
+    words = [
+        f"{word}=true" if word in FLAGS and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
     try:
         return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
     except BrokenPipeError:  # whoever read our output has seen enough

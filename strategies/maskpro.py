@@ -104,6 +104,10 @@ class MaskPro(StartsFromPrior):
     def without_gradients(self) -> bool:
         return self.estimator not in WITH_GRADIENTS
 
+    @property
+    def exchanges_draws(self) -> bool:
+        return self.estimator != "mean_gradient"
+
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> LogitMasker:
         if self.estimator in WITH_GRADIENTS:
             mean_mask(torch.zeros(1, pattern.m), pattern)  # refuses patterns with too many sets

@@ -14,8 +14,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from sparsify.checkpoint_files import COMPLETE, DiskFull, WholeFileIO, complete, damage, stored_size
+from sparsify.checkpoint_files import (
+    COMPLETE,
+    DiskFull,
+    WholeFileIO,
+    complete,
+    damage,
+    disk_full,
+    partial_path,
+    remove_partials,
+    step_path,
+    stored_size,
+)
+from sparsify.distributed.sharded import Sharded
+from sparsify.distributed.shards import ShardedCheckpointIO
 from sparsify.errors import SparsifyError
 
 CONTENT = {"global_step": 3, "x": torch.arange(20_000.0), "y": {"z": torch.ones(3)}}
@@ -200,3 +214,34 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         WholeFileIO().save_checkpoint(CONTENT, tmp_path / "file" / "a.ckpt")
+
+
+def test_a_full_disk_that_only_a_text_tells_of(tmp_path: Path) -> None:
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(DiskFull, match="No space left on device"), disk_full(tmp_path):
+        raise SafetensorError(text)
+    with pytest.raises(SafetensorError), disk_full(tmp_path):
+        raise SafetensorError(text.replace("28", "5"))
+
+
+def test_shards_are_written_where_the_callback_will_look(tmp_path: Path) -> None:
+    partial = partial_path(step_path(tmp_path, 20))
+    for place in Sharded()._place(partial):
+        (place / "meta.pt").write_bytes(b"")
+    assert [path.name for path in tmp_path.iterdir()] == [".step-00000020.ckpt.partial"]
+    remove_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loaders_refuse_what_is_damaged(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.arange(1000)}}, tmp_path / "one.ckpt")
+    content = bytearray((tmp_path / "one.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "one.ckpt").write_bytes(content)
+    folder = tmp_path / "step-00000020.ckpt"
+    folder.mkdir()
+    torch.save({"state_dict": {}}, folder / "meta.pt")
+    for path, reason in ((tmp_path / "one.ckpt", "damaged"), (folder, "incomplete")):
+        for loader in (Sharded(), ShardedCheckpointIO()):
+            with pytest.raises(SparsifyError, match=reason):
+                loader.load_checkpoint(path)

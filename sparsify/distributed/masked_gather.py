@@ -42,11 +42,11 @@ def check_gather(strategy: Any) -> None:
     """Refuse a strategy that needs more than the gradient of one run at a time.
 
     Raises:
-        SparsifyError: it trains weights, or learns from losses alone.
+        SparsifyError: it trains weights, or its ranks learn from draws of their own.
     """
     name = type(strategy).__name__
-    if strategy.weights != "frozen" or strategy.without_gradients:
-        what = "learns from losses alone" if strategy.without_gradients else "changes weights"
+    if strategy.weights != "frozen" or strategy.exchanges_draws:
+        what = "needs other draws on each rank" if strategy.exchanges_draws else "changes weights"
         raise SparsifyError(
             f"gather masked: {name} {what}, and this is for masks that learn by gradients over "
             "frozen weights; give --model.gather plain"

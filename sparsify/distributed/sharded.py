@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sparsify.checkpoint_files import check_whole, disk_full, partial_path
 from sparsify.distributed.rows import rows_of, sharded, whole
 from sparsify.distributed.shards import (
     StoredRows,
@@ -100,13 +101,19 @@ class Sharded(ModelParallelStrategy):
                 if self.is_global_zero:
                     self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
-        for place in from_rank_zero(self._place(Path(filepath))):
-            with together():
+        path = Path(filepath)
+        for place in from_rank_zero(self._place(path)):
+            with together(), disk_full(path.parent):
                 write_shard(place, checkpoint, self.global_rank, self.world_size)
 
     def _place(self, path: Path) -> Any:
         """Yield the folder to write to; it takes its place when all ranks have."""
-        with partial_folder(path) as partial:
+        if path == partial_path(path):  # whoever asks will put it in its place
+            with disk_full(path.parent):
+                path.mkdir(parents=True, exist_ok=True)
+            yield path
+            return
+        with disk_full(path.parent), partial_folder(path) as partial:
             yield partial
             partial.chmod(0o755)
             replace_folder(partial, path)
@@ -116,6 +123,7 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Read it; of a sharded one, this rank's rows alone."""
         path = Path(checkpoint_path)
+        check_whole(path)
         if not is_sharded(path):
             # Mapped, so that each process reads what it copies.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sparsify.checkpoint_files import WholeFileIO
+from sparsify.checkpoint_files import WholeFileIO, check_whole
 from sparsify.errors import SparsifyError
 
 META = "meta.pt"
@@ -130,5 +130,6 @@ class ShardedCheckpointIO(WholeFileIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if is_sharded(Path(path)):
+            check_whole(Path(path))
             return read_shards(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)

@@ -77,7 +77,7 @@ def _sent(items: Iterable[T]) -> Iterator[T]:
             _broadcast("end", None)
             return
         except Exception as error:
-            _broadcast("failed", _message(error))
+            _broadcast("full" if isinstance(error, DiskFull) else "failed", _message(error))
             raise
         _broadcast("item", item)
         yield item
@@ -88,8 +88,8 @@ def _received() -> Iterator[Any]:
         kind, content = _broadcast("", None)
         if kind == "end":
             return
-        if kind == "failed":
-            raise SparsifyError(f"rank 0: {content}")
+        if kind in ("failed", "full"):
+            raise (DiskFull if kind == "full" else SparsifyError)(f"rank 0: {content}")
         yield content
 
 

@@ -38,7 +38,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 def to_table(plan: Plan) -> Group:
     """The best settings by part, what was tried, and the verdict."""
     best = plan.best
-    parts = Table(title=f"{best.settings.strategy}: GiB on each device at the peak of each phase")
+    parts = Table(
+        title=f"{best.settings.strategy}: GiB a device, at the peak of each phase of learning"
+    )
     parts.add_column("part")
     for phase in best.phases:
         parts.add_column(phase, justify="right")

@@ -4,12 +4,14 @@ torchrun --nproc_per_node 2 gather_run.py FOLDER
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from torch.optim import SGD
 
 import sparsify.module
 from sparsify import SparseCausalLM, TextDataModule
@@ -19,6 +21,7 @@ from sparsify.distributed.rows import whole
 from sparsify.distributed.sharded import Sharded
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategies.maskpro import MaskPro
 from sparsify.trainer import leave_process_group
 from tests.assets.shard_run import odd_llama
 from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
@@ -31,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "distilled": ({"distillation": Distillation(0.5)}, {}),
     "validated": ({}, {"val_check_interval": 2, "limit_val_batches": 1}),
     "odd rows": ({"exclude": "*down_proj"}, {}),
+    "mean mask": ({"optimizer": partial(SGD, lr=1.0)}, {}),
     "bf16": ({}, {}),
 }
 STEPS = 6
@@ -81,9 +85,10 @@ def run(gather: str, name: str, text: Path, traffic: Traffic) -> dict[str, Any]:
     model = odd_llama() if name == "odd rows" else tiny_llama()
     if name == "bf16":
         model = model.bfloat16()
-    module = SparseCausalLM.from_model(
-        model, word_tokenizer(), MaskLLM(prior="magnitude"), gather=gather, **options
-    )
+    strategy = MaskLLM(prior="magnitude")
+    if name == "mean mask":
+        strategy = MaskPro(prior="magnitude", strength=1.0, estimator="mean_gradient")
+    module = SparseCausalLM.from_model(model, word_tokenizer(), strategy, gather=gather, **options)
     note = Note()
     data = TextDataModule(
         train=str(text), validation=str(text), block_size=16, batch_size=2, eval_batch_size=4

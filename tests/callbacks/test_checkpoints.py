@@ -51,10 +51,14 @@ def test_another_run_in_the_same_folder_takes_its_place(tmp_path: Path) -> None:
     trainer, callback = FakeTrainer(tmp_path), Checkpoints()
     for trainer.global_step in (100, 200):
         callback.save(trainer)
-    trainer.global_step = 10
-    Checkpoints().save(trainer)
-    assert sorted(os.listdir(folder)) == names(10)
+    trainer.global_step, other = 10, Checkpoints()
+    other.save(trainer)
+    # Until it has two of its own, the former run's stay.
+    assert sorted(os.listdir(folder)) == names(10, 100, 200)
     assert newest_whole(folder) == folder / "step-00000010.ckpt"
+    trainer.global_step = 20
+    other.save(trainer)
+    assert sorted(os.listdir(folder)) == names(10, 20)
 
 
 def test_a_run_that_goes_on_in_its_folder_keeps_its_own(tmp_path: Path) -> None:

@@ -67,8 +67,10 @@ def test_six_bytes_a_weight_and_step_instead_of_22(ranks: list[dict[str, Any]]) 
 
 def test_what_cannot_gather_masked_weights_is_refused() -> None:
     check_gather(MaskLLM())
-    with pytest.raises(SparsifyError, match="gather masked: MaskPro learns from losses alone"):
-        check_gather(MaskPro())
+    check_gather(MaskPro(estimator="mean_gradient"))
+    for estimator in ("residual", "leave_one_out", "control_variate"):
+        with pytest.raises(SparsifyError, match="MaskPro needs other draws on each rank"):
+            check_gather(MaskPro(estimator=estimator))  # type: ignore[arg-type]
     with pytest.raises(SparsifyError, match="SRSTE changes weights.*--model.gather plain"):
         check_gather(SRSTE())
     pattern = NMPattern(2, 4)
