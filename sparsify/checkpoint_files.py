@@ -56,7 +56,7 @@ def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator
     except DiskFull:
         raise
     except Exception as error:
-        cause = _cause(error)
+        cause = full_disk(error)
         if cause is None:
             raise
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
@@ -66,8 +66,10 @@ def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator
         ) from error
 
 
-def _cause(error: BaseException | None) -> int | None:
-    """The error number of a full disk among an error's causes: torch raises its own on top."""
+def full_disk(error: BaseException | None) -> int | None:
+    """The error number of a full disk, quota or file size limit among an error's causes: torch
+    raises its own on top. None where there is none.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno

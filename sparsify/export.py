@@ -5,7 +5,6 @@ The folder holds the model with exact zeros, its tokenizer, the packed masks and
 """
 
 import copy
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sparsify.base import hash_parameters, hash_tensor
+from sparsify.checkpoint_files import full_disk
 from sparsify.distributed.rows import hard_mask, shipped, whole
 from sparsify.distributed.together import rank_zero, together
 from sparsify.errors import SparsifyError
@@ -140,8 +140,8 @@ def _write(
                 path.chmod(0o755 if path.is_dir() else 0o644)
             check_target(folder, overwrite)  # again: writing takes minutes, and others write too
             replace_folder(partial, folder)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if full_disk(error) is None:
             raise
         raise SparsifyError(
             f"the disk is full: {folder} was not written; nothing else was lost. "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -397,3 +398,15 @@ def test_masks_do_not_change_the_module(tokenizer: PreTrainedTokenizerFast, tmp_
     export(module, tmp_path / "out", {})
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert len(masked_layers(module.lm)) == 14
+
+
+def test_a_full_disk_that_safetensors_tells_of_is_a_message(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # no OSError
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(SparsifyError, match="disk is full.*nothing else was lost"):
+        export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparsify.errors import SparsifyError
 from sparsify.inject import fold, masked_layers
-from sparsify.masked_linear import MaskScope, masked
+from sparsify.masked_linear import MaskScope, can_mask, masked
 from sparsify.masker import FixedMasker
 from sparsify.masks.file import MaskFile, read_masks
 from sparsify.masks.layers import BaseHashes, find_pattern, stored_shapes
@@ -47,6 +47,12 @@ class MaskAdapters:
         self.model = model
         self._hashes = BaseHashes(model)
         self._shapes = stored_shapes(model)
+        self._tied = {
+            id(parameter): name
+            for name, module in model.named_modules()
+            if not can_mask(module)
+            for parameter in module.parameters(recurse=False)
+        }
         self._maskers: dict[str, dict[str, FixedMasker]] = {}
         self._plain: dict[str, nn.Module] = {}  # the layers whose places are taken now
         self._active: str | None = None
@@ -88,6 +94,11 @@ class MaskAdapters:
             raise SparsifyError(
                 f"{layer!r} is no linear layer of this {type(self.model).__name__}; they are "
                 f"called like {next(iter(self._shapes), None)!r}: give masks of this model"
+            )
+        if (other := self._tied.get(id(self.model.get_submodule(layer).weight))) is not None:
+            raise SparsifyError(
+                f"{layer}: its weight is tied to {other}, which a mask would change too; give "
+                "masks that leave it dense"
             )
         shape = (self._shapes[layer].rows, self._shapes[layer].columns)
         if tuple(mask_OI.shape) != shape or mask_OI.dtype != torch.bool:

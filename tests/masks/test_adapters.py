@@ -16,7 +16,7 @@ from sparsify.masks import layers, read_masks, write_masks
 from sparsify.masks.adapters import MaskAdapters
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.masks.cases import random_mask
-from tests.models import FAMILIES
+from tests.models import FAMILIES, tied_llama
 from tests.test_export import MIXED, TOKENS, masked_module
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -292,3 +292,10 @@ def test_masks_of_weights_that_a_strategy_changed_are_refused(tmp_path: Path) ->
         adapters.add("m", tmp_path / "m.nmask")
     adapters.add("m", dict(read_masks(tmp_path / "m.nmask")))
     assert adapters.names == ["m"]
+
+
+def test_a_weight_that_is_tied_to_the_embedding_is_refused() -> None:
+    adapters = MaskAdapters(tied_llama())
+    with pytest.raises(SparsifyError, match="lm_head: its weight is tied to model.embed_tokens"):
+        adapters.add("m", {"lm_head": random_mask(64, 32)})
+    assert adapters.names == []
