@@ -47,6 +47,7 @@ from sparsify.onnx_export import export_onnx
 from sparsify.pattern import NMPattern
 from sparsify.plan import PlanSettings, make_plan, to_dict, to_table
 from sparsify.plan.settings import Device, Precision
+from sparsify.registry import STRATEGIES, plugins
 from sparsify.verify import verify as check_folder
 
 Format = Literal["table", "json"]
@@ -372,7 +373,8 @@ def plan(
         format: table or json.
     """
     if strategy is None:
-        raise SparsifyError("sparsify plan needs --strategy NAME, for instance maskllm")
+        names = ", ".join(plugins(STRATEGIES))
+        raise SparsifyError(f"sparsify plan needs --strategy NAME; there are {names}")
     settings = PlanSettings(
         strategy,
         model,

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.func import functional_call
 from torch.nn.functional import pad
 
-from sparsify.distributed.rows import sharded
+from sparsify.distributed.rows import own_rows, sharded
 from sparsify.errors import SparsifyError
 from sparsify.inject import decoder_blocks, masked_layers
 from sparsify.masked_linear import MaskedConv1D, MaskedLinear
@@ -114,8 +113,7 @@ class MaskedGather:
 
     def __init__(self, layer: MaskedLinear, mesh: DeviceMesh) -> None:
         self._layer, self._mesh = layer, mesh
-        shape, start = compute_local_shape_and_global_offset(layer.masker.shape, mesh, [Shard(0)])
-        self._rows, self._row0 = shape[0], start[0]
+        self._row0, self._rows = own_rows(layer, mesh)
         self._before_backward: Masking = "hard"
         self._gathered: Masking | None = None
         self._penalty = torch.zeros(())
@@ -186,13 +184,11 @@ class MaskedGather:
     def _route(self, weight: Any) -> None:
         """Take the gradient of the masked weight on to what the mask is made of."""
         grad_OI, weight.grad = weight.grad.to_local(), None
-        tensors = {
-            name: p.detach().requires_grad_(own.requires_grad)
-            for (name, p), own in zip(
-                self._tensors().items(), self._layer.masker.parameters(), strict=True
-            )
-        }
-        wanted = [name for name, p in tensors.items() if p.requires_grad]
+        named = dict(self._layer.masker.named_parameters())
+        wanted = [name for name, parameter in named.items() if parameter.requires_grad]
+        tensors = self._tensors()
+        for name in wanted:
+            tensors[name] = tensors[name].detach().requires_grad_()
         with torch.enable_grad():
             masked_OI, penalty = self._mask(self._weight(), self._before_backward, tensors)
             outputs, seeds = [masked_OI], [grad_OI.to(masked_OI.dtype)]
@@ -201,7 +197,6 @@ class MaskedGather:
             grads = torch.autograd.grad(
                 outputs, [tensors[name] for name in wanted], seeds, allow_unused=True
             )
-        named = dict(self._layer.masker.named_parameters())
         for name, grad in zip(wanted, grads, strict=True):
             if grad is not None:
                 _accumulate(named[name], grad)

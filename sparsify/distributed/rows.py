@@ -76,7 +76,7 @@ def shipped(layer: MaskedLinear) -> Tensor | None:
         return layer.masker.harden(layer.weight_OI)
     if type(layer.masker).harden is Masker.harden:
         return None
-    row0, count = _own_rows(layer, mesh)
+    row0, count = own_rows(layer, mesh)
     tensors, weight_OI = _own_tensors(layer.masker), _own_weight(layer, row0, count)
     if count:
         weight_OI = _call(layer.masker, "harden", tensors, weight_OI, row0)
@@ -105,13 +105,14 @@ def _mesh(layer: MaskedLinear) -> DeviceMesh | None:
     return layer.weight.device_mesh if isinstance(layer.weight, DTensor) else None
 
 
-def _own_rows(layer: MaskedLinear, mesh: DeviceMesh) -> tuple[int, int]:
+def own_rows(layer: MaskedLinear, mesh: DeviceMesh) -> tuple[int, int]:
+    """The first row of a layer that this rank holds, and how many."""
     shape, start = compute_local_shape_and_global_offset(layer.masker.shape, mesh, [Shard(0)])
     return start[0], shape[0]
 
 
 def _gathered_ranks(layer: MaskedLinear, mesh: DeviceMesh) -> Tensor:
-    masker, (row0, count) = layer.masker, _own_rows(layer, mesh)
+    masker, (row0, count) = layer.masker, own_rows(layer, mesh)
     tensors, weight_OI = _own_tensors(masker), _own_weight(layer, row0, count)
     groups = masker.shape[1] // masker.pattern.m
     ranks_OG = weight_OI.new_empty(0, groups, dtype=masker.pattern.rank_dtype)
@@ -151,7 +152,7 @@ def _local_metrics(layer: MaskedLinear) -> dict[str, Tensor]:
     mesh = _mesh(layer)
     if mesh is None:
         return layer.masker.metrics()
-    _, count = _own_rows(layer, mesh)
+    _, count = own_rows(layer, mesh)
     own = _call(layer.masker, "metrics", _own_tensors(layer.masker))
     share = count / layer.masker.shape[0]
     if not count:  # the mean over no rows is not a number

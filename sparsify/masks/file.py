@@ -8,9 +8,8 @@ Shapes: O out, I in.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from sparsify.masks.codes import decode, encode
 from sparsify.masks.delta import decode_delta, encode_delta
 from sparsify.masks.index import MAGIC, Index, LayerEntry, read_index
 from sparsify.pattern import NMPattern
+from sparsify.replace import whole_file
 
 SUFFIX = ".nmask"
 FILE_NAME = f"masks{SUFFIX}"
@@ -147,8 +147,8 @@ class MaskWriter:
 
     def __enter__(self) -> "MaskWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
-        self._file, self._partial = os.fdopen(handle, "wb"), Path(partial)
+        self._whole = whole_file(self._path)
+        self._file = self._whole.__enter__()
         self._file.write(MAGIC)
         return self
 
@@ -182,19 +182,12 @@ class MaskWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        self._file.write(self._index.to_bytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._partial.chmod(0o644)
-        self._partial.replace(self._path)
+        if kind is not None:
+            self._whole.__exit__(kind, error, trace)
+            return
+        with ExitStack() as stack:
+            stack.push(self._whole)
+            self._file.write(self._index.to_bytes())
 
 
 def write_masks(

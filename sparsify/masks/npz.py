@@ -7,8 +7,6 @@ holds no shapes: they come from the base model.
 Shapes: O out, I in.
 """
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.masks.layers import LayerShape, check_known, layer_name
+from sparsify.replace import whole_file
 
 MAX_HEADER = 1024  # bytes; NumPy writes 128
 _HEADERS = {
@@ -136,19 +135,12 @@ def write_npz(path: Path, masks: Mapping[str, Tensor], transposed: Container[str
         masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
         transposed: the layers whose weight is stored as ``[I, O]``.
     """
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for name in masks:
-                mask = masks[name].T if name in transposed else masks[name]
-                # Without the time of writing: equal masks make equal files.
-                entry = zipfile.ZipInfo(f"{name}.weight.mask.npy")
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                with archive.open(entry, "w", force_zip64=True) as stream:
-                    bits = np.packbits(mask.cpu().numpy())
-                    np.lib.format.write_array(stream, bits, allow_pickle=False)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name in masks:
+            mask = masks[name].T if name in transposed else masks[name]
+            # Without the time of writing: equal masks make equal files.
+            entry = zipfile.ZipInfo(f"{name}.weight.mask.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                bits = np.packbits(mask.cpu().numpy())
+                np.lib.format.write_array(stream, bits, allow_pickle=False)

@@ -383,3 +383,19 @@ def test_random_damage_never_gives_a_wrong_mask(tmp_path: Path) -> None:
             continue
         assert bytes(damaged) == content
         assert all(torch.equal(got[name], mask) for name, mask in masks.items())
+
+
+def test_an_index_that_cannot_be_written_leaves_the_former_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former = written(tmp_path / FILE_NAME)
+
+    def fail(index: Any) -> bytes:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsify.masks.index.Index.to_bytes", fail)
+        with pytest.raises(OSError, match="no space left"):
+            written(tmp_path / FILE_NAME)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert_holds(read_masks(tmp_path), former)
