@@ -1,0 +1,34 @@
+"""How commands print, and what they refuse to overwrite."""
+
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from sparsify.errors import SparsifyError
+
+Format = Literal["table", "json"]
+
+
+def check_free(out: Path) -> None:
+    """Refuse to write where something is."""
+    if out.exists():
+        raise SparsifyError(f"{out} exists, and stays; name another file")
+
+
+def say_written(out: Path) -> None:
+    """Say that a file or folder was written."""
+    size = f" ({out.stat().st_size:,} bytes)" if out.is_file() else ""
+    say(f"wrote {out}{size}")
+
+
+def say_json(content: Any) -> None:
+    """Print plain values as indented JSON."""
+    print(dumps(content, indent=2))
+
+
+def say(content: Any) -> None:
+    """Print text or a table."""
+    # Text as it is: paths are not to be wrapped, nor brackets read as markup.
+    Console().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
