@@ -23,8 +23,20 @@ from rich.table import Table
 RUNS: dict[str, list[str]] = {
     "dense": ["--strategy=dense"],
     "magnitude": ["--strategy=magnitude"],
+    "wanda": ["--strategy=wanda"],
+    "ria": ["--strategy=ria"],
+    "gblm": ["--strategy=gblm"],
+    "pruner_zero": ["--strategy=pruner_zero"],
+    "dsnot": ["--strategy=dsnot"],
+    "sparsegpt": ["--strategy=sparsegpt"],
+    "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
+    "admm": ["--strategy=admm"],
     "maskllm": ["--strategy=maskllm"],
+    "proxsparse": ["--strategy=proxsparse"],
     "maskpro": ["--strategy=maskpro"],
+    "fixed_mask": ["--strategy=fixed_mask"],
+    "sr_ste": ["--strategy=sr_ste"],
+    "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
     "maskpro, leave-one-out": [
         "--strategy=maskpro",
         "--model.strategy.estimator=leave_one_out",
@@ -35,11 +47,22 @@ RUNS: dict[str, list[str]] = {
         "--data.batch_size=8",
         "--trainer.max_steps=300",
     ],
-    "sr_ste": ["--strategy=sr_ste"],
-    "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
 }
-ONE_SHOT = ("dense", "magnitude")  # the same for every seed
+WITHOUT_SEED = ("dense", "magnitude")  # nothing random enters
+ONE_SHOT = tuple(RUNS)[: tuple(RUNS).index("maskllm")]
 DEMO = ("dense", "magnitude", "maskllm")
+# The course of a run, for the report: five validations, and 15 looks at the masks.
+WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
+STEPS = {"maskpro": 600, "maskpro, leave-one-out": 600}
+
+
+def watched(name: str) -> list[str]:
+    """Options of a run whose course is to be drawn."""
+    if name in ONE_SHOT:
+        return []
+    steps = STEPS.get(name, 300)
+    looks = ["--masks.per_layer=false", f"--masks.every_n_steps={steps // 15}"]
+    return [*WATCHED, f"--trainer.val_check_interval={steps // 4}", *looks]
 
 
 def loss(result: dict[str, Any], text: str = "overall") -> float:
@@ -95,16 +118,20 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
-        for name in args.only or (RUNS if args.all else DEMO):
-            seeds = args.seeds[:1] if name in ONE_SHOT else args.seeds
-            results[name] = [
-                fit(
-                    f"{name}, seed {seed}",
-                    [*RUNS[name], "--logger=csv", f"--model.seed={seed}", f"--data.seed={seed}"],
-                    folder,
-                )
-                for seed in seeds
-            ]
+        names = args.only or (list(RUNS) if args.all else DEMO)
+        for seed in args.seeds:
+            for name in names:
+                if name in WITHOUT_SEED and seed != args.seeds[0]:
+                    continue
+                seeds = [f"--{part}.seed={seed}" for part in ("model", "data", "model.calibration")]
+                options = [
+                    *RUNS[name],
+                    "--logger=csv",
+                    *seeds,
+                    *(watched(name) if args.all else []),
+                ]
+                result = fit(f"{name}, seed {seed}", options, folder)
+                results.setdefault(name, []).append(result)
     if args.only:
         return
     check_protocol([row for rows in results.values() for row in rows])

@@ -1,6 +1,5 @@
 """Ends a run: measures what was made on the test text, and writes it out."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from sparsify.batch import split_batch
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.graceful_stop import GracefulStop
-from sparsify.callbacks.throughput import Throughput, peak_memory
+from sparsify.callbacks.history import history
+from sparsify.callbacks.mask_logging import mask_logging
+from sparsify.callbacks.measure import measure_test
+from sparsify.callbacks.throughput import cost, peak_memory, throughput
 from sparsify.checkpoint_files import DiskFull
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import (
-    PerplexityMeter,
-    Score,
-    make_result,
-    score_metrics,
-    write_json,
-)
+from sparsify.evaluation import Score, make_result, score_metrics, write_json
 from sparsify.export import check_target, export
-from sparsify.progress import Progress, tracked
+from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
 
@@ -57,6 +52,7 @@ class EvaluateAndExport(Callback):
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
         if stopped or trainer.fast_dev_run:
             return
+        throughput(trainer).stop()  # whose own turn may come later
         checkpoint, unsaved = _save(trainer)
         try:
             if self.enabled:
@@ -72,15 +68,10 @@ class EvaluateAndExport(Callback):
     def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
             trainer.progress_bar_callback.finish()
-        data: Any = trainer.datamodule
         # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
-        if trainer.limit_val_batches and pl_module.validated_at != trainer.global_step:
-            scores = _measure_all(trainer, pl_module, data.validation_names, data.val_dataloader())
-            _log(trainer, "val", scores)
-        data.setup("test")
-        scores = _measure_all(trainer, pl_module, data.test_names, data.test_dataloader())
-        _log(trainer, "test", scores)
-        self._finish(trainer, pl_module, "test", scores)
+        if pl_module.validated_at != trainer.global_step:
+            history(trainer).measure(trainer, pl_module)
+        self._finish(trainer, pl_module, "test", measure_test(trainer, pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING and not getattr(trainer, "sensing", False):
@@ -94,6 +85,7 @@ class EvaluateAndExport(Callback):
 
     def _finish(self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]) -> None:
         result = self._report(trainer, pl_module, split, scores)
+        _log(trainer, split, scores, result)
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
         export(pl_module, folder, record, self.overwrite)
@@ -108,6 +100,11 @@ class EvaluateAndExport(Callback):
             describe_protocol(pl_module, trainer.datamodule, split),
             scores,
         )
+        result["history"] = {
+            "validation": history(trainer).validations,
+            "masks": mask_logging(trainer).looks,
+        }
+        result["masks"] = mask_logging(trainer).describe(pl_module)
         if trainer.is_global_zero:
             name = "result.json" if split == "test" else f"result-{split}.json"
             path = run_folder(trainer) / name
@@ -118,33 +115,14 @@ class EvaluateAndExport(Callback):
         return result
 
 
-def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Score]:
-    """The scores of named texts under the hard masks, in the trainer's precision; none where there
-    is no text.
-    """
-    meter = PerplexityMeter(batches, pl_module.device)
-    for name, some in batches.items():
-        for batch in some:
-            batch = batch.to(pl_module.device)
-            with trainer.precision_plugin.val_step_context():
-                losses_BT = pl_module.window_losses(batch)
-            meter.update(name, losses_BT, split_batch(batch)[1])
-    return meter.scores() if batches else {}
-
-
-def _measure_all(trainer: Any, pl_module: Any, names: list[str], loaders: Any) -> dict[str, Score]:
-    """Of whole texts, with their progress."""
-    watched = {
-        name: tracked(loader, f"measuring {name}", trainer)
-        for name, loader in zip(names, loaders, strict=True)
-    }
-    return measure(trainer, pl_module, watched)
-
-
-def _log(trainer: Any, split: str, scores: dict[str, Score]) -> None:
-    if scores:
-        for logger in trainer.loggers:
-            logger.log_metrics(score_metrics(split, scores), step=trainer.global_step)
+def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, Any]) -> None:
+    """The end of a run, under the same names for every strategy."""
+    names = ("tokens", "seconds", "peak_memory_gib")
+    metrics = {f"run/{name}": float(result["run"][name]) for name in names}
+    masks = result["masks"] or {}
+    metrics |= {f"masks/{name}": value for name, value in masks.items() if name != "layers"}
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics | score_metrics(split, scores), step=trainer.global_step)
 
 
 def _exporting(trainer: Any) -> bool:
@@ -162,8 +140,7 @@ def _save(trainer: Any) -> tuple[Path | None, DiskFull | None]:
 
 def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """What was done, as it stands in a result file."""
-    speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
-    device = pl_module.device
+    device, now = pl_module.device, cost(trainer, pl_module)
     distils = pl_module.distillation.weight and pl_module.learns
     return {
         "strategy": pl_module.strategy.describe(),
@@ -174,8 +151,8 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "distillation": asdict(pl_module.distillation) if distils else None,
         "seed": pl_module.seed,
         "steps": pl_module.steps if pl_module.learns else 0,
-        "tokens": speed.tokens if pl_module.learns else 0,
-        "seconds": round(speed.seconds, 1),
+        "tokens": now["tokens"],
+        "seconds": round(now["seconds"], 1),
         "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

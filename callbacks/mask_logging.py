@@ -1,13 +1,20 @@
 """Shows how the masks move."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from sparsify.distributed.rows import mask_ranks, metrics
+from sparsify.callbacks.throughput import cost
+from sparsify.distributed.rows import mask_ranks, metrics, retained_norms
 from sparsify.inject import masked_layers
+
+Ranks = Mapping[str, Tensor]
+Table = dict[str, dict[str, Tensor]]
+WHOLE = "whole model"
 
 
 class MaskLogging(Callback):
@@ -16,6 +23,8 @@ class MaskLogging(Callback):
     - ``flips``: the share of groups whose hard mask changed since the last look;
     - ``distance``: the share of groups whose hard mask differs from the one at the start, the
       prior;
+    - ``retained_norm``: the l1 norm of the kept weights, 1 being that of the largest of every
+      group (Fang et al. 2024, figure 6);
     - what the masker tells of its distribution, such as entropy and largest probability;
     - over all only, ``soft_hard_gap``: loss of the last batch under its draw minus under the hard
       mask, nats.
@@ -25,11 +34,15 @@ class MaskLogging(Callback):
     Args:
         every_n_steps: optimizer steps between two looks.
         per_layer: also log each layer by itself.
+
+    Attributes:
+        looks: step, tokens, seconds and what was logged over all layers, for the result file.
     """
 
     def __init__(self, every_n_steps: int = 50, per_layer: bool = True) -> None:
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
+        self.looks: list[dict[str, float]] = []
         self._first: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
 
@@ -52,43 +65,85 @@ class MaskLogging(Callback):
         if not pl_module.learns or not self._first:
             return
         now = _ranks(pl_module)
-        table = {
-            name: {
-                "flips": _changed(now[name], self._last[name]),
-                "distance": _changed(now[name], self._first[name]),
-            }
-            for name in now
-        }
-        for name, row in metrics(masked_layers(pl_module.lm)).items():
-            table[name] |= row
+        table = _table(pl_module, {"flips": (now, self._last), "distance": (now, self._first)})
         self._last = now
-        weights = {name: ranks.numel() for name, ranks in now.items()}
-        total = sum(weights.values())
-        found: dict[str, Tensor] = {}
-        for metric in next(iter(table.values())):
-            shares = (row[metric] * (weights[name] / total) for name, row in table.items())
-            found[f"masks/{metric}"] = torch.stack(list(shares)).sum()
         if pl_module.task_loss is not None:
             hard = pl_module.window_losses(batch).mean()
-            found["masks/soft_hard_gap"] = pl_module.task_loss - hard
-        for name, value in found.items():  # for the progress bar, and callbacks that stop a run
-            pl_module.log(name, value, prog_bar=name == "masks/flips", logger=False)
-        if self.per_layer:
-            for name, row in table.items():
-                found |= {f"layers/{name}/{metric}": value for metric, value in row.items()}
-        if trainer.loggers:
+            table[WHOLE]["soft_hard_gap"] = pl_module.task_loss - hard
+        for name, value in table[WHOLE].items():  # for the progress bar, and callbacks that stop
+            pl_module.log(f"masks/{name}", value, prog_bar=name == "flips", logger=False)
+        numbers = _fetch(table if self.per_layer else {WHOLE: table[WHOLE]})
+        whole = numbers.pop(WHOLE)
+        at = {"step": trainer.global_step, **cost(trainer, pl_module)}
+        self.looks = [*(look for look in self.looks if look["step"] < at["step"]), at | whole]
+        found = {f"masks/{name}": value for name, value in whole.items()}
+        for name, row in numbers.items():
+            found |= {f"layers/{name}/{metric}": value for metric, value in row.items()}
+        for logger in trainer.loggers:
             # Straight to the loggers, once: Lightning would repeat them until the next look.
-            numbers = torch.stack([value.float() for value in found.values()]).tolist()
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    dict(zip(found, numbers, strict=True)), step=trainer.global_step - 1
-                )
+            logger.log_metrics(found, step=trainer.global_step - 1)
+
+    @torch.no_grad()
+    def describe(self, pl_module: Any) -> dict[str, Any] | None:
+        """The present masks, for a result file: what is logged of them over all, and of each layer
+        under ``layers``; None where nothing is masked.
+        """
+        if not masked_layers(pl_module.lm):
+            return None
+        moved = {"distance": (_ranks(pl_module), self._first)} if self._first else {}
+        numbers = _fetch(_table(pl_module, moved))
+        return {**numbers.pop(WHOLE), "layers": numbers}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "last": self._last}
+        return {"first": self._first, "last": self._last, "looks": self.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first, self._last = state_dict["first"], state_dict["last"]
+        self.looks = state_dict["looks"]
+
+
+def mask_logging(trainer: Any) -> MaskLogging:
+    """The trainer's, or one that has seen nothing."""
+    return next((c for c in trainer.callbacks if isinstance(c, MaskLogging)), MaskLogging())
+
+
+def _table(pl_module: Any, moved: Mapping[str, tuple[Ranks, Ranks]]) -> Table:
+    """All metrics by layer, and over all layers as ``WHOLE``.
+
+    Args:
+        pl_module: the module.
+        moved: pairs of masks, whose differences are metrics of these names.
+    """
+    layers = masked_layers(pl_module.lm)
+    norms, rows = retained_norms(layers), metrics(layers)
+    table: Table = {
+        name: {metric: _changed(now[name], then[name]) for metric, (now, then) in moved.items()}
+        | {"retained_norm": _ratio(norms[name])}
+        | rows[name]
+        for name in layers
+    }
+    groups = {
+        name: math.prod(layer.masker.shape) / layer.masker.pattern.m
+        for name, layer in layers.items()
+    }
+    total, every = sum(groups.values()), list(table.values())
+    whole = {}
+    for metric in (m for m in every[0] if all(m in row for row in every)):
+        parts = [row[metric] * (groups[name] / total) for name, row in table.items()]
+        whole[metric] = torch.stack(parts).sum()
+    whole["retained_norm"] = _ratio(torch.stack(list(norms.values())).sum(0))
+    return table | {WHOLE: whole}
+
+
+def _fetch(table: Table) -> dict[str, dict[str, float]]:
+    """The numbers, all in one transfer."""
+    values = [value.float() for row in table.values() for value in row.values()]
+    numbers = iter(torch.stack(values).tolist())
+    return {name: {metric: next(numbers) for metric in row} for name, row in table.items()}
+
+
+def _ratio(norms: Tensor) -> Tensor:
+    return norms[0] / norms[1].clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def _ranks(pl_module: Any) -> dict[str, Tensor]:

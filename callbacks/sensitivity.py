@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from rich.table import Table
 
-from sparsify.callbacks.evaluate_and_export import console, describe_run, measure, pattern_text
+from sparsify.callbacks.evaluate_and_export import console, describe_run, pattern_text
+from sparsify.callbacks.measure import measure
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import OVERALL, Score, make_result, write_json
 from sparsify.progress import Progress, tracked

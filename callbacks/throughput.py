@@ -1,4 +1,4 @@
-"""Reports speed and memory."""
+"""Reports speed and memory, and what a run has cost so far."""
 
 import resource
 import time
@@ -15,19 +15,48 @@ class Throughput(Callback):
     """Logs tokens per second since the last look, and the peak memory of the process or its GPU.
 
     Attributes:
-        tokens: tokens trained on by all ranks, over all resumes.
-        seconds: wall time spent training, over all resumes, without what comes after.
+        tokens: tokens trained on by all ranks, over all resumes, with those of the present batch.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.seconds = 0.0
+        self._seconds = 0.0  # until the clock last stopped
+        self._since: float | None = None  # None while it stands
         self._seen = 0
-        self._seen_in = 0.0
-        self._since = 0.0
+        self._seen_at = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent training, over all resumes, without validation and what comes after."""
+        running = 0.0 if self._since is None else time.monotonic() - self._since
+        return self._seconds + running
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._since, self._seen, self._seen_in = time.monotonic(), 0, 0.0
+        self._since = time.monotonic()
+        self._seen, self._seen_at = 0, self._seconds
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.stop()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._since is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()  # steps that were begun are training, not validation
+        self.stop()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._since = time.monotonic()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._seconds, self._since = self.seconds, None
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: torch.Tensor | TokenBatch, batch_idx: int
+    ) -> None:
+        tokens = batch.numel() * data_parallel(trainer)[1]
+        self.tokens += tokens
+        self._seen += tokens
 
     def on_train_batch_end(
         self,
@@ -37,24 +66,31 @@ class Throughput(Callback):
         batch: torch.Tensor | TokenBatch,
         batch_idx: int,
     ) -> None:
-        ranks = data_parallel(trainer)[1]
-        self.tokens += batch.numel() * ranks
-        self._seen += batch.numel() * ranks
-        now = time.monotonic()
-        elapsed, self._since = now - self._since, now
-        self.seconds += elapsed
-        self._seen_in += elapsed
         every = trainer.log_every_n_steps
         if pl_module.learns and every and trainer.global_step % every == 0:
-            pl_module.log("speed/tokens_per_second", self._seen / self._seen_in)
+            seconds = self.seconds
+            pl_module.log("speed/tokens_per_second", self._seen / (seconds - self._seen_at))
             pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
-            self._seen, self._seen_in = 0, 0.0
+            self._seen, self._seen_at = 0, seconds
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+
+
+def throughput(trainer: Any) -> Throughput:
+    """The trainer's, or one that has seen nothing."""
+    return next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
+
+
+def cost(trainer: Any, pl_module: Any) -> dict[str, float]:
+    """What training has taken so far: ``tokens`` and ``seconds``; 0 where nothing is learned."""
+    speed = throughput(trainer)
+    if not pl_module.learns:
+        return {"tokens": 0, "seconds": 0.0}
+    return {"tokens": speed.tokens, "seconds": round(speed.seconds, 2)}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ Shapes: O out, I in, G groups = I / M, M group size.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 
 import torch
@@ -74,30 +74,63 @@ def mean_mask(logits_OI: Tensor, pattern: NMPattern) -> Tensor:
     Raises:
         SparsifyError: there are more than ``MAX_SETS`` sets.
     """
-    n, m = pattern.n, pattern.m
-    sets = sum(math.comb(m, k) for k in range(n))
-    if sets > MAX_SETS:
+    mean: dict[int, Tensor] = {}
+    for _, i, term in _draws(_weights(logits_OI, pattern), pattern):
+        mean[i] = mean[i] + term if i in mean else term
+    return torch.stack([mean[i] for i in range(pattern.m)], -1).flatten(-2)
+
+
+def mask_probabilities(logits_OI: Tensor, pattern: NMPattern) -> Tensor:
+    """The probability of every candidate mask, exact.
+
+    Args:
+        logits_OI: ``[O, I]``.
+        pattern: the N:M pattern.
+
+    Returns:
+        ``[O, K, G]`` for the K candidates in the pattern's order; sums to 1 over K.
+
+    Raises:
+        SparsifyError: the draws go through more than ``MAX_SETS`` sets.
+    """
+    found: dict[frozenset[int], Tensor] = {}
+    for drawn, _, term in _draws(_weights(logits_OI.detach(), pattern), pattern):
+        if len(drawn) == pattern.n:
+            found[drawn] = found[drawn] + term if drawn in found else term
+    candidates = itertools.combinations(range(pattern.m), pattern.n)
+    return torch.stack([found[frozenset(candidate)] for candidate in candidates], 1)
+
+
+def sets_of(pattern: NMPattern) -> int:
+    """How many sets of positions the draws of a group go through."""
+    return sum(math.comb(pattern.m, k) for k in range(pattern.n))
+
+
+def _draws(
+    weights: list[Tensor], pattern: NMPattern
+) -> Iterator[tuple[frozenset[int], int, Tensor]]:
+    """Every way to draw one more position: (the set with it, the position, probability ``[O, G]``
+    of having drawn the set with this position last).
+    """
+    if (sets := sets_of(pattern)) > MAX_SETS:
         raise SparsifyError(
             f"pattern {pattern}: the mean of its Plackett-Luce masks goes through {sets:,} sets of "
             f"positions a group, and at most {MAX_SETS} are allowed; take a smaller N or M, for "
             "instance '4:8'"
         )
-    weights = _weights(logits_OI, pattern)
-    mean: dict[int, Tensor] = {}
     level = {frozenset[int](): torch.ones_like(weights[0])}  # P(the first k draws are this set)
-    for _ in range(n):
+    for _ in range(pattern.n):
         next_level: dict[frozenset[int], Tensor] = {}
         for drawn, probability in level.items():
-            left = [i for i in range(m) if i not in drawn]
+            left = [i for i in range(pattern.m) if i not in drawn]
             total = _sum(weights[i] for i in left)
             for i in left:
                 # Not (probability / total) * weight: its gradient holds 1 / total**2, an overflow.
                 term = probability * (weights[i] / total)
-                mean[i] = mean[i] + term if i in mean else term
                 grown = drawn | {i}
                 next_level[grown] = next_level[grown] + term if grown in next_level else term
+                yield grown, i, term
         level = next_level
-    return torch.stack([mean[i] for i in range(m)], -1).flatten(-2)
 
 
 def _score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:

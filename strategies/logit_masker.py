@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sparsify import noise
+from sparsify.distribution import describe_distribution
 from sparsify.masked_linear import local_rows
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
-from sparsify.plackett_luce import mean_mask, score
+from sparsify.plackett_luce import MAX_SETS, mask_probabilities, mean_mask, score, sets_of
 
 # Weights whose masks and scores are made at once: some 40 MB of temporaries.
 AT_ONCE = 1 << 20
@@ -134,10 +135,23 @@ class LogitMasker(Masker):
         return self.pattern.top(self.logits_OI)
 
     def metrics(self) -> dict[str, Tensor]:
-        """How far the logits of kept weights lie above those of dropped ones, on average."""
-        groups = self.pattern.groups(self.logits_OI.detach()).sort(-1, descending=True).values
-        n = self.pattern.n
-        return {"margin": (groups[..., n - 1] - groups[..., n]).mean()}
+        """How far the logits of kept weights lie above those of dropped ones, on average; and where
+        the candidates are not too many, how sure the distribution is.
+        """
+        logits_OI, n = local_rows(self.logits_OI.detach()), self.pattern.n
+        few, table_KM = sets_of(self.pattern) <= MAX_SETS, self.pattern.table(logits_OI.device)
+        found: dict[str, Tensor] = {}
+        # A process may hold no row; what it tells then does not count, but its names do.
+        for rows in list(_chunks(logits_OI)) or [slice(0, 0)]:
+            share = (rows.stop - rows.start) / max(1, len(logits_OI))
+            groups = self.pattern.groups(logits_OI[rows]).sort(-1, descending=True).values
+            part = {"margin": (groups[..., n - 1] - groups[..., n]).mean()}
+            if few:
+                part |= describe_distribution(
+                    mask_probabilities(logits_OI[rows], self.pattern), table_KM
+                )
+            found = {name: found.get(name, 0) + share * value for name, value in part.items()}
+        return found
 
 
 def first_row(values_OI: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import noise
+from sparsify.distribution import describe_distribution
 from sparsify.errors import SparsifyError
 from sparsify.masker import Draw, Masker
 from sparsify.pattern import NMPattern
@@ -94,9 +95,8 @@ class CandidateMasker(Masker):
         return self.pattern.unrank(self.logits_OKG.argmax(1))
 
     def metrics(self) -> dict[str, Tensor]:
-        log_p = torch.log_softmax(self.values["kappa"] * self.logits_OKG.detach(), dim=1)
-        p = log_p.exp()
-        return {"entropy": -(p * log_p).sum(1).mean(), "max_probability": p.amax(1).mean()}
+        probability_OKG = torch.softmax(self.values["kappa"] * self.logits_OKG.detach(), dim=1)
+        return describe_distribution(probability_OKG, self.table_KM)
 
 
 class MaskLLM(StartsFromPrior):

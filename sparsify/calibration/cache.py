@@ -106,11 +106,14 @@ class ResultWriter:
             save_file(tensors, path, {"layer": name})
             self._hashes[path.name] = _hash(path)
 
-    def finish(self) -> None:
-        """Put the result in its place, unless another run was faster."""
+    def finish(self, seconds: float) -> None:
+        """Put the result, which took so long to compute, in its place, unless another run was
+        faster.
+        """
         if self._partial is not None and not self._folder.exists():
             with self._guard():
-                (self._partial / INDEX).write_text(json.dumps(self._hashes), encoding="utf-8")
+                index = {"seconds": seconds, "files": self._hashes}
+                (self._partial / INDEX).write_text(json.dumps(index), encoding="utf-8")
                 self._partial.rename(self._folder)
                 log.info("kept the calibration's result in %s", self._folder)
 
@@ -130,9 +133,9 @@ def read_results(
         SparsifyError: a file is damaged.
     """
     try:
-        hashes = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        hashes = _read_index(folder)["files"]
         damaged = [name for name, digest in hashes.items() if _hash(folder / name) != digest]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         damaged = [str(error)]
     if damaged:
         raise SparsifyError(
@@ -146,6 +149,15 @@ def read_results(
             updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
             weight_OI = file.get_tensor("weight_OI") if updated else None
         yield name, LayerResult(mask_OI, weight_OI)
+
+
+def computing_seconds(folder: Path) -> float:
+    """How long the stored result took to compute."""
+    return float(_read_index(folder)["seconds"])
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
 
 
 def _hash(path: Path) -> str:

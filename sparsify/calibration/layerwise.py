@@ -19,7 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify.calibration.activations import Activations, moved
-from sparsify.calibration.cache import ResultWriter, read_results, result_folder, text_hash
+from sparsify.calibration.cache import (
+    ResultWriter,
+    computing_seconds,
+    read_results,
+    result_folder,
+    text_hash,
+)
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
@@ -116,7 +122,7 @@ class Layerwise:
                 self._finish_block()
                 yield from self._finished()
             if self._writer is not None:
-                self._writer.finish()
+                self._writer.finish(time.perf_counter() - start)
         except _Known as known:
             folder = known.folder
         finally:
@@ -126,8 +132,10 @@ class Layerwise:
             for name, result in read_results(folder, self._patterns):
                 yield name, result.to(self._layers[name].weight.device)
         if self.record is not None:
-            self.record["seconds"] = round(time.perf_counter() - start, 1)
-            self.record["cached"] = folder is not None
+            # A result that was there cost what computing it cost, or comparisons would mislead.
+            now = time.perf_counter() - start
+            seconds = now if folder is None else computing_seconds(folder)
+            self.record |= {"seconds": round(seconds, 1), "cached": folder is not None}
 
     def _finish_block(self) -> None:
         self._done.update(self._results)

@@ -100,6 +100,36 @@ def metrics(layers: Mapping[str, MaskedLinear]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@torch.no_grad()
+def retained_norms(layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
+    """By layer, over all rows, fp64 ``[2]``: the l1 norm of the weights that the hard mask keeps,
+    and of the N largest of every group.
+    """
+    norms = {name: _local_norms(layer) for name, layer in layers.items()}
+    mesh = next((m for layer in layers.values() if (m := _mesh(layer)) is not None), None)
+    if mesh is None:
+        return norms
+    values = torch.stack(list(norms.values()))
+    dist.all_reduce(values, group=mesh.get_group())
+    return dict(zip(norms, values.unbind(), strict=True))
+
+
+def _local_norms(layer: MaskedLinear) -> Tensor:
+    masker, mesh = layer.masker, _mesh(layer)
+    if mesh is None:
+        weight_OI = layer.weight_OI.detach()
+        mask_OI = masker.hard_mask(weight_OI)
+    else:
+        row0, count = own_rows(layer, mesh)
+        weight_OI = _own_weight(layer, row0, count)
+        if not count:
+            return weight_OI.new_zeros(2, dtype=torch.float64)
+        mask_OI = _call(masker, "hard_mask", _own_tensors(masker), weight_OI, row0)
+    size_OI = weight_OI.abs()
+    masks = (mask_OI, masker.pattern.top(size_OI))
+    return torch.stack([torch.where(mask, size_OI, 0).sum(dtype=torch.float64) for mask in masks])
+
+
 def _mesh(layer: MaskedLinear) -> DeviceMesh | None:
     """Over what the layer is sharded now; FSDP2 takes it together for its own forward."""
     return layer.weight.device_mesh if isinstance(layer.weight, DTensor) else None

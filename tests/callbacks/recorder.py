@@ -70,7 +70,8 @@ def run(
 ) -> tuple[Recorder, Snapshots]:
     """Train for some steps at a rate that moves the masks."""
     recorder, snapshots = Recorder(), Snapshots()
-    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16, batch_size=4)
+    train = str(text / "train.txt")
+    data = sparsify.TextDataModule(train=train, validation=train, block_size=16, batch_size=4)
     settings = {
         "callbacks": [Annealing(), *callbacks, snapshots],
         "logger": recorder,
