@@ -48,6 +48,7 @@ RUNS: dict[str, list[str]] = {
         "--trainer.max_steps=300",
     ],
 }
+SEEDED = ("model", "data", "model.calibration")
 WITHOUT_SEED = ("dense", "magnitude")  # nothing random enters
 ONE_SHOT = tuple(RUNS)[: tuple(RUNS).index("maskllm")]
 DEMO = ("dense", "magnitude", "maskllm")

@@ -161,6 +161,7 @@ class Layerwise:
             self.record = {
                 "samples": samples,
                 "block_size": block_size,
+                "tokens": samples * block_size,
                 "seed": self._settings.seed,
                 "sha256": text_hash(self._windows_ST),
                 "activations": self._settings.activations,
