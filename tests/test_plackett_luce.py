@@ -245,6 +245,17 @@ def test_mean_mask_is_the_mean_of_all_masks(n: int, m: int) -> None:
     assert pl.mean_mask(logits.half(), pattern).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (2, 16)])
+def test_the_probability_of_every_mask(n: int, m: int) -> None:
+    pattern, logits = NMPattern(n, m), random_logits(2, 3 * m, std=2.0)
+    found = pl.mask_probabilities(logits, pattern)
+    assert found.shape == (2, pattern.candidates, 3)
+    for got, row in zip(found.movedim(1, -1).flatten(0, 1), logits.view(-1, m), strict=True):
+        expected = log_probability(row, pattern.table()).exp()
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert pl.mask_probabilities(logits.half(), pattern).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (2, 8)])
 def test_mean_mask_is_differentiable(n: int, m: int) -> None:
     pattern, logits = NMPattern(n, m), random_logits(1, 2 * m).requires_grad_()
@@ -270,6 +281,8 @@ def test_too_many_sets_are_refused() -> None:
     torch.testing.assert_close(even, torch.full((1, 8), 0.5))
     with pytest.raises(SparsifyError, match=r"3:16: .* 137 sets .* at most 128 .*; take a smaller"):
         pl.mean_mask(torch.zeros(1, 16), NMPattern(3, 16))
+    with pytest.raises(SparsifyError, match="137 sets"):
+        pl.mask_probabilities(torch.zeros(1, 16), NMPattern(3, 16))
 
 
 def test_estimators_of_a_gradient_rank_as_they_should() -> None:

@@ -58,6 +58,20 @@ def run(
     return results, bool(passes)
 
 
+def test_a_stored_result_tells_what_computing_it_took(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 100.0, 100.0, 1000.0, 1001.0])
+    monkeypatch.setattr("sparsify.calibration.layerwise.time.perf_counter", lambda: next(clock))
+    records = []
+    for _ in range(2):
+        engine = masked(tiny_llama(), Calibration())
+        list(engine.run(Wanda()))
+        assert engine.record is not None
+        records.append((engine.record["cached"], engine.record["seconds"]))
+    assert records == [(False, 100.0), (True, 100.0)]
+
+
 def assert_same(found: Results, expected: Results) -> None:
     """The same layers in the same order with bit-equal masks and weights."""
     assert list(found) == list(expected)

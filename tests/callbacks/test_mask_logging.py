@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.callbacks.mask_logging import MaskLogging
+from sparsify.callbacks.throughput import Throughput
+from sparsify.inject import masked_layers
 from tests.callbacks.recorder import run
 from tests.conftest import tiny_llama
 
@@ -44,7 +46,66 @@ def test_numbers_are_those_of_a_recount(
             groups += logits[:, 0].numel()
         assert logged["masks/entropy"][step] == pytest.approx(entropy / groups, rel=1e-4)
         assert logged["masks/max_probability"][step] == pytest.approx(largest / groups, rel=1e-4)
+        norms = {name: retained(mask, name) for name, mask in now.items()}
+        for name, (kept, largest) in norms.items():
+            assert logged[f"layers/{name}/retained_norm"][step] == pytest.approx(kept / largest)
+        kept, largest = (sum(part) for part in zip(*norms.values(), strict=True))
+        assert logged["masks/retained_norm"][step] == pytest.approx(kept / largest)
+        assert kept < largest
     assert logged["masks/distance"][6] > logged["masks/distance"][2]
+
+
+def retained(mask: torch.Tensor, name: str) -> tuple[float, float]:
+    """The sum of sizes that a mask keeps, and of the two largest of every four."""
+    weight = tiny_llama().get_submodule(name).weight.detach().abs()
+    groups = weight.view(-1, 4).tolist()
+    return float((weight * mask).sum()), sum(sum(sorted(group)[2:]) for group in groups)
+
+
+def test_looks_and_the_end_are_kept_for_the_result_file(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    looking, speed = MaskLogging(every_n_steps=2, per_layer=False), Throughput()
+    recorder, _ = run(model, tokenizer, text, tmp_path, [looking, speed])
+    assert [look["step"] for look in looking.looks] == [2, 4, 6]
+    assert [look["tokens"] for look in looking.looks] == [2 * 64, 4 * 64, 6 * 64]
+    seconds = [look["seconds"] for look in looking.looks]
+    assert 0 < seconds[0] <= seconds[1] <= seconds[2] <= round(speed.seconds, 2)
+    for look in looking.looks:
+        own = {n: v for n, v in look.items() if n not in ("step", "tokens", "seconds")}
+        logged = {n: v[look["step"]] for n, v in recorder.logged.items() if n.startswith("masks/")}
+        assert {f"masks/{name}": value for name, value in own.items()} == logged
+    end = looking.describe(Built(model))
+    assert end is not None
+    layers = end.pop("layers")
+    gone = {"flips", "soft_hard_gap", "step", "tokens", "seconds"}
+    assert set(end) == set(looking.looks[-1]) - gone
+    assert end["distance"] == looking.looks[-1]["distance"]
+    assert set(layers) == set(masked_layers(model))
+    assert all(set(row) == set(end) for row in layers.values())
+    state = looking.state_dict()
+    later = MaskLogging(every_n_steps=2)
+    later.load_state_dict(state)
+    run(tiny_llama(), tokenizer, text, tmp_path, [later], steps=4)
+    assert [look["step"] for look in later.looks] == [2, 4], "what comes again takes its place"
+
+
+class Built:
+    """A module that holds a masked model."""
+
+    def __init__(self, lm: LlamaForCausalLM) -> None:
+        self.lm = lm
+
+
+def test_a_strategy_that_does_not_learn_has_an_end_too(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    looking = MaskLogging()
+    run(model, tokenizer, text, tmp_path, [looking], "magnitude", steps=1)
+    end = looking.describe(Built(model))
+    assert end is not None
+    assert (end["distance"], end["retained_norm"]) == (0.0, 1.0)
+    assert MaskLogging().describe(Built(tiny_llama())) is None
 
 
 def test_the_gap_is_the_loss_under_the_draw_minus_the_loss_of_what_ships(

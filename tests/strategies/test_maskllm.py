@@ -251,6 +251,9 @@ def test_the_distributions_metrics_are_those_of_its_softmax() -> None:
     found = masker.metrics()
     assert float(found["entropy"]) == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-5)
     assert float(found["max_probability"]) == pytest.approx(float(p.max(1).values.mean()), rel=1e-5)
+    kept = torch.einsum("okg,km->omg", p, TWO_FOUR.table().double())
+    change = float((2 * kept * (1 - kept)).mean())
+    assert float(found["sample_change"]) == pytest.approx(change, rel=1e-4)
 
 
 def test_the_loss_is_cross_entropy_less_the_retained_norm(

@@ -19,6 +19,7 @@ from sparsify.batch_run import BatchRun
 from sparsify.inject import inject, masked_layers, select
 from sparsify.masked_linear import MaskScope, masked
 from sparsify.masker import Masking
+from sparsify.plackett_luce import mask_probabilities
 from sparsify.strategies import logit_masker
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker
 from sparsify.strategies.maskpro import MaskPro
@@ -254,6 +255,24 @@ def test_starts_from_its_prior_and_ships_the_largest_logits() -> None:
     initial, _ = masker.sample(weight, InitialMask(0, 3, 1))
     assert torch.equal(initial, torch.where(prior, weight, 0))
     assert float(masker.metrics()["margin"]) == pytest.approx((7.0 * 23 + 1.0) / 24)
+
+
+def test_tells_how_sure_its_distribution_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = MaskPro("magnitude", strength=1.0)
+    masker = strategy.make_masker("layer", (6, 16), TWO_FOUR)
+    masker.logits_OI.data.normal_(generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(logit_masker, "AT_ONCE", 64)  # four rows, and two
+    found = {name: float(value) for name, value in masker.metrics().items()}
+    p = mask_probabilities(masker.logits_OI.detach().double(), TWO_FOUR)
+    assert found["entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), rel=1e-5)
+    assert found["max_probability"] == pytest.approx(float(p.amax(1).mean()), rel=1e-5)
+    samples = [masker.sampled_mask(Draw(0, 0, index)) for index in range(400)]
+    pairs = zip(samples[::2], samples[1::2], strict=True)
+    changes = torch.stack([(a != b).float().mean() for a, b in pairs])
+    error = float(changes.std() / len(changes) ** 0.5)
+    assert abs(found["sample_change"] - float(changes.mean())) < 4 * error
+    many = strategy.make_masker("layer", (6, 16), NMPattern(8, 16))
+    assert set(many.metrics()) == {"margin"}, "too many masks to go through"
 
 
 def test_a_scaled_loss_leaves_the_control_variate_right() -> None:
