@@ -1,27 +1,35 @@
-# make demo   learn 2:4 masks of the embedded model and compare them: about three minutes on two cores
-# make test   the tests
-# make lint   ruff and mypy
+# make demo     learn 2:4 masks of the embedded model: about three minutes on two cores
+# make compare  every strategy on it, three seeds, and the report; two hours
+# make test     the tests; test-slow and test-browser those that need minutes, or Chromium
+# make lint     ruff and mypy
+# make docs     the documentation site, in site/
 # Each makes .venv first; PYTHON names the interpreter (3.10 or later).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo table test test-slow lint clean
+.PHONY: demo compare test test-slow test-browser lint docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py
 
-# The README's table: strategies that learn, three seeds.
-# Stopped, it goes on where it was; runs are kept in runs/table.
-table: $(VENV)/ready
-	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/table --save benchmarks/results
+# The README's figures. Stopped, it goes on where it was; runs are kept in runs/compare.
+compare: $(VENV)/ready
+	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/compare --save benchmarks/results
+	$(BIN)/sparsify compare runs/compare --html runs/compare/report.html
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m "slow"
+
+test-browser: $(VENV)/ready
+	$(BIN)/python -m pytest -m "browser"
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
 
 # Type checkers cannot follow an editable install whose packages lie in mapped folders: check an installed copy.
 lint: $(VENV)/ready

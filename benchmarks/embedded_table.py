@@ -1,7 +1,7 @@
 """Compare strategies on the embedded model; each runs through the command line itself.
 
 Three rows and one seed, which is what ``make demo`` runs, or all rows and several seeds, with the
-results as one JSON file, which is ``make table``::
+results as one JSON file, for ``make compare``, which then makes the report of them::
 
     python benchmarks/embedded_table.py
     python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder work --save benchmarks/results
@@ -75,6 +75,11 @@ def gap_closed(result: dict[str, Any], prior: dict[str, Any], dense: dict[str, A
     return (loss(prior) - loss(result)) / (loss(prior) - loss(dense))
 
 
+def spent(result: dict[str, Any], what: str) -> float:
+    """Tokens or seconds of calibration and training."""
+    return result["run"][what] + (result["run"]["calibration"] or {}).get(what, 0)
+
+
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     dense, prior = results["dense"][0], results["magnitude"][0]
     texts = list(dense["scores"])
@@ -98,8 +103,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
             gap,
             runs[0]["strategy"]["weights"],
             str(runs[0]["steps"]),
-            f"{runs[0]['tokens']:,}",
-            spread([run["seconds"] for run in runs], 0),
+            f"{spent(rows[0], 'tokens'):,}",
+            spread([spent(row, "seconds") for row in rows], 0),
             spread([run["peak_memory_gib"] for run in runs], 2),
         )
     return out
@@ -124,13 +129,8 @@ def main() -> None:
             for name in names:
                 if name in WITHOUT_SEED and seed != args.seeds[0]:
                     continue
-                seeds = [f"--{part}.seed={seed}" for part in ("model", "data", "model.calibration")]
-                options = [
-                    *RUNS[name],
-                    "--logger=csv",
-                    *seeds,
-                    *(watched(name) if args.all else []),
-                ]
+                options = [*RUNS[name], "--logger=csv", *(watched(name) if args.all else [])]
+                options += [f"--{part}.seed={seed}" for part in SEEDED]
                 result = fit(f"{name}, seed {seed}", options, folder)
                 results.setdefault(name, []).append(result)
     if args.only:
@@ -140,7 +140,10 @@ def main() -> None:
     print(
         "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
     )
-    save(results, args.save, "embedded_table")
+    for rows in results.values():
+        for row in rows:
+            (row["masks"] or {}).pop("layers", None)
+    save(results, args.save, "compare")
 
 
 if __name__ == "__main__":
