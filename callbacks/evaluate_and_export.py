@@ -34,6 +34,9 @@ class EvaluateAndExport(Callback):
         folder: where to export to; the default is ``export`` in the run's folder.
         overwrite: replace an earlier export in that place.
         enabled: False ends a run without evaluation and export.
+
+    Attributes:
+        exported: the folder that this run exported, once it has.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class EvaluateAndExport(Callback):
         self.folder = folder
         self.overwrite = overwrite
         self.enabled = enabled
+        self.exported: Path | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.exported = None
         # A place that is taken is better known before the work than after it.
         if self.folder is not None and (stage == "fit" or _exporting(trainer)):
             check_target(Path(self.folder), self.overwrite)
@@ -89,6 +94,7 @@ class EvaluateAndExport(Callback):
         folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
         export(pl_module, folder, record, self.overwrite)
+        self.exported = folder
         if trainer.is_global_zero:
             console(trainer).print(f"exported to {folder}", soft_wrap=True)
 

@@ -2,7 +2,17 @@
 
 import re
 
+OTHER = "other"
+
 
 def family(name: str) -> str:
     """The name with its numbers replaced by ``*``: what a layer is called in every block."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def place(name: str) -> tuple[str, str]:
+    """The block and the kind of a layer: ``model.layers.0`` and ``self_attn.q_proj``; numbers
+    within a kind, as those of experts, become ``*``, and a layer in no block is in ``other``.
+    """
+    match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+    return (match[1], family(match[2])) if match else (OTHER, family(name))

@@ -45,6 +45,13 @@ def find_strategy(name: str) -> type[SparsityStrategy]:
     return found
 
 
+def strategy_name(cls: type[SparsityStrategy]) -> str:
+    """The short name of a strategy class, or its own where it is not plugged in."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    names = (name for name, point in plugins(STRATEGIES).items() if point.value == path)
+    return next(names, cls.__name__)
+
+
 def _import(path: str) -> Any:
     module, _, attribute = path.rpartition(".")
     try:

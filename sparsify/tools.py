@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from sparsify.commands import masks
+from sparsify.commands.dashboard import dashboard
 from sparsify.commands.exports import onnx, verify
 from sparsify.commands.plan import plan
 from sparsify.errors import SparsifyError
@@ -15,6 +16,7 @@ COMMANDS: Any = {
     "verify": verify,
     "plan": plan,
     "onnx": onnx,
+    "dashboard": dashboard,
     "mask": {
         "_help": "Show, compare, convert and pack masks.",
         "show": masks.show,
@@ -29,11 +31,12 @@ ABOUT = {
     "verify": "Check that an exported folder is what it says.",
     "plan": "Predict the memory of a run, and find settings that fit.",
     "onnx": "Write an exported folder as an ONNX graph for TensorRT.",
+    "dashboard": "Create a Weights & Biases workspace that compares runs.",
     "mask": "Show, compare, convert and pack masks.",
 }
 
 
-FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite")
+FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run")
 
 
 def run(words: list[str]) -> int:

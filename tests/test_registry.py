@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import SparsifyError
-from sparsify.registry import CALLBACKS, STRATEGIES, find_strategy, make_strategy, plugins
+from sparsify.registry import (
+    CALLBACKS,
+    STRATEGIES,
+    find_strategy,
+    make_strategy,
+    plugins,
+    strategy_name,
+)
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategy import SparsityStrategy
@@ -27,6 +34,11 @@ def test_every_entry_point_is_a_strategy_named_as_its_class(name: str) -> None:
     cls = find_strategy(name)
     assert issubclass(cls, SparsityStrategy)
     assert cls.__name__.lower() == name.replace("_", "")
+    assert strategy_name(cls) == name
+
+
+def test_a_strategy_that_is_not_plugged_in_has_its_own_name() -> None:
+    assert strategy_name(SparsityStrategy) == "SparsityStrategy"
 
 
 def test_every_callback_loads() -> None:

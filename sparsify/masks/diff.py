@@ -7,7 +7,6 @@ percentages of it, without a formula.
 Shapes: O out, I in, G groups.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,9 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.names import place
 from sparsify.pattern import NMPattern
-
-OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class MaskDiff:
         """By decoder block and kind of layer, as ``{"model.layers.0": {"q_proj": ...}}``; layers
         that are in no block have the block ``other``.
         """
-        places = {name: _place(name) for name in self.layers}
+        places = {name: place(name) for name in self.layers}
         kinds = _short_kinds({kind for _, kind in places.values()})
         grid: dict[str, dict[str, Counts]] = {}
         for name, (block, kind) in places.items():
@@ -190,15 +188,6 @@ def check_shapes(name: str, masks: Iterable[Tensor]) -> None:
             f"{name}: the masks are {' and '.join(map(str, sorted(shapes)))}; compare masks of one "
             "model"
         )
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The block and the kind of a layer: ``model.layers.0`` and ``self_attn.q_proj``; numbers
-    within a kind, as those of experts, become ``*``.
-    """
-    match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
-    block, kind = (match[1], match[2]) if match else (OTHER, name)
-    return block, re.sub(r"(?<=\.)\d+(?=\.)", "*", kind)
 
 
 def _short_kinds(kinds: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,204 @@
+"""What a run leaves in Weights & Biases beside its metrics: what to group it by, a table of its
+layers, its masks or model as an artifact.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sparsify.callbacks.evaluate_and_export import EvaluateAndExport, pattern_text
+from sparsify.data.module import Split
+from sparsify.manifest import MANIFEST, read_manifest
+from sparsify.masks.file import FILE_NAME, read_masks
+from sparsify.names import OTHER, place
+from sparsify.prior import SavedMasks
+from sparsify.record import describe_protocol
+from sparsify.registry import strategy_name
+from sparsify.run_folder import run_folder
+from sparsify.stored import read_json
+
+RESULT = "result.json"
+SHORT = 12  # digits of a hash that stand for it
+
+
+class WandbRecord(Callback):
+    """Where the run logs to Weights & Biases, and only there: at the start the keys to group and
+    filter runs by, after an export a table of the layers, and an artifact of type ``model``.
+
+    Args:
+        artifact: what of an export is uploaded: its ``masks`` and manifest, the ``full`` folder
+            with all weights, or ``none``; the result file comes with either.
+    """
+
+    def __init__(self, artifact: Literal["masks", "full", "none"] = "masks") -> None:
+        self.artifact = artifact
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start(trainer, pl_module, "test")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._start(trainer, pl_module, "validation")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(trainer)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._finish(trainer)
+
+    def _start(self, trainer: Any, pl_module: Any, split: Split) -> None:
+        run = wandb_run(trainer)
+        if run is None:
+            return
+        keys = describe_for_groups(trainer, pl_module, split)
+        run.config.update(keys, allow_val_change=True)
+        tags = (keys["strategy"], keys["pattern"])
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
+        for metric in ("val/perplexity", "val/loss"):
+            # Of what ships the last one holds, and the lowest says whether it was once better.
+            run.define_metric(metric, step_metric="trainer/global_step", summary="min,last")
+
+    def _finish(self, trainer: Any) -> None:
+        run = wandb_run(trainer)
+        folder = next(
+            (c.exported for c in trainer.callbacks if isinstance(c, EvaluateAndExport)), None
+        )
+        if run is None or folder is None:
+            return
+        path = run_folder(trainer) / RESULT
+        result: dict[str, Any] = read_json(path)
+        if layers := (result.get("masks") or {}).get("layers"):
+            _log_layers(run, layers, trainer.global_step)
+        if self.artifact != "none":
+            _log_artifact(run, folder, path, result, self.artifact == "full")
+
+
+def wandb_run(trainer: Any) -> Any | None:
+    """The Weights & Biases run that this process writes to: rank zero's, where there is one."""
+    if not trainer.is_global_zero:
+        return None
+    loggers = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
+    logger = next(loggers, None)
+    return None if logger is None else logger.experiment
+
+
+def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str, Any]:
+    """The flat keys by which runs are grouped and filtered, and the whole protocol.
+
+    Two runs with the same ``protocol`` measured the same model on the same text in the same way.
+    """
+    strategy = pl_module.strategy
+    protocol = describe_protocol(pl_module, trainer.datamodule, split)
+    fits = trainer.state.fn == TrainerFn.FITTING  # which at its end measures whole texts
+    limit = "limit_test_batches" if split == "test" else "limit_val_batches"
+    protocol["limit_batches"] = 1.0 if fits else getattr(trainer, limit)
+    overrides = pl_module.overrides.describe()
+    pattern = pattern_text({"pattern": str(pl_module.pattern), "overrides": overrides})
+    return {
+        "base": pl_module.base_name,
+        "base_hash": pl_module.base_hash[:SHORT],
+        "strategy": strategy_name(type(strategy)),
+        "pattern": pattern if strategy.prunes else "dense",
+        "weights": strategy.weights,
+        "seed": pl_module.seed,
+        "protocol": _hash(protocol),
+        "protocol_detail": protocol,
+        "lineage": describe_lineage(trainer, strategy),
+    }
+
+
+def describe_lineage(trainer: Any, strategy: Any) -> dict[str, str]:
+    """What a run starts from: a checkpoint, as ``logger/run/checkpoints/file``, and masks that were
+    saved, with their digest.
+    """
+    lineage = {}
+    if trainer.ckpt_path:
+        lineage["checkpoint"] = "/".join(Path(trainer.ckpt_path).parts[-4:])
+    for part in strategy.modules():
+        if isinstance(part, SavedMasks):
+            lineage |= {"masks": part.path, "masks_digest": part.digest}
+    return lineage
+
+
+def layer_table(
+    layers: Mapping[str, Mapping[str, float]],
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a table of layers.
+
+    Args:
+        layers: the metrics by qualified layer name; not all need to have all.
+
+    Returns:
+        The columns ``block`` (its number; None outside the blocks), ``kind``, ``layer`` and one for
+        each metric, and a row for each layer.
+    """
+    metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
+    rows: list[list[Any]] = []
+    for layer, row in layers.items():
+        block, kind = place(layer)
+        number = None if block == OTHER else int(block.rpartition(".")[2])
+        rows.append([number, kind, layer, *(row.get(metric) for metric in metrics)])
+    return ["block", "kind", "layer", *metrics], rows
+
+
+def _log_layers(run: Any, layers: Mapping[str, Mapping[str, float]], step: int) -> None:
+    import wandb
+
+    columns, rows = layer_table(layers)
+    table = wandb.Table(columns=[*columns], data=rows)
+    run.log({"layers": table, "trainer/global_step": step})
+
+
+def _log_artifact(
+    run: Any, folder: Path, result_file: Path, result: Mapping[str, Any], full: bool
+) -> None:
+    import wandb
+
+    metadata = _describe_export(folder, result)
+    config = dict(run.config)
+    name = "-".join(str(config[key]) for key in ("base", "strategy", "pattern"))
+    artifact = wandb.Artifact(
+        re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:128], type="model", metadata=metadata
+    )
+    artifact.add_file(str(result_file), name=RESULT)
+    if full:  # read where it lies: a copy of all weights would fill the disk
+        artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
+    else:
+        for file in (folder / MANIFEST, folder / FILE_NAME):
+            if file.is_file():  # a model that nothing masks has no masks
+                artifact.add_file(str(file))
+    aliases = ["latest", run.id, *([metadata["digest"][:SHORT]] if metadata["digest"] else [])]
+    run.log_artifact(artifact, aliases=aliases)
+
+
+def _describe_export(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a manifest by which an export is found again."""
+    manifest = read_manifest(folder)
+    masks = folder / FILE_NAME
+    index = read_masks(masks).index if masks.is_file() else None
+    return {
+        "base": manifest["base"]["name"],
+        "base_hash": manifest["base"]["hash"],
+        "pattern": result["run"]["pattern"],
+        "overrides": result["run"]["overrides"],
+        "dtype": manifest["dtype"],
+        "digest": "" if index is None else index.digest,
+        "lineage": manifest["strategy"],
+        "protocol": result["protocol"],
+        "scores": result["scores"],
+    }
+
+
+def _hash(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:SHORT]
