@@ -64,7 +64,7 @@ def uniform(
     out = torch.empty(rows, elements, device=device)
     at_once = rows
     if out.device.type == "cpu" and not torch.compiler.is_compiling():
-        at_once = max(1, _IN_CACHE // elements)
+        at_once = min(rows, max(1, _IN_CACHE // elements))
     spare = torch.empty(at_once, elements, device=device, dtype=torch.int32)
     for start in range(0, rows, at_once):
         some = slice(start, min(start + at_once, rows))

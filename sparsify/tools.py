@@ -8,12 +8,14 @@ from jsonargparse import auto_cli
 
 from sparsify.commands import masks
 from sparsify.commands.dashboard import dashboard
+from sparsify.commands.evaluate import evaluate
 from sparsify.commands.exports import onnx, verify
 from sparsify.commands.plan import plan
 from sparsify.errors import SparsifyError
 
 COMMANDS: Any = {
     "verify": verify,
+    "eval": evaluate,
     "plan": plan,
     "onnx": onnx,
     "dashboard": dashboard,
@@ -29,6 +31,7 @@ COMMANDS: Any = {
 }
 ABOUT = {
     "verify": "Check that an exported folder is what it says.",
+    "eval": "Score an exported folder and its dense model on tasks of lm-evaluation-harness.",
     "plan": "Predict the memory of a run, and find settings that fit.",
     "onnx": "Write an exported folder as an ONNX graph for TensorRT.",
     "dashboard": "Create a Weights & Biases workspace that compares runs.",

@@ -154,6 +154,14 @@ def test_sharding_divides_what_is_held(model_folder: Path) -> None:
     assert one[BASE] == CPU_BASE
 
 
+def test_a_sharded_optimizer_works_on_its_own_rows(model_folder: Path) -> None:
+    asked = settings(model_folder, device="cuda", strategy_args={"prior": None})
+    seen = dry_run(asked)
+    one = estimate(asked, seen).phases["optimizer step"]
+    many = estimate(replace(asked, devices=8, shard=True), seen).phases["optimizer step"]
+    assert many["temporary"] == -(-one["temporary"] // 8)
+
+
 def test_what_is_kept_in_caches_is_real_afterwards(model_folder: Path) -> None:
     dry_run(settings(model_folder, "magnitude", pattern="1:4"))
     assert NMPattern(1, 4).table().int().sum().item() == 4

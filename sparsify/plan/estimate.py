@@ -7,6 +7,7 @@ from sparsify.plan.dry_run import (
     GRADIENTS,
     MASKERS,
     OPTIMIZER,
+    STEP,
     TEACHER,
     WEIGHTS,
     WINDOWS,
@@ -58,7 +59,7 @@ def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
         if phase == CALIBRATION:
             parts = _calibration(parts, settings, seen)
         elif settings.shard:
-            parts = _sharded(parts, settings.devices, seen)
+            parts = _sharded(parts, settings.devices, seen, phase)
         elif settings.devices > 1 and GRADIENTS in parts:
             # DistributedDataParallel sums gradients in buffers of their size.
             parts[BUCKETS] = parts[GRADIENTS]
@@ -83,10 +84,11 @@ def _calibration(parts: dict[str, int], settings: PlanSettings, seen: DryRun) ->
     return found
 
 
-def _sharded(parts: dict[str, int], devices: int, seen: DryRun) -> dict[str, int]:
+def _sharded(parts: dict[str, int], devices: int, seen: DryRun, phase: str) -> dict[str, int]:
     """A share of all that is held for a run, and one block whole.
 
-    What lies outside the blocks is one unit that stays gathered from forward to backward.
+    What lies outside the blocks is one unit that stays gathered from forward to backward. The
+    optimizer works on the rows of its rank alone, and so does what it makes for a moment.
     """
     whole = {
         WEIGHTS: seen.outside + seen.block,
@@ -95,6 +97,8 @@ def _sharded(parts: dict[str, int], devices: int, seen: DryRun) -> dict[str, int
         GRADIENTS: seen.learned,
         OPTIMIZER: 0,
     }
+    if phase == STEP:
+        whole[TEMPORARY] = 0
     return {
         name: min(size, -(-size // devices) + whole[name]) if name in whole else size
         for name, size in parts.items()

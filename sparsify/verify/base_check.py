@@ -3,12 +3,27 @@
 from typing import cast
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsify.base import Dtype, hash_parameters, load_model
 from sparsify.bits import bits
 from sparsify.inject import base_parameters
 from sparsify.manifest import MANIFEST, Manifest
 from sparsify.stored import StoredWeights
+
+
+def wrong_base(base: str, model: PreTrainedModel, manifest: Manifest) -> str | None:
+    """What is wrong with a model, loaded in the manifest's ``base_dtype``, as the base of a folder.
+
+    None if its hash is the manifest's, or the manifest states none.
+    """
+    found = hash_parameters(dict(model.named_parameters()))
+    if not manifest.base_hash or found == manifest.base_hash:
+        return None
+    return (
+        f"{base} is not the base: its hash in {manifest.base_dtype} is {found[:12]}, and "
+        f"{MANIFEST} says {manifest.base_hash[:12]}"
+    )
 
 
 class BaseCheck:
@@ -34,12 +49,8 @@ class BaseCheck:
         model = load_model(base, cast(Dtype, dtype))
         self.problems: list[str] = []
         self.notes: list[str] = []
-        found = hash_parameters(dict(model.named_parameters()))
-        if known.base_hash and found != known.base_hash:
-            self.problems.append(
-                f"{base} is not the base: its hash in {dtype} is {found[:12]}, and {MANIFEST} says "
-                f"{known.base_hash[:12]}"
-            )
+        if (problem := wrong_base(base, model, known)) is not None:
+            self.problems.append(problem)
         self._values: dict[str, Tensor] = {}
         parameters = base_parameters(model, all_names=True)
         for name, parameter in parameters.items():
