@@ -1,0 +1,104 @@
+"""Tables of what was measured, made from the newest results: ``<!-- result: maskllm -->``."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import SparsifyError
+from sparsify.registry import find_strategy
+
+MARKER = re.compile(r"<!-- result: (\w+) -->")
+FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+# Of each kind of table the first of these names that there is, and of its files the newest.
+TABLES = (("compare-*.json", "embedded_table-*.json"), ("smollm2_table-*.json",))
+REFERENCES = ("dense", "magnitude")
+COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "test perplexity": lambda result: result["scores"]["overall"]["perplexity"],
+    "tokens trained on": lambda result: result["run"]["tokens"],
+    "training, s": lambda result: result["run"]["seconds"],
+    "calibration, s": lambda result: (result["run"]["calibration"] or {}).get("seconds"),
+    "peak GiB": lambda result: result["run"].get("peak_memory_gib"),
+}
+DIGITS = dict(zip(COLUMNS, (2, 0, 0, 0, 2), strict=True))
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return MARKER.sub(lambda found: "\n\n".join(result_tables(found[1], FOLDER)), markdown)
+
+
+def result_tables(name: str, folder: Path) -> list[str]:
+    """What was measured of a strategy, a Markdown table for each model.
+
+    Args:
+        name: the strategy's short name.
+        folder: with the files that the benchmarks saved.
+    """
+    return [result_table(name, file) for names in TABLES for file in _newest(folder, names)]
+
+
+def result_table(name: str, file: Path) -> str:
+    """One file's rows of a strategy, beside dense and magnitude, with how they were measured.
+
+    Raises:
+        SparsifyError: the rows were measured under different protocols.
+    """
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    results: Results = {row: v if isinstance(v, list) else [v] for row, v in content.items()}
+    own = [row for row, (result, *_) in results.items() if _is_of(name, result)]
+    shown = dict.fromkeys([*(row for row in REFERENCES if row in results), *own])
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    for row in shown:
+        cells = [_spread(map(get, results[row]), DIGITS[column]) for column, get in COLUMNS.items()]
+        lines.append(f"| {f'**{row}**' if row in own else row} | {' | '.join(cells)} |")
+    if not own:
+        lines.append(f"| **{name}** | not measured |" + " |" * (len(COLUMNS) - 1))
+    measured = [result for row in shown for result in results[row]]
+    lines += ["", f"{_protocol(measured, file)} (`benchmarks/results/{file.name}`)."]
+    return "\n".join(lines) + "\n"
+
+
+def _newest(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The file of the latest date, as its name has it; none if there is none."""
+    found: list[Path] = next((f for name in names if (f := sorted(folder.glob(name)))), [])
+    return found[-1:]
+
+
+def _is_of(name: str, result: dict[str, Any]) -> bool:
+    strategy = find_strategy(name)
+    described: str = result["run"]["strategy"]["class"]
+    return described == f"{strategy.__module__}.{strategy.__qualname__}"
+
+
+def _spread(values: Any, digits: int) -> str:
+    """Mean ± standard deviation; nothing where a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):,.{digits}f}"
+    deviation = statistics.stdev(known) if len(known) > 1 else 0
+    return f"{mean} ± {deviation:,.{digits}f}" if deviation else mean
+
+
+def _protocol(results: list[dict[str, Any]], file: Path) -> str:
+    """How all of these were measured, in a line."""
+    first, *others = [result["protocol"] for result in results]
+    if any(other != first for other in others):
+        raise SparsifyError(
+            f"{file.name}: its results were measured under different protocols, which share no "
+            "table; measure all of them again"
+        )
+    base, windows = first["base"], first["windows"]["overall"]
+    texts = ", ".join(first["data"]["sources"])
+    size = first["data"]["block_size"]
+    seeds = len({result["run"]["seed"] for result in results})
+    pattern = results[-1]["run"]["pattern"]
+    spread = f"mean ± standard deviation of up to {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"Model {base['name']} (hash `{base['hash'][:12]}`), {base['dtype']}; {pattern}; test text "
+        f"{texts}: {windows} windows of {size} tokens; {results[0]['run']['device']}; {spread}"
+    )
