@@ -214,12 +214,15 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 def _commands(page: Path) -> Iterator[list[str]]:
-    """What follows ``sparsify`` in each line of the page's bash blocks."""
+    """What follows ``sparsify`` in each line of the page's bash blocks that starts with it, or with
+    variables for it.
+    """
     for block in _blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if "sparsify" in words:
-                yield words[words.index("sparsify") + 1 :]
+            first = next((i for i, word in enumerate(words) if "=" not in word), None)
+            if first is not None and words[first] == "sparsify":
+                yield words[first + 1 :]
 
 
 class _Built(Exception):
