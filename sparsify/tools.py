@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from sparsify.commands import masks
+from sparsify.commands.compare import compare, join_runs
 from sparsify.commands.dashboard import dashboard
 from sparsify.commands.evaluate import evaluate
 from sparsify.commands.exports import onnx, verify
@@ -14,6 +15,7 @@ from sparsify.commands.plan import plan
 from sparsify.errors import SparsifyError
 
 COMMANDS: Any = {
+    "compare": compare,
     "verify": verify,
     "eval": evaluate,
     "plan": plan,
@@ -30,6 +32,7 @@ COMMANDS: Any = {
     },
 }
 ABOUT = {
+    "compare": "Compare finished runs: which is best at which cost, and how sure that is.",
     "verify": "Check that an exported folder is what it says.",
     "eval": "Score an exported folder and its dense model on tasks of lm-evaluation-harness.",
     "plan": "Predict the memory of a run, and find settings that fit.",
@@ -50,6 +53,8 @@ def run(words: list[str]) -> int:
         f"{word}=true" if word in FLAGS and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)
     ]
+    if words[0] == "compare":
+        words = ["compare", *join_runs(words[1:])]
     try:
         return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
     except BrokenPipeError:  # whoever read our output has seen enough

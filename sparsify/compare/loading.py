@@ -1,0 +1,129 @@
+"""Finds and reads the results of runs."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import OVERALL, RESULT_SCHEMA
+from sparsify.manifest import MANIFEST
+
+RESULT = "result.json"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result file.
+
+    Attributes:
+        path: where it lies.
+        result: its content.
+        config: what the command line was told, from the file beside it; None where there is none.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    config: dict[str, Any] | None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was done."""
+        return self.result["run"]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How it was measured."""
+        return self.result["protocol"]
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What is known of its calibration; empty where there was none."""
+        return self.record.get("calibration") or {}
+
+    def losses(self) -> dict[str, float]:
+        """The loss of every text, and overall, nats a token."""
+        return {text: score["loss"] for text, score in self.result["scores"].items()}
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """All results below some paths; a file that is named twice is read once.
+
+    Args:
+        paths: result files, run folders, or folders of runs.
+
+    Raises:
+        SparsifyError: a path holds no result, or a file is not one.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        found = [path] if path.is_file() else sorted(_results_below(path))
+        if not found:
+            reason = f"holds no {RESULT}" if path.is_dir() else "does not exist"
+            raise SparsifyError(
+                f"{path} {reason}; name the folder of a run that has ended, or one that holds some"
+            )
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return [_read(file) for file in files.values()]
+
+
+def _results_below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        if MANIFEST in files:  # an export: what lies in it is a model's
+            folders.clear()
+        elif RESULT in files:
+            yield Path(place) / RESULT
+
+
+def _read(file: Path) -> Run:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SparsifyError(
+            f"{file} cannot be read ({error}); name a run's {RESULT} or its folder"
+        ) from error
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != RESULT_SCHEMA:
+        raise SparsifyError(
+            f"{file} is no result: its schema is {schema!r} instead of {RESULT_SCHEMA!r}; name a "
+            f"run's {RESULT} or its folder"
+        )
+    try:
+        run = Run(file, result, _read_config(file.with_name(CONFIG)))
+        _check(run)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SparsifyError(
+            f"{file} lacks what a result holds ({type(error).__name__}: {error}); write it again "
+            "with `sparsify export --ckpt_path FILE`"
+        ) from error
+    return run
+
+
+def _check(run: Run) -> None:
+    """Touch what everything else relies on."""
+    record = run.record
+    _ = record["strategy"]["class"], record["strategy"]["weights"], record["strategy"]["settings"]
+    _ = record["pattern"], record["sparsity"], record["steps"], record["tokens"], record["seconds"]
+    _ = run.protocol["base"]["hash"], run.protocol["data"]
+    for text, score in run.result["scores"].items():
+        if not (math.isfinite(score["loss"]) and math.isfinite(score["perplexity"])):
+            raise SparsifyError(
+                f"{run.path}: the loss of {text} is {score['loss']}, and what is not a finite "
+                "number cannot be ranked; leave this run out"
+            )
+    _ = run.losses()[OVERALL]
+
+
+def _read_config(file: Path) -> dict[str, Any] | None:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None

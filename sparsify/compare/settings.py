@@ -1,0 +1,165 @@
+"""What tells runs apart: their settings without seeds, and short names for them."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from sparsify.compare.loading import Run
+from sparsify.registry import STRATEGIES, plugins
+
+# What the command line was told and the result does not hold. (Its key, whether only learning
+# depends on it.)
+CONFIGURED = (
+    ("data.train", False),
+    ("data.batch_size", True),
+    ("data.block_size", True),
+    ("model.exclude", False),
+    ("model.include", False),
+    ("model.lr_final", True),
+    ("model.optimizer", True),
+    ("model.warmup_steps", True),
+    ("trainer.accumulate_grad_batches", True),
+    ("trainer.gradient_clip_val", True),
+)
+# Settings that other settings imply, or that people look for last.
+LATE = ("pattern", "overrides", "steps", "tokens", "weights")
+LONGEST = 24
+
+
+def short_name(path: str) -> str:
+    """The name under which a strategy class is found, or the class's own."""
+    return _short_names().get(path, path.rpartition(".")[2])
+
+
+@cache
+def _short_names() -> dict[str, str]:
+    return {point.value.replace(":", "."): name for name, point in plugins(STRATEGIES).items()}
+
+
+def settings(run: Run, with_config: bool) -> dict[str, str]:
+    """All that a run was told, besides seeds, by dotted name.
+
+    Args:
+        run: the run.
+        with_config: also what stands in the configuration beside it.
+    """
+    record = run.record
+    found = _flat("", record["strategy"]["settings"])
+    if record.get("distillation"):
+        found["distilled"] = "yes"
+        found |= _flat("distilled", record["distillation"])
+    for key in ("samples", "block_size", "activations"):
+        if key in run.calibration:
+            found[f"calibration.{key}"] = _text(run.calibration[key])
+    found |= _flat("calibration.text", _text_of(run.calibration))
+    if with_config:
+        found |= _configured(run)
+    return found | {
+        "pattern": str(record["pattern"]),
+        "steps": str(record["steps"]),
+        "tokens": str(record["tokens"]),
+        "weights": record["strategy"]["weights"],
+        **_flat("overrides", record.get("overrides") or {}),
+    }
+
+
+def seeds(run: Run) -> tuple[str, ...]:
+    """All that is random in a run: its seed, that of its data, its calibration text."""
+    data = ((run.config or {}).get("data") or {}).get("seed")
+    calibration = run.calibration.get("seed"), run.calibration.get("sha256")
+    return tuple(map(str, (run.record.get("seed"), data, *calibration)))
+
+
+def labels(strategies: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """A name for every row: the strategy, and of its settings as few as tell the rows apart.
+
+    Args:
+        strategies: of each row.
+        rows: the settings of each row.
+    """
+    found = list(strategies)
+    for name in dict.fromkeys(strategies):
+        own = [number for number, strategy in enumerate(strategies) if strategy == name]
+        for number, words in zip(own, _words([rows[number] for number in own]), strict=True):
+            found[number] = ", ".join([name, *words])
+    return found
+
+
+def differing(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings that are not the same in all rows, those first that people look for first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    several = [name for name in names if len({row.get(name) for row in rows}) > 1]
+    return sorted(several, key=lambda name: (name in LATE, name.startswith("calibration")))
+
+
+def _words(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """For each row the settings that part it from those that the words so far do not."""
+    words: list[list[str]] = [[] for _ in rows]
+    alike = [list(range(len(rows)))]
+    for name in differing(rows):
+        finer = []
+        for some in alike:
+            values = dict.fromkeys(rows[number].get(name) for number in some)
+            finer += [[n for n in some if rows[n].get(name) == value] for value in values]
+            if len(values) > 1:
+                for number in some:
+                    if name in rows[number]:
+                        words[number].append(_word(name, rows[number][name]))
+        alike = finer
+    return words
+
+
+def _word(name: str, value: str) -> str:
+    value = value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
+    if name in ("pattern", "weights"):
+        return value
+    if name in ("steps", "tokens"):
+        return f"{int(value):,} {name}"
+    name = name.removeprefix("optimizer.")
+    if value in ("yes", "no"):
+        return name if value == "yes" else f"no {name}"
+    return f"{name} {value}"
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """Values by dotted name, without seeds; a strategy within one is named by its short name."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if key == "seed":
+            continue
+        if isinstance(value, dict) and isinstance(value.get("class"), str):
+            found[name] = short_name(value["class"])
+            found |= _flat(name, value.get("settings") or {})
+        elif isinstance(value, dict):
+            found |= _flat(name, value)
+        else:
+            found[name] = _text(value)
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _text_of(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """The hashes of the texts from which the windows were drawn, where they are recorded."""
+    sources = calibration.get("sources") or {}
+    return {name: str(source.get("sha256", source))[:12] for name, source in sources.items()}
+
+
+def _configured(run: Run) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path, only_learning in CONFIGURED:
+        part, _, key = path.partition(".")
+        if not run.record["steps"] and (only_learning or not run.calibration):
+            continue
+        value = ((run.config or {}).get(part) or {}).get(key)
+        if isinstance(value, dict) and "class_path" in value:
+            found["optimizer"] = value["class_path"].rpartition(".")[2]
+            found |= _flat("optimizer", value.get("init_args") or {})
+        elif value is not None:
+            found[key] = _text(value)
+    return found
