@@ -40,7 +40,7 @@ MOVES = {
 }
 NORM = (
     "L1 norm of the kept weights, relative to that of the largest N of every group; 1 is what "
-    "magnitude keeps."
+    "magnitude keeps. Where weights changed, it is of the changed ones."
 )
 
 
