@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import yaml
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import OVERALL, RESULT_SCHEMA
 from sparsify.manifest import MANIFEST
+from sparsify.sensitivity import SENSITIVITY_SCHEMA
 
 RESULT = "result.json"
 CONFIG = "config.yaml"
+SENSITIVITY = "sensitivity.json"
+# What of a run's record decides its masks.
+MASKS = ("strategy", "pattern", "overrides", "distillation", "seed", "steps")
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Run:
         path: where it lies.
         result: its content.
         config: what the command line was told, from the file beside it; None where there is none.
+        sensitivity: of its masks, block by block, where that was measured.
     """
 
     path: Path
     result: dict[str, Any]
     config: dict[str, Any] | None
+    sensitivity: dict[str, Any] | None = None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -53,7 +59,8 @@ class Run:
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:
-    """All results below some paths; a file that is named twice is read once.
+    """All results below some paths, with what ``sparsify sensitivity`` left there of the same
+    masks; a file that is named twice is read once.
 
     Args:
         paths: result files, run folders, or folders of runs.
@@ -62,8 +69,10 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
         SparsifyError: a path holds no result, or a file is not one.
     """
     files: dict[Path, Path] = {}
+    sensitivities: list[dict[str, Any]] = []
     for path in paths:
-        found = [path] if path.is_file() else sorted(_results_below(path))
+        found = [path] if path.is_file() else sorted(_below(path, RESULT))
+        sensitivities += map(_read_sensitivity, sorted(_below(path, SENSITIVITY)))
         if not found:
             reason = f"holds no {RESULT}" if path.is_dir() else "does not exist"
             raise SparsifyError(
@@ -71,15 +80,33 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
             )
         for file in found:
             files.setdefault(file.resolve(), file)
-    return [_read(file) for file in files.values()]
+    runs = [_read(file) for file in files.values()]
+    own = (next((s for s in sensitivities if _same_masks(s, run)), None) for run in runs)
+    return [replace(run, sensitivity=found) for run, found in zip(runs, own, strict=True)]
 
 
-def _results_below(folder: Path) -> Iterator[Path]:
+def _below(folder: Path, name: str) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
         if MANIFEST in files:  # an export: what lies in it is a model's
             folders.clear()
-        elif RESULT in files:
-            yield Path(place) / RESULT
+        elif name in files:
+            yield Path(place) / name
+
+
+def _read_sensitivity(file: Path) -> dict[str, Any]:
+    """Its content; nothing of a file that cannot be used, as a comparison does not rest on it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if content["schema"] == SENSITIVITY_SCHEMA else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _same_masks(sensitivity: Mapping[str, Any], run: Run) -> bool:
+    """Whether what was measured are the masks of this run, of the same base model."""
+    if not sensitivity or sensitivity["protocol"]["base"]["hash"] != run.protocol["base"]["hash"]:
+        return False
+    return all(sensitivity["run"].get(key) == run.record.get(key) for key in MASKS)
 
 
 def _read(file: Path) -> Run:

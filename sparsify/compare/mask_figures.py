@@ -3,7 +3,6 @@
 After figures 5 to 8 of Fang et al. 2024 (arXiv 2409.17481). Needs Matplotlib.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from sparsify.compare.rows import Row
 from sparsify.errors import SparsifyError
 from sparsify.masks.diff_matrix import diff_matrix
 from sparsify.masks.file import MaskFile, read_masks
-from sparsify.sensitivity import SENSITIVITY_SCHEMA
 
 MOVES = {
     "flips": (
@@ -177,12 +175,5 @@ def _kept_norms(run: Run) -> dict[int, float]:
 
 
 def _sensitivity(value: str, run: Run) -> dict[int, float]:
-    try:
-        content = json.loads(run.path.with_name("sensitivity.json").read_text(encoding="utf-8"))
-        if content["schema"] != SENSITIVITY_SCHEMA:
-            return {}
-        if content["protocol"]["base"]["hash"] != run.protocol["base"]["hash"]:
-            return {}
-        return {number: block[value] for number, block in enumerate(content["blocks"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    blocks = (run.sensitivity or {}).get("blocks", [])
+    return {number: block[value] for number, block in enumerate(blocks)}

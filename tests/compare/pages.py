@@ -60,8 +60,11 @@ def make_runs(folder: Path) -> Path:
             if strategy != DENSE:
                 write_export(run / "export", seed=len(name))
     blocks = [{"loss_increase": 0.1 * b, "loss_decrease": 0.05 * b} for b in range(1, 4)]
-    found = {"schema": "sparsify.sensitivity/1", "protocol": content["protocol"], "blocks": blocks}
-    (folder / "magnitude/version_0/sensitivity.json").write_text(json.dumps(found))
+    measured = json.loads((folder / "magnitude/version_0/result.json").read_text())
+    found = {key: measured[key] for key in ("run", "protocol")}
+    found |= {"schema": "sparsify.sensitivity/1", "blocks": blocks}
+    (folder / "sensitivity/version_0").mkdir(parents=True)
+    (folder / "sensitivity/version_0/sensitivity.json").write_text(json.dumps(found))
     return folder
 
 

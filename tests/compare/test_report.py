@@ -268,14 +268,21 @@ def test_masks_that_are_missing_or_of_another_shape_are_a_reason(
     assert "do not compare: " in picture.about
 
 
-def test_sensitivity_is_of_this_base_model(runs: Path, tmp_path: Path) -> None:
+def test_sensitivity_is_of_the_same_masks(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs, tmp_path / "runs")
-    file = tmp_path / "runs/magnitude/version_0/sensitivity.json"
+    file = tmp_path / "runs/sensitivity/version_0/sensitivity.json"
     increase, decrease = sensitivity_pictures(compare([tmp_path]).rows)
     assert increase.numbers[0] == ["magnitude", "0", "0.1", "0.1", "0.1", "1"]
     assert decrease.numbers[2][2] == "0.15"
-    file.write_text(file.read_text().replace("c3f59e483b27aa", "other"))
-    assert sensitivity_pictures(compare([tmp_path]).rows) == []
+    content = json.loads(file.read_text())
+    for part, change in (
+        ("run", {"seed": 5}),
+        ("run", {"steps": 7}),
+        ("run", {"pattern": "4:8"}),
+        ("protocol", {"base": {"hash": "other"}}),
+    ):
+        file.write_text(json.dumps(content | {part: content[part] | change}))
+        assert sensitivity_pictures(compare([tmp_path]).rows) == [], change
     file.write_text("{")
     assert sensitivity_pictures(compare([tmp_path]).rows) == []
 
