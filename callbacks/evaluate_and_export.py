@@ -15,8 +15,9 @@ from sparsify.callbacks.graceful_stop import GracefulStop
 from sparsify.callbacks.history import history
 from sparsify.callbacks.mask_logging import mask_logging
 from sparsify.callbacks.measure import measure_test
-from sparsify.callbacks.throughput import cost, peak_memory, throughput
+from sparsify.callbacks.throughput import cost, throughput
 from sparsify.checkpoint_files import DiskFull
+from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, score_metrics, write_json
 from sparsify.export import check_target, export
@@ -159,9 +160,17 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": now["tokens"],
         "seconds": round(now["seconds"], 1),
-        "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "peak_memory_gib": round(throughput(trainer).peak_memory() / 2**30, 3),
+        "device": device_name(device),
+        **({"cpu": cpu_name(), "threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        "processes": trainer.world_size,
+        "command": _command(trainer),
     }
+
+
+def _command(trainer: Any) -> str:
+    """What made the record: where it was not ``fit``, costs are those that its checkpoint told."""
+    return "export" if _exporting(trainer) else str(trainer.state.fn.value)
 
 
 def pattern_text(run: dict[str, Any]) -> str:

@@ -24,12 +24,17 @@ class Throughput(Callback):
         self._since: float | None = None  # None while it stands
         self._seen = 0
         self._seen_at = 0.0
+        self._device = torch.device("cpu")
+        self._peak = 0  # of the processes whose checkpoints were loaded
 
     @property
     def seconds(self) -> float:
         """Wall time spent training, over all resumes, without validation and what comes after."""
         running = 0.0 if self._since is None else time.monotonic() - self._since
         return self._seconds + running
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._device = trainer.strategy.root_device
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._since = time.monotonic()
@@ -70,14 +75,19 @@ class Throughput(Callback):
         if pl_module.learns and every and trainer.global_step % every == 0:
             seconds = self.seconds
             pl_module.log("speed/tokens_per_second", self._seen / (seconds - self._seen_at))
-            pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device) / 2**30)
+            pl_module.log("speed/peak_memory_gib", self.peak_memory() / 2**30)
             self._seen, self._seen_at = 0, seconds
 
+    def peak_memory(self) -> int:
+        """Bytes at the peak, over all resumes."""
+        return max(self._peak, peak_memory(self._device))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        return {"tokens": self.tokens, "seconds": self.seconds, "peak_memory": self.peak_memory()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+        self._peak = state_dict["peak_memory"]
 
 
 def throughput(trainer: Any) -> Throughput:

@@ -401,6 +401,7 @@ class SparseCausalLM(LightningModule):
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
         }
         checkpoint["base_hash"] = self.base_hash
+        checkpoint["schedule_values"] = dict(self.strategy.values)
         checkpoint["calibration"] = self.calibrated
         # Once fit has returned, Lightning has forgotten where in the data it was.
         checkpoint["resumable"] = self.trainer.training
@@ -410,6 +411,8 @@ class SparseCausalLM(LightningModule):
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
         self.calibrated = checkpoint.get("calibration")
+        # What describes the masks depends on them; a run that trains on sets them anew.
+        self.strategy.values.update(checkpoint.get("schedule_values", {}))
         state = self.state_dict()
         check_fits(checkpoint, self.base_hash, {key: state[key] for key in self.saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

@@ -106,13 +106,13 @@ class ResultWriter:
             save_file(tensors, path, {"layer": name})
             self._hashes[path.name] = _hash(path)
 
-    def finish(self, seconds: float) -> None:
-        """Put the result, which took so long to compute, in its place, unless another run was
-        faster.
+    def finish(self, seconds: float, device: str) -> None:
+        """Put the result, which took so long to compute on a device of this name, in its place,
+        unless another run was faster.
         """
         if self._partial is not None and not self._folder.exists():
             with self._guard():
-                index = {"seconds": seconds, "files": self._hashes}
+                index = {"seconds": seconds, "device": device, "files": self._hashes}
                 (self._partial / INDEX).write_text(json.dumps(index), encoding="utf-8")
                 self._partial.rename(self._folder)
                 log.info("kept the calibration's result in %s", self._folder)
@@ -151,9 +151,10 @@ def read_results(
         yield name, LayerResult(mask_OI, weight_OI)
 
 
-def computing_seconds(folder: Path) -> float:
-    """How long the stored result took to compute."""
-    return float(_read_index(folder)["seconds"])
+def computing_cost(folder: Path) -> tuple[float, str]:
+    """How many seconds the stored result took to compute, and on what device."""
+    index = _read_index(folder)
+    return float(index["seconds"]), str(index["device"])
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sparsify.calibration.activations import Activations, moved
 from sparsify.calibration.cache import (
     ResultWriter,
-    computing_seconds,
+    computing_cost,
     read_results,
     result_folder,
     text_hash,
@@ -29,6 +29,7 @@ from sparsify.calibration.cache import (
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
+from sparsify.devices import device_name
 from sparsify.errors import SparsifyError
 from sparsify.inject import decoder_blocks, layer_patterns, masked_layers
 from sparsify.masked_linear import MaskedLinear, MaskScope
@@ -122,7 +123,7 @@ class Layerwise:
                 self._finish_block()
                 yield from self._finished()
             if self._writer is not None:
-                self._writer.finish(time.perf_counter() - start)
+                self._writer.finish(time.perf_counter() - start, device_name(self._device))
         except _Known as known:
             folder = known.folder
         finally:
@@ -133,9 +134,10 @@ class Layerwise:
                 yield name, result.to(self._layers[name].weight.device)
         if self.record is not None:
             # A result that was there cost what computing it cost, or comparisons would mislead.
-            now = time.perf_counter() - start
-            seconds = now if folder is None else computing_seconds(folder)
-            self.record |= {"seconds": round(seconds, 1), "cached": folder is not None}
+            own = time.perf_counter() - start, device_name(self._device)
+            seconds, device = own if folder is None else computing_cost(folder)
+            self.record |= {"seconds": round(seconds, 1), "device": device}
+            self.record["cached"] = folder is not None
 
     def _finish_block(self) -> None:
         self._done.update(self._results)

@@ -83,6 +83,9 @@ def test_the_result_names_its_protocol_and_its_run(cli: Cli) -> None:
     )
     assert done["sparsity"] == 0.5
     assert done["seconds"] > 0
+    assert (done["command"], done["device"], done["processes"]) == ("fit", "cpu", 1)
+    assert done["threads"] == torch.get_num_threads()
+    assert done["cpu"]
     assert done["strategy"]["settings"]["alpha"] == 3.0
     manifest = json.loads((run / "export" / "sparsity_manifest.json").read_text())
     for key in ("run", "protocol", "scores"):

@@ -80,3 +80,24 @@ def test_the_end_of_a_run_is_logged_under_the_same_names_for_every_strategy(cli:
         assert {"test/perplexity", "run/tokens", "run/peak_memory_gib"} | masks <= last
         result = json.loads((run / "result.json").read_text())
         assert (result["masks"] is None) == (strategy == "dense")
+
+
+def test_an_export_of_the_checkpoint_tells_the_same_of_masks_and_costs(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([3, 3, 1])  # GiB: of the run when it saves, at its end, and of the later process
+    monkeypatch.setattr(
+        "sparsify.callbacks.throughput.peak_memory", lambda device: next(peaks, 1) * 2**30
+    )
+    cli("fit", "--strategy=maskllm", "--trainer.log_every_n_steps=100", steps=4)
+    [run] = cli.runs()
+    cli("export", f"--ckpt_path={run}", "--output.folder=out", data=False)
+    first, again = (json.loads((folder / "result.json").read_text()) for folder in cli.runs())
+    assert [first["run"].pop("command"), again["run"].pop("command")] == ["fit", "export"]
+    assert first["run"]["peak_memory_gib"] == 3
+    seconds = [content["run"].pop("seconds") for content in (first, again)]
+    assert seconds[1] == pytest.approx(seconds[0], abs=0.2)
+    assert again["run"] == first["run"]
+    assert first["masks"]["max_probability"] > 0.9, "kappa is that of the end"
+    assert again["masks"] == first["masks"]
+    assert again["scores"] == first["scores"]
