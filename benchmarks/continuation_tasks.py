@@ -3,7 +3,7 @@
 For each of the three texts: 48 words, and four continuations of 12 words, of which one is the
 text's own and the others stand elsewhere in it.
 
-    python benchmarks/continuation_tasks.py FOLDER
+    python benchmarks/continuation_tasks.py [FOLDER]
 """
 
 import gzip
@@ -65,4 +65,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tasks"))

@@ -97,7 +97,7 @@ def _sections(wr: Any) -> dict[str, list[Any]]:
         return wr.LinePlot(title=title, x=STEP, metric_regex=regex)
 
     def scatter(x: str) -> Any:
-        title = f"{SCORE} against {x}"
+        title = f"{SCORE} against {x}; compare within one base and protocol"
         return wr.ScatterPlot(
             title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(SCORE), log_y=True
         )
@@ -113,9 +113,7 @@ def _sections(wr: Any) -> dict[str, list[Any]]:
     )
     return {
         "Which to ship": [
-            wr.BarPlot(
-                title=f"{SCORE} by strategy", metrics=[SCORE], groupby=wr.Config("strategy")
-            ),
+            wr.BarPlot(title=f"{SCORE} by base, protocol and strategy", metrics=[SCORE]),
             wr.RunComparer(diff_only="split"),
         ],
         "Perplexity over cost": [

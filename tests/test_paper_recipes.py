@@ -83,16 +83,23 @@ MASKPRO = {
     "model.strategy.init_args.lr": 50,
     "model.strategy.init_args.estimator": "residual",
     "model.strategy.init_args.memory": 0.99,
+    "model.calibration.samples": 2048,
     "model.lr_final": 1.0,
     "model.warmup_steps": 0,
 }
-ONE_SHOT = {"model.calibration.samples": 128, "model.calibration.activations": "pruned"}
+ONE_SHOT = {
+    "model.dtype": "float16",
+    "model.calibration.samples": 128,
+    "model.calibration.activations": "pruned",
+}
 PROXSPARSE = {
     "model.strategy.init_args.strength": 0.25,
     "model.strategy.init_args.coupled": False,
     "model.strategy.init_args.anchor": 0,
     "model.optimizer.class_path": "torch.optim.AdamW",
     "model.optimizer.init_args.lr": 1e-4,
+    "model.optimizer.init_args.weight_decay": 0,
+    "model.optimizer.init_args.betas": [0.9, 0.999],
     "model.lr_final": 0,
     "model.warmup_steps": 40,
     "model.dtype": "float32",

@@ -115,9 +115,11 @@ def table(report: Mapping[str, Any]) -> Table:
     found = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         words = column in ("task", "metric")
-        found.add_column(column, justify="left" if words else "right", no_wrap=not words)
+        found.add_column(
+            column, justify="left" if words else "right", no_wrap=not words, overflow="fold"
+        )
     for task, row in report["results"].items():
-        metric = row["metric"] + ("" if row["higher_is_better"] else " (lower is better)")
+        metric = row["metric"] + (" (lower is better)" if row["higher_is_better"] is False else "")
         cells = (_cell(kind, row[kind]) for kind in kinds)
         found.add_row(task, metric, str(row["examples"]), *cells)
     means = report["mean"]
