@@ -19,6 +19,7 @@ from sparsify import SparsifyError, tools
 from sparsify.cli import Parser, SparsifyCLI, main
 from sparsify.registry import STRATEGIES, find_strategy, plugins
 from sparsify.short_forms import expand
+from tests.browser import browser, open_page
 from tests.conftest import Cli
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,16 @@ def test_drawings_stand_in_their_page(site: Path) -> None:
     html = (site / "concepts.html").read_text()
     assert html.count('<svg role="img" aria-label="') == html.count('class="drawing"') == 4
     assert not (site / "hooks").exists()
+
+
+@pytest.mark.browser
+def test_the_front_page_in_a_browser(site: Path, tmp_path: Path) -> None:
+    with browser(tmp_path) as driver:
+        for width in (360, 1200):
+            for dark in (False, True):
+                page = open_page(driver, site / "index.html", width, dark)
+                assert (page.console, page.foreign, page.overflow) == ([], [], [])
+                page.screenshot(tmp_path / f"{width}-{'dark' if dark else 'light'}.png")
 
 
 # -- the hooks -------------------------------------------------------------------------------------
