@@ -47,7 +47,7 @@ def logged(run: Path) -> dict[tuple[int, str], str]:
         (int(row["step"]), name): value
         for row in rows
         for name, value in row.items()
-        if value and not name.startswith(("speed", "run/seconds", "epoch", "step"))
+        if value and not name.startswith(("speed", "run/seconds", "run/peak", "epoch", "step"))
     }
 
 
