@@ -29,7 +29,9 @@ class Throughput(Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall time spent training, over all resumes, without validation and what comes after."""
+        """Wall time spent training, over all resumes, looks at masks and checkpoints included,
+        without validation and what comes after.
+        """
         running = 0.0 if self._since is None else time.monotonic() - self._since
         return self._seconds + running
 
@@ -44,8 +46,6 @@ class Throughput(Callback):
         self.stop()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._since is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps that were begun are training, not validation
         self.stop()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -53,7 +53,9 @@ class Throughput(Callback):
             self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the clock."""
+        """Stop the clock, when the device has done what it was given."""
+        if self._since is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._seconds, self._since = self.seconds, None
 
     def on_train_batch_start(
