@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from sparsify.compare.loading import load_runs
 from sparsify.compare.protocol import check_protocol
@@ -33,7 +34,7 @@ class Comparison:
 
     Attributes:
         protocol: how all were measured.
-        rows: by rising mean loss.
+        rows: by rising mean perplexity.
         verdicts: what can be said of them.
         remarks: what was left out or is not known.
     """
@@ -58,7 +59,7 @@ class Comparison:
     def about(self) -> str:
         """The protocol in one line."""
         base, data = self.protocol["base"], self.protocol["data"]
-        windows = self.protocol.get("windows", {}).get(OVERALL)
+        windows = (self.protocol.get("windows") or {}).get(OVERALL)
         return (
             f"{str(self.protocol.get('split')).capitalize()} perplexity of {base.get('name')} "
             f"(hash {base['hash'][:12]}, {base.get('dtype')}), "
@@ -75,7 +76,8 @@ class Comparison:
         texts = self.texts if width >= 64 + 9 * len(self.texts) else [OVERALL]
         hidden = "; by text in --format json" if len(texts) < len(self.texts) else ""
         table = Table(
-            title=self.about() + (f"; {pattern}" if pattern else ""),
+            # Text, since words in brackets would be read as markup.
+            title=Text(self.about() + (f"; {pattern}" if pattern else ""), "table.title"),
             caption="± standard deviation over seeds; tokens and seconds with calibration" + hidden,
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -92,7 +94,7 @@ class Comparison:
                 row.changes,
                 *([] if pattern else [row.settings["pattern"]]),
                 *means,
-                spread(row.perplexities(OVERALL)),
+                spread(row.perplexities()),
                 *(_cost(row, what) for what in COSTS),
                 row.spread.removesuffix(" seeds").replace("one run", "1"),
             )
@@ -137,10 +139,10 @@ def compare(paths: Iterable[Path]) -> Comparison:
     Raises:
         SparsifyError: there is no result, or they were not measured alike.
     """
-    runs = load_runs(paths)
+    runs, amiss = load_runs(paths)
     protocol = check_protocol(runs)
     rows, remarks = make_rows(runs)
-    return Comparison(protocol, rows, verdicts(rows), remarks)
+    return Comparison(protocol, rows, verdicts(rows), [*amiss, *remarks])
 
 
 def _mean(values: list[float]) -> str:
@@ -161,8 +163,8 @@ def _row(row: Row) -> dict[str, Any]:
         "pattern": row.record["pattern"],
         "sparsity": row.record["sparsity"],
         "spread": row.spread,
-        "loss": row.loss,
         "losses": row.losses,
+        "mean_perplexity": row.perplexity,
         "perplexity": {text: row.perplexities(text) for text in row.samples[0].result["scores"]},
         **{what: row.costs(what) or None for what in COSTS},
         "runs": [str(run.path) for run in row.runs],

@@ -2,12 +2,13 @@
 
 import statistics
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sparsify.compare.loading import Run
 from sparsify.compare.rows import Row, calibration_seconds, calibration_tokens
 
 MOST_POINTS = 60
+FLIPS = "flips_per_step"
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | No
         number: the row's number.
         row: the row.
         part: of the history: validation or masks.
-        value: the key of what is drawn.
+        value: the key of what is drawn; of masks also :data:`FLIPS`.
         over: step, tokens or seconds; of tokens and seconds, those of calibration come first.
     """
     points = [p for run in row.samples if (p := _points(run, part, value, over))]
@@ -67,15 +68,28 @@ def _points(run: Run, part: str, value: str, over: str) -> dict[int, tuple[float
     """What is spent and the value, by step."""
     before = {
         "step": 0.0,
-        "tokens": float(calibration_tokens(run)),
-        "seconds": calibration_seconds(run) or 0.0,
+        "tokens": calibration_tokens(run),
+        "seconds": calibration_seconds(run),
     }[over]
-    looks = (run.result.get("history") or {}).get(part) or []
+    if before is None:  # where the curve would start is not known
+        return {}
     return {
         look["step"]: (look[over] + before, look[value])
-        for look in looks
+        for look in _looks(run, part)
         if look.get(value) is not None and look.get(over) is not None
     }
+
+
+def _looks(run: Run, part: str) -> list[dict[str, Any]]:
+    """A part of the history; looks at masks with their flips for each step since the last look."""
+    looks = (run.result.get("history") or {}).get(part) or []
+    found, last = [], 0
+    for look in looks:
+        steps, last = look["step"] - last, look["step"]
+        if look.get("flips") is not None and steps > 0:
+            look = look | {FLIPS: look["flips"] / steps}
+        found.append(look)
+    return found
 
 
 def thinned(values: list[T], most: int) -> list[T]:
@@ -87,6 +101,5 @@ def thinned(values: list[T], most: int) -> list[T]:
 
 def intervals(row: Row) -> set[int]:
     """The steps between two looks at the masks."""
-    looks = [(run.result.get("history") or {}).get("masks") or [] for run in row.samples]
-    steps = [[look["step"] for look in some] for some in looks]
+    steps = [[look["step"] for look in _looks(run, "masks")] for run in row.samples]
     return {b - a for some in steps for a, b in zip(some, some[1:], strict=False)}

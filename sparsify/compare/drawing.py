@@ -22,16 +22,19 @@ from matplotlib.ticker import (
     MaxNLocator,
     NullFormatter,
     NullLocator,
+    PercentFormatter,
 )
 
 COLOURS = 6  # as many as the page defines: --s0 to --s5
 MARKERS = "os^DvPX"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-INK, FAINT = "#010203", "#010204"
+INK, FAINT, PAGE = "#010203", "#010204", "#010205"
 REFERENCE = {"color": INK, "linewidth": 1.1, "linestyle": (0, (4, 3))}
 SERIES = "#0a0b{:02x}"
 WIDTH, HEIGHT = 4.8, 3.1  # about as wide as a phone, whose text is then as large as it was drawn
 FONT = 10.5
+LEVELS = 40  # of a heat map's colours
+MOST_CELLS = 20  # along a heat map, for numbers in it
 # Ranges wider than these factors are drawn on a log scale.
 WIDE, WIDE_COST = 4.0, 8.0
 
@@ -100,7 +103,7 @@ def _svg(figure: Figure, title: str, about: str) -> str:
     # Hundredths of a point are finer than any screen, and half as many characters.
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     svg = re.sub(r"#0a0b0([0-9a-f])", r"var(--s\1)", svg)
-    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace(PAGE, "var(--page)")
     svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     # Numbered names, as axes_1, are in every drawing, and nothing refers to them.
     svg = re.sub(r' id="[A-Za-z.]+_\d+"', "", svg)
@@ -158,22 +161,27 @@ def count_axis(axes: Any) -> None:
 
 
 def heat_map(axes: Any, names: Sequence[str], shares: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw shares of every two; each cell shows its number where there is room."""
+    """Draw shares of every two, with a scale; cells hold their percent where there is room."""
     values = [list(row.values()) for row in shares.values()]
     top = max(map(max, values)) or 1.0
-    colours = colormaps["cividis"]
     axes.grid(visible=False)
-    # Not imshow, which would put a picture of pixels into the SVG.
-    axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3)
+    # Not imshow, nor more levels, which would put a picture of pixels into the SVG.
+    colours = colormaps["cividis"].resampled(LEVELS)
+    look = {"edgecolors": "face", "linewidth": 0.3}
+    mesh = axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=top, **look)
+    scale = axes.figure.colorbar(mesh, ax=axes, format=PercentFormatter(1.0), pad=0.02)
+    scale.outline.set_visible(False)
+    scale.locator = MaxNLocator(5)
+    scale.update_ticks()
     axes.invert_yaxis()
     places = [number + 0.5 for number in range(len(names))]
     axes.set_xticks(places, names)
     axes.set_yticks(places, names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if len(names) <= 12:
+    if len(names) <= MOST_CELLS:
+        digits, size = (1, FONT - 0.5 * len(names)) if len(names) <= 8 else (0, 7.0)
         for y, row in zip(places, values, strict=True):
             for x, share in zip(places, row, strict=True):
-                ink = "black" if share > 0.55 * top else "white"
-                size = FONT - 0.4 * len(names)
-                axes.text(x, y, f"{share:.1%}", ha="center", va="center", color=ink, fontsize=size)
+                ink, text = "black" if share > 0.55 * top else "white", f"{100 * share:.{digits}f}"
+                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)

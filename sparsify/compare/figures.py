@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsify.compare.caveats import cost_caveats
 from sparsify.compare.comparison import Comparison
 from sparsify.compare.curves import Curve, curve, thinned
 from sparsify.compare.drawing import (
@@ -14,14 +15,13 @@ from sparsify.compare.drawing import (
     chart,
     cost_axis,
     count_axis,
-    letter,
     loss_axis,
     reference,
     style,
 )
+from sparsify.compare.letters import put_letters
 from sparsify.compare.rows import COSTS, Row
-from sparsify.compare.verdict import cost_caveats, frontier, show_cost, spread
-from sparsify.evaluation import OVERALL
+from sparsify.compare.verdict import frontier, show_cost, spread
 
 MOST_NUMBERS = 16  # of a curve, in the table beneath a drawing
 UNITS = {"tokens": "tokens", "seconds": "seconds", "memory": "peak GiB"}
@@ -75,20 +75,22 @@ def learning_pictures(comparison: Comparison) -> list[Picture]:
         absent = {row.label for row in comparison.rows if not row.is_dense}
         absent -= {comparison.rows[one.number].label for one in curves}
         if absent:
-            about += f" Not measured on validation text: {'; '.join(sorted(absent))}."
+            names = "; ".join(sorted(absent))
+            about += f" Not measured on validation text, or at unknown cost: {names}."
         pictures.append(lines(title, about, comparison.rows, curves, over, "perplexity"))
     return pictures
 
 
 def _validation_texts(rows: Sequence[Row]) -> set[str]:
     """What the configurations say of validation, since results hold the test's protocol alone."""
-    configs = [run.config for row in rows for run in row.samples if run.config is not None]
     told = [
         (
-            (config.get("data") or {}).get("validation") or "the model's own",
-            (config.get("trainer") or {}).get("limit_val_batches"),
+            run.told("data.validation") or "the model's own",
+            run.told("trainer.limit_val_batches") if run.is_fit else None,
         )
-        for config in configs
+        for row in rows
+        for run in row.samples
+        if run.config is not None
     ]
     return {str(text) if most is None else f"{text} ({most} batches)" for text, most in told}
 
@@ -168,13 +170,12 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
     with chart(title, about) as (axes, svg):
         for verdict in comparison.verdicts:
             best = frontier(verdict.rows, cost)
-            points = [(row.cost(cost), _mean(row)) for row in best]
+            front = [(row.cost(cost), row.perplexity) for row in best]
             kind = "-" if verdict.rows[0].keeps_base else ":"
-            axes.plot(*zip(*points, strict=True), kind, color=INK, lw=0.9, drawstyle="steps-post")
-        for number in drawn:
-            _point(axes, number, rows[number], cost)
-        every = [value for n in drawn for value in rows[n].perplexities(OVERALL)]
-        dense = [_mean(row) for row in rows if row.is_dense]
+            axes.plot(*zip(*front, strict=True), kind, color=INK, lw=0.9, drawstyle="steps-post")
+        points = {number: _point(axes, number, rows[number], cost) for number in drawn}
+        every = [value for n in drawn for value in rows[n].perplexities()]
+        dense = [row.perplexity for row in rows if row.is_dense]
         for value in dense[:1]:
             reference(axes, value)
         loss_axis(axes, every + dense)
@@ -182,12 +183,13 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
         cost_axis(axes, [price for n in drawn for price in rows[n].costs(cost)])
         axes.set_xlabel(UNITS[cost] + ("" if cost == "memory" else ", calibration included"))
         axes.set_ylabel("perplexity")
+        put_letters(axes, points)
         drawing = svg()
     numbers = [
         [
             rows[n].label,
             show_cost(cost, rows[n].cost(cost) or 0.0),
-            spread(rows[n].perplexities(OVERALL), 3),
+            spread(rows[n].perplexities(), 3),
             rows[n].spread,
         ]
         for n in drawn
@@ -195,9 +197,10 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
     return Picture(title, about, drawing, drawn, ["row", UNITS[cost], "perplexity", ""], numbers)
 
 
-def _point(axes: Any, number: int, row: Row, cost: str) -> None:
-    values, costs = row.perplexities(OVERALL), row.costs(cost)
-    x, y, look = sum(costs) / len(costs), _mean(row), style(number)
+def _point(axes: Any, number: int, row: Row, cost: str) -> tuple[float, float]:
+    """Draw where a row ended, which is returned."""
+    values, costs = row.perplexities(), row.costs(cost)
+    x, y, look = sum(costs) / len(costs), row.perplexity, style(number)
     axes.errorbar(
         [x],
         [y],
@@ -208,11 +211,4 @@ def _point(axes: Any, number: int, row: Row, cost: str) -> None:
         markersize=7,
         elinewidth=1.2,
     )
-    # Left and right in turn, as rows of one cost lie above each other.
-    side = {"xytext": (-7, 3), "ha": "right"} if number % 2 else {"xytext": (7, 3), "ha": "left"}
-    axes.annotate(letter(number), (x, y), textcoords="offset points", **side)
-
-
-def _mean(row: Row) -> float:
-    values = row.perplexities(OVERALL)
-    return sum(values) / len(values)
+    return x, y

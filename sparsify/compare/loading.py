@@ -3,15 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparsify.checkpoint_files import FOLDER
+from sparsify.compare.checking import check
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import OVERALL, RESULT_SCHEMA
+from sparsify.evaluation import RESULT_SCHEMA
 from sparsify.manifest import MANIFEST
 from sparsify.sensitivity import SENSITIVITY_SCHEMA
 
@@ -29,7 +31,8 @@ class Run:
     Attributes:
         path: where it lies.
         result: its content.
-        config: what the command line was told, from the file beside it; None where there is none.
+        config: what the command line was told, from the file beside it; None where there is none
+            that can be read.
         sensitivity: of its masks, block by block, where that was measured.
     """
 
@@ -53,14 +56,30 @@ class Run:
         """What is known of its calibration; empty where there was none."""
         return self.record.get("calibration") or {}
 
+    @property
+    def is_fit(self) -> bool:
+        """Whether it is what ``sparsify fit`` wrote, and no later measurement or export of that.
+
+        Older results do not tell; of them those are none that began from a checkpoint.
+        """
+        command = self.record.get("command")
+        return command == "fit" if command else self.told("ckpt_path") is None
+
+    def told(self, path: str) -> Any:
+        """A setting of the configuration by its dotted path; None where there is no such."""
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
     def losses(self) -> dict[str, float]:
         """The loss of every text, and overall, nats a token."""
         return {text: score["loss"] for text, score in self.result["scores"].items()}
 
 
-def load_runs(paths: Iterable[Path]) -> list[Run]:
+def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """All results below some paths, with what ``sparsify sensitivity`` left there of the same
-    masks; a file that is named twice is read once.
+    masks, and remarks on what is amiss; a file that is named twice is read once.
 
     Args:
         paths: result files, run folders, or folders of runs.
@@ -70,6 +89,7 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
     """
     files: dict[Path, Path] = {}
     sensitivities: list[dict[str, Any]] = []
+    open_ended: dict[Path, Path] = {}
     for path in paths:
         found = [path] if path.is_file() else sorted(_below(path, RESULT))
         sensitivities += map(_read_sensitivity, sorted(_below(path, SENSITIVITY)))
@@ -80,25 +100,54 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
             )
         for file in found:
             files.setdefault(file.resolve(), file)
+        for checkpoints in sorted(_below(path, FOLDER)):
+            folder = checkpoints.parent
+            if not (folder / RESULT).exists() and any(checkpoints.glob("*")):
+                open_ended.setdefault(folder.resolve(), folder)
     runs = [_read(file) for file in files.values()]
     own = (next((s for s in sensitivities if _same_masks(s, run)), None) for run in runs)
-    return [replace(run, sensitivity=found) for run, found in zip(runs, own, strict=True)]
+    runs = [replace(run, sensitivity=found) for run, found in zip(runs, own, strict=True)]
+    return runs, [*_unreadable(runs), *_interrupted(runs, open_ended)]
 
 
 def _below(folder: Path, name: str) -> Iterator[Path]:
+    """The files and folders of this name, outside of exports."""
     for place, folders, files in os.walk(folder):
         if MANIFEST in files:  # an export: what lies in it is a model's
             folders.clear()
-        elif name in files:
+        elif name in files or name in folders:
             yield Path(place) / name
+
+
+def _unreadable(runs: Sequence[Run]) -> list[str]:
+    files = [run.path.with_name(CONFIG) for run in runs if run.config is None]
+    return [
+        f"{file} cannot be read as settings, and counts as missing."
+        for file in files
+        if file.exists()
+    ]
+
+
+def _interrupted(runs: Sequence[Run], folders: Mapping[Path, Path]) -> list[str]:
+    """Remarks on runs without a result, but for those that another run here went on from."""
+    fits = [run for run in runs if run.record.get("command") in (None, "fit")]
+    origins = [Path(str(path)).resolve() for run in fits if (path := run.told("ckpt_path"))]
+    return [
+        f"{folder} has checkpoints but no {RESULT}: it did not end, or wrote none; go on "
+        f"with `sparsify fit --ckpt_path {folder}`."
+        for place, folder in folders.items()
+        if not any(origin.is_relative_to(place) for origin in origins)
+    ]
 
 
 def _read_sensitivity(file: Path) -> dict[str, Any]:
     """Its content; nothing of a file that cannot be used, as a comparison does not rest on it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        _ = content["protocol"]["base"]["hash"], content["run"].get
+        _ = [(block["loss_increase"], block["loss_decrease"]) for block in content["blocks"]]
         return content if content["schema"] == SENSITIVITY_SCHEMA else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -123,29 +172,19 @@ def _read(file: Path) -> Run:
             f"run's {RESULT} or its folder"
         )
     try:
-        run = Run(file, result, _read_config(file.with_name(CONFIG)))
-        _check(run)
-    except (KeyError, TypeError, AttributeError) as error:
+        check(result)
+    except (KeyError, TypeError) as error:
         raise SparsifyError(
             f"{file} lacks what a result holds ({type(error).__name__}: {error}); write it again "
             "with `sparsify export --ckpt_path FILE`"
         ) from error
-    return run
-
-
-def _check(run: Run) -> None:
-    """Touch what everything else relies on."""
-    record = run.record
-    _ = record["strategy"]["class"], record["strategy"]["weights"], record["strategy"]["settings"]
-    _ = record["pattern"], record["sparsity"], record["steps"], record["tokens"], record["seconds"]
-    _ = run.protocol["base"]["hash"], run.protocol["data"]
-    for text, score in run.result["scores"].items():
+    for text, score in result["scores"].items():
         if not (math.isfinite(score["loss"]) and math.isfinite(score["perplexity"])):
             raise SparsifyError(
-                f"{run.path}: the loss of {text} is {score['loss']}, and what is not a finite "
+                f"{file}: the loss of {text} is {score['loss']}, and what is not a finite "
                 "number cannot be ranked; leave this run out"
             )
-    _ = run.losses()[OVERALL]
+    return Run(file, result, _read_config(file.with_name(CONFIG)))
 
 
 def _read_config(file: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from sparsify.compare.curves import Curve, intervals
+from sparsify.compare.curves import FLIPS, Curve, intervals
 from sparsify.compare.drawing import WIDTH, chart, heat_map, letter, style
 from sparsify.compare.figures import Picture, curves_of, lines
 from sparsify.compare.loading import Run
@@ -18,9 +18,11 @@ from sparsify.masks.diff_matrix import diff_matrix
 from sparsify.masks.file import MaskFile, read_masks
 
 MOVES = {
-    "flips": (
-        "Mask change between looks",
-        "Share of groups whose hard mask changed since the last look.",
+    FLIPS: (
+        "Mask change per step",
+        "Share of groups whose hard mask changed since the last look, divided by the steps since "
+        "then. Changes that are undone between two looks do not count, so that looks farther apart "
+        "show less.",
     ),
     "sample_change": (
         "Mask change between samples",
@@ -38,7 +40,7 @@ MOVES = {
 }
 NORM = (
     "L1 norm of the kept weights, relative to that of the largest N of every group; 1 is what "
-    "magnitude keeps. Where weights changed, it is of the changed ones."
+    "magnitude keeps. Where all weights were trained, it is of the weights at the end."
 )
 
 
@@ -48,7 +50,7 @@ def move_pictures(rows: Sequence[Row]) -> list[Picture]:
     for value, (title, about) in MOVES.items():
         curves = curves_of(rows, "masks", value, "step")
         if curves:
-            if value == "flips":
+            if value == FLIPS:
                 about += _looks([rows[one.number] for one in curves])
             pictures.append(lines(title, about, rows, curves, "step", value.replace("_", " ")))
     return pictures
@@ -65,14 +67,25 @@ def _looks(rows: Sequence[Row]) -> str:
         f"{' or '.join(map(str, sorted(own))) or 'unknown'} in {label}"
         for label, own in apart.items()
     )
-    return f" Looks are not equally far apart, so that these shares do not compare: {each}."
+    return f" Steps between looks: {each}."
 
 
 def norm_pictures(rows: Sequence[Row]) -> list[Picture]:
     """The norm of what is kept: over all, and by block."""
-    by_block = _block_curves(rows, _kept_norms)
-    blocks = lines("Norm of kept weights by block", NORM, rows, by_block, "block", "relative norm")
-    return [_overall_norm(rows), blocks] if by_block else [_overall_norm(rows)]
+    about = NORM
+    if updated := [row.label for row in rows if not _has_norm(row) and not row.is_dense]:
+        about += (
+            " Where kept weights were updated, dropped ones are 0, and the norm is 1 by "
+            f"construction; not drawn: {'; '.join(updated)}."
+        )
+    overall, by_block = _overall_norm(rows, about), _block_curves(rows, _kept_norms)
+    title = "Norm of kept weights by block"
+    blocks = lines(title, about, rows, by_block, "block", "relative norm")
+    return [overall, blocks] if by_block else [overall]
+
+
+def _has_norm(row: Row) -> bool:
+    return not row.is_dense and row.record["strategy"]["weights"] != "updated"
 
 
 def sensitivity_pictures(rows: Sequence[Row]) -> list[Picture]:
@@ -111,8 +124,8 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
         matrix = diff_matrix(found)
     except SparsifyError as error:
         return Picture(title, f"These masks do not compare: {error}. {about}")
-    about += f" Over {len(matrix.layers)} layers."
-    with chart(title, about, (WIDTH, 0.6 + 3.6 * min(1.0, len(found) / 8))) as (axes, svg):
+    about += f" Over {len(matrix.layers)} layers. Numbers in the cells are percent."
+    with chart(title, about, (WIDTH, 0.6 + 3.4 * min(1.0, len(found) / 8))) as (axes, svg):
         heat_map(axes, list(found), matrix.shares)
         drawing = svg()
     numbers = [
@@ -122,16 +135,16 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     return Picture(title, about, drawing, legend, ["", *found], numbers)
 
 
-def _overall_norm(rows: Sequence[Row]) -> Picture:
+def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
     title = "Norm of kept weights"
     norms: dict[int, list[float]] = {}
     for number, row in enumerate(rows):
         states = [(run.result.get("masks") or {}).get("retained_norm") for run in row.samples]
-        if not row.is_dense and (known := [norm for norm in states if norm is not None]):
+        if _has_norm(row) and (known := [norm for norm in states if norm is not None]):
             norms[number] = known
     if not norms:
-        return Picture(title, f"No run recorded this. {NORM}")
-    about = f"{NORM} Lines span the seeds; the axis does not start at 0."
+        return Picture(title, f"No run recorded this. {about}")
+    about += " Lines span the seeds; the axis does not start at 0."
     with chart(title, about, (WIDTH, 0.9 + 0.25 * len(norms))) as (axes, svg):
         for place, (number, values) in enumerate(norms.items()):
             look = style(number) | {"linestyle": "none", "markersize": 7}
@@ -164,7 +177,11 @@ def _block_curves(rows: Sequence[Row], values: Callable[[Run], Mapping[int, floa
 
 
 def _kept_norms(run: Run) -> dict[int, float]:
-    """By block the mean over its layers; layers outside of blocks have none."""
+    """By block the mean over its layers; layers outside of blocks have none, nor have updated
+    weights.
+    """
+    if run.record["strategy"]["weights"] == "updated":
+        return {}
     layers = (run.result.get("masks") or {}).get("layers") or {}
     found: dict[int, list[float]] = {}
     for name, state in layers.items():

@@ -17,7 +17,11 @@ def check_protocol(runs: Sequence[Run]) -> dict[str, Any]:
         SparsifyError: two runs differ; the message names the first fields that do, with their
             values.
     """
-    fields = [dict(_fields("protocol", _compared(run.protocol))) for run in runs]
+    fields = [
+        dict(_fields("protocol", _compared(run.protocol)))
+        | {"texts with a score": ", ".join(sorted(run.result["scores"]))}
+        for run in runs
+    ]
     names = dict.fromkeys(name for one in fields for name in one)
     differing = [name for name in names if len({one.get(name, "nothing") for one in fields}) > 1]
     if differing:

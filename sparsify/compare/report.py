@@ -3,6 +3,7 @@
 import json
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
@@ -78,10 +79,10 @@ def _row(number: int, row: Row, texts: list[str]) -> dict[str, Any]:
 def _cost(row: Row, what: str) -> str:
     costs = row.costs(what)
     if not costs:
-        return "not recorded"
+        return "not known"
     if min(costs) == max(costs):
         return show_cost(what, costs[0])
-    return spread(costs, DIGITS[what])
+    return spread(costs, 1 if what == "seconds" and fmean(costs) < 10 else DIGITS[what])
 
 
 def _settings(rows: list[Row]) -> dict[str, list[str]]:

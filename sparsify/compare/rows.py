@@ -3,13 +3,16 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sparsify.compare.loading import Run
+from sparsify.compare.loading import CONFIG, Run
 from sparsify.compare.settings import labels, seeds, settings, short_name
 from sparsify.evaluation import OVERALL
 from sparsify.prior import SavedMasks
 
+Settings = tuple[tuple[str, str], ...]
+MOST_NAMED = 5
 COSTS = ("tokens", "seconds", "memory")
 CHANGES = {
     "frozen": "masks",
@@ -64,15 +67,15 @@ class Row:
 
     @property
     def losses(self) -> list[float]:
-        """The overall losses of the samples."""
+        """The overall losses of the samples, nats a token."""
         return [run.losses()[OVERALL] for run in self.samples]
 
     @property
-    def loss(self) -> float:
-        """Their mean, nats a token."""
-        return statistics.fmean(self.losses)
+    def perplexity(self) -> float:
+        """The samples' mean overall perplexity, by which rows are ranked."""
+        return statistics.fmean(self.perplexities())
 
-    def perplexities(self, text: str) -> list[float]:
+    def perplexities(self, text: str = OVERALL) -> list[float]:
         """Of the samples, on one text."""
         return [run.result["scores"][text]["perplexity"] for run in self.samples]
 
@@ -98,48 +101,81 @@ class Row:
 
 
 def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
-    """Rows by rising mean loss, and remarks on what was left out or is not known."""
-    remarks = []
-    with_config = all(run.config is not None for run in runs)
-    if not with_config:
-        remarks.append(
-            "Not every run has its config.yaml beside it: runs that differ only in what stands "
-            "there alone (optimizer, batch size, training text) are counted as seeds of one row."
-        )
-    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        own = settings(run, with_config) | {"class": run.record["strategy"]["class"]}
-        groups.setdefault(tuple(sorted(own.items())), []).append(run)
+    """Rows by rising mean perplexity, and remarks on what was left out or is not known."""
+    kept = without_repeats(runs)
+    remarks = _unknown(runs)
+    groups: dict[Settings, list[Run]] = {}
+    for run in kept:
+        groups.setdefault(_identity(run), []).append(run)
+    for group in groups.values():
+        group.sort(key=seeds)
     strategies = [short_name(group[0].record["strategy"]["class"]) for group in groups.values()]
-    told = [settings(group[0], with_config) for group in groups.values()]
-    rows = []
+    told = [settings(group[0]) for group in groups.values()]
     names = _unique(labels(strategies, told))
+    if repeats := [str(run.path.parent) for run in runs if run not in kept]:
+        remarks.append(
+            f"{len(repeats)} of {len(runs)} runs repeat the settings and seeds of another and are "
+            f"left out: {_named(repeats)}. What `sparsify fit` wrote counts before tests and "
+            "exports of it, and what is newer before what is older."
+        )
+    rows = []
     for label, one, group in zip(names, told, groups.values(), strict=True):
-        kept = _one_per_seed(group)
-        if len(kept) < len(group):
-            remarks.append(
-                f"{label}: {len(group) - len(kept)} of {len(group)} runs repeat the seeds of a "
-                "newer one and are left out."
-            )
         if SavedMasks.__name__ in one.values():
             remarks.append(
                 f"{label}: starts from the masks of another run, whose cost is not counted here."
             )
-        samples = list({tuple(run.losses().items()): run for run in kept}.values())
-        row = Row(label, one, kept, samples)
-        if len(samples) < len(kept) and not row.is_exact:
+        samples = list({tuple(run.losses().items()): run for run in group}.values())
+        row = Row(label, one, group, samples)
+        if len(samples) < len(group) and not row.is_exact:
             remarks.append(
-                f"{label}: {len(kept)} runs gave {len(samples)} different results; equal ones "
+                f"{label}: {len(group)} runs gave {len(samples)} different results; equal ones "
                 "count once (a calibration text is drawn by --model.calibration.seed)."
             )
         rows.append(row)
-    return sorted(rows, key=lambda row: row.loss), remarks
+    return sorted(rows, key=lambda row: row.perplexity), remarks
 
 
-def _one_per_seed(runs: Sequence[Run]) -> list[Run]:
-    by_date = sorted(runs, key=lambda run: str(run.result.get("date")))
-    newest = {seeds(run): run for run in by_date}
-    return [newest[key] for key in sorted(newest)]
+def without_repeats(runs: Sequence[Run]) -> list[Run]:
+    """One run of the same settings and seeds: of those that ``sparsify fit`` wrote the newest, else
+    the newest of all.
+    """
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        # Without its configuration it is not known whether a run is a repeat, unless by its result.
+        scores = tuple(run.losses().items()) if run.config is None else None
+        alike.setdefault((_identity(run, fitting=False), seeds(run), scores), []).append(run)
+    kept: set[Path] = set()
+    for some in alike.values():
+        fits = [run for run in some if run.is_fit]
+        newest = {_identity(run): run for run in sorted(fits or some, key=_told_and_date)}
+        kept |= {run.path for run in newest.values()}
+    return [run for run in runs if run.path in kept]
+
+
+def _identity(run: Run, fitting: bool = True) -> Settings:
+    own = settings(run, fitting) | {"class": run.record["strategy"]["class"]}
+    return tuple(sorted(own.items()))
+
+
+def _told_and_date(run: Run) -> tuple[bool, str]:
+    return bool(run.record.get("command")), str(run.result.get("date"))
+
+
+def _unknown(runs: Sequence[Run]) -> list[str]:
+    """A remark on the runs without configuration."""
+    bare = [str(run.path.parent) for run in runs if run.config is None]
+    if not bare:
+        return []
+    return [
+        f"Without {CONFIG}, and so in rows of their own: {_named(bare)}. Those of them that differ "
+        "only in what stands there alone (optimizer, batch size, training text) are counted as "
+        "seeds of one row."
+    ]
+
+
+def _named(places: Sequence[str]) -> str:
+    more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
+    return ", ".join(places[:MOST_NAMED]) + more
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -167,7 +203,10 @@ def calibration_tokens(run: Run) -> int:
 
 
 def calibration_seconds(run: Run) -> float | None:
-    """What its calibration took to compute; None where that is not known."""
+    """What its calibration took to compute; None where that is not known for the run's device."""
     if run.calibration.get("cached") and "history" not in run.result:
         return None  # older results hold the time to read the cache instead
+    device = run.calibration.get("device")
+    if device and device != run.record.get("device"):
+        return None
     return float(run.calibration.get("seconds", 0.0))

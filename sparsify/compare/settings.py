@@ -4,25 +4,23 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sparsify.compare.loading import Run
+from sparsify.compare.loading import CONFIG, Run
 from sparsify.registry import STRATEGIES, plugins
 
-# What the command line was told and the result does not hold. (Its key, whether only learning
-# depends on it.)
-CONFIGURED = (
-    ("data.train", False),
-    ("data.batch_size", True),
-    ("data.block_size", True),
-    ("model.exclude", False),
-    ("model.include", False),
-    ("model.lr_final", True),
-    ("model.optimizer", True),
-    ("model.warmup_steps", True),
-    ("trainer.accumulate_grad_batches", True),
-    ("trainer.gradient_clip_val", True),
+# What the command line was told and the result does not hold: what decides which layers are masked,
+# what is read, and how is learned. (The trainer's part of the last is the command's own.)
+ALWAYS = ("model.exclude", "model.include")
+READING = ("data.train",)
+LEARNING = (
+    "data.batch_size",
+    "data.block_size",
+    "model.lr_final",
+    "model.optimizer",
+    "model.warmup_steps",
 )
+FITTING = ("trainer.gradient_clip_val",)
 # Settings that other settings imply, or that people look for last.
-LATE = ("pattern", "overrides", "steps", "tokens", "weights")
+LATE = ("pattern", "overrides", "steps", "tokens", "weights", "sparsity")
 LONGEST = 24
 
 
@@ -36,12 +34,12 @@ def _short_names() -> dict[str, str]:
     return {point.value.replace(":", "."): name for name, point in plugins(STRATEGIES).items()}
 
 
-def settings(run: Run, with_config: bool) -> dict[str, str]:
+def settings(run: Run, fitting: bool = True) -> dict[str, str]:
     """All that a run was told, besides seeds, by dotted name.
 
     Args:
         run: the run.
-        with_config: also what stands in the configuration beside it.
+        fitting: also what its configuration says of the trainer, if that is the fit's.
     """
     record = run.record
     found = _flat("", record["strategy"]["settings"])
@@ -52,20 +50,23 @@ def settings(run: Run, with_config: bool) -> dict[str, str]:
         if key in run.calibration:
             found[f"calibration.{key}"] = _text(run.calibration[key])
     found |= _flat("calibration.text", _text_of(run.calibration))
-    if with_config:
-        found |= _configured(run)
-    return found | {
-        "pattern": str(record["pattern"]),
-        "steps": str(record["steps"]),
-        "tokens": str(record["tokens"]),
-        "weights": record["strategy"]["weights"],
-        **_flat("overrides", record.get("overrides") or {}),
-    }
+    return (
+        found
+        | _configured(run, fitting)
+        | {
+            "pattern": str(record["pattern"]),
+            "steps": str(record["steps"]),
+            "tokens": str(record["tokens"]),
+            "weights": record["strategy"]["weights"],
+            "sparsity": f"{record['sparsity']:.1%}",
+            **_flat("overrides", record.get("overrides") or {}),
+        }
+    )
 
 
 def seeds(run: Run) -> tuple[str, ...]:
     """All that is random in a run: its seed, that of its data, its calibration text."""
-    data = ((run.config or {}).get("data") or {}).get("seed")
+    data = run.told("data.seed")
     calibration = run.calibration.get("seed"), run.calibration.get("sha256")
     return tuple(map(str, (run.record.get("seed"), data, *calibration)))
 
@@ -89,7 +90,9 @@ def differing(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """The settings that are not the same in all rows, those first that people look for first."""
     names = dict.fromkeys(name for row in rows for name in row)
     several = [name for name in names if len({row.get(name) for row in rows}) > 1]
-    return sorted(several, key=lambda name: (name in LATE, name.startswith("calibration")))
+    return sorted(
+        several, key=lambda name: (name != CONFIG, name in LATE, name.startswith("calibration"))
+    )
 
 
 def _words(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
@@ -150,15 +153,21 @@ def _text_of(calibration: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(source.get("sha256", source))[:12] for name, source in sources.items()}
 
 
-def _configured(run: Run) -> dict[str, str]:
+def _configured(run: Run, fitting: bool) -> dict[str, str]:
+    if run.config is None:
+        return {CONFIG: "missing"}
+    paths = list(ALWAYS)
+    if run.record["steps"] or run.calibration:
+        paths += READING
+    if run.record["steps"]:
+        paths += LEARNING
+        if fitting and run.is_fit:
+            paths += FITTING
     found: dict[str, str] = {}
-    for path, only_learning in CONFIGURED:
-        part, _, key = path.partition(".")
-        if not run.record["steps"] and (only_learning or not run.calibration):
-            continue
-        value = ((run.config or {}).get(part) or {}).get(key)
+    for path in paths:
+        value, key = run.told(path), path.rpartition(".")[2]
         if isinstance(value, dict) and "class_path" in value:
-            found["optimizer"] = value["class_path"].rpartition(".")[2]
+            found["optimizer"] = str(value["class_path"]).rpartition(".")[2]
             found |= _flat("optimizer", value.get("init_args") or {})
         elif value is not None:
             found[key] = _text(value)

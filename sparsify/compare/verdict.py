@@ -4,20 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsify.compare.caveats import cost_caveats
 from sparsify.compare.rows import COSTS, Row
 
 SEEDS = 3
 # What is measured is not the same twice: costs within this share of each other count as equal.
 TOLERANCE = {"tokens": 0.0, "seconds": 0.05, "memory": 0.05}
-# Seeds of one row whose times differ by more than this factor ran on a machine that was not quiet.
-UNEVEN = 1.2
 RULE = (
     f"One row is ahead of another only if both have at least {SEEDS} seeds and every seed of the "
-    "one is better than every seed of the other; with three against three this happens by chance "
-    "once in 20 if the two are equal. A row into which nothing random enters is known exactly: "
-    f"another is ahead of it, or behind, if all of its seeds, at least {SEEDS}, lie on one side, "
-    "and farther away than they lie from each other (by chance at most once in 32, if seeds "
-    "scatter symmetrically around one peak)."
+    "one is better than every seed of the other. If the two are equal, one or the other of three "
+    "against three is ahead by chance once in 10. A row into which nothing random enters is known "
+    f"exactly: another is ahead of it, or behind, if all of its seeds, at least {SEEDS}, lie on "
+    "one side, and farther away than they lie from each other (by chance at most once in 16, if "
+    "the two are equal and seeds scatter symmetrically around one peak)."
 )
 CAUTION = (
     "This is a rule for two rows: of many pairs, some are told apart by chance. One run, or two "
@@ -32,7 +31,7 @@ class Finding:
     Attributes:
         cost: tokens, seconds or memory; "any" where cost does not count.
         budget: the most that a row may cost; None where cost does not count.
-        best: the row of lowest mean loss within it.
+        best: the row of lowest mean perplexity within it.
         ahead_of: the rows that it is surely ahead of.
         level_with: the rows that it cannot be told apart from.
     """
@@ -71,7 +70,7 @@ class Finding:
         more = f" and {len(self.level_with) - 1} more" if len(self.level_with) > 1 else ""
         ahead = f" It is ahead of {_others(self.ahead_of, 'the')}{seeds}."
         return (
-            f"{best} has the lowest mean, but cannot be told apart from {near.label} "
+            f"{best} has the lowest mean perplexity, but cannot be told apart from {near.label} "
             f"({show_perplexity(near)}){more}.{ahead if self.ahead_of else ''}"
             f"{_too_few([self.best, *self.level_with])}"
         )
@@ -83,7 +82,7 @@ class Verdict:
 
     Attributes:
         title: what the rows have in common.
-        rows: by rising mean loss.
+        rows: by rising mean perplexity.
         findings: one without regard to cost, and one for every budget at which another row is best.
         caveats: by cost, why it is no fair comparison.
     """
@@ -125,17 +124,17 @@ def frontier(rows: Sequence[Row], cost: str) -> list[Row]:
     """The rows that no other beats at the same or a lower mean cost, by rising cost; a row of
     unknown cost is not among them.
     """
-    priced = [(price, row.loss, row) for row in rows if (price := row.cost(cost)) is not None]
+    priced = [(price, row.perplexity, row) for row in rows if (price := row.cost(cost)) is not None]
     found: list[Row] = []
-    for _, loss, row in sorted(priced, key=lambda one: one[:2]):
-        if not found or loss < found[-1].loss:
+    for _, perplexity, row in sorted(priced, key=lambda one: one[:2]):
+        if not found or perplexity < found[-1].perplexity:
             found.append(row)
     return found
 
 
 def is_ahead(one: Row, other: Row) -> bool:
-    """Whether the first row's loss is lower beyond what seeds do; see :data:`RULE`."""
-    a, b = one.losses, other.losses
+    """Whether the first row's perplexity is lower beyond what seeds do; see :data:`RULE`."""
+    a, b = one.perplexities(), other.perplexities()
     if max(a) >= min(b):
         return False
     if one.is_exact and other.is_exact:
@@ -148,7 +147,7 @@ def is_ahead(one: Row, other: Row) -> bool:
 
 
 def _finding(cost: str, budget: float | None, rows: Sequence[Row]) -> Finding:
-    best, *others = sorted(rows, key=lambda row: row.loss)
+    best, *others = sorted(rows, key=lambda row: row.perplexity)
     ahead_of = [row for row in others if is_ahead(best, row)]
     return Finding(cost, budget, best, ahead_of, [row for row in others if row not in ahead_of])
 
@@ -167,45 +166,9 @@ def _budgets(cost: str, rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def cost_caveats(rows: Sequence[Row]) -> tuple[dict[str, str], set[str]]:
-    """Why costs are no fair comparison, and for which no winner is named."""
-    runs = [run for row in rows for run in row.runs]
-    devices = sorted({str(run.record.get("device")) for run in runs})
-    torches = sorted({str(run.result.get("versions", {}).get("torch")) for run in runs})
-    caveats: dict[str, str] = {}
-    refused = set()
-    if len(torches) > 1:
-        reason = f"the runs used different versions of torch ({', '.join(torches)})"
-        caveats["seconds"] = f"No winner by time: {reason}."
-        caveats["memory"] = f"Memory with a grain of salt: {reason}."
-        refused = {"seconds"}
-    if len(devices) > 1:
-        reason = f"the runs used different devices ({', '.join(devices)})"
-        caveats["seconds"] = f"No winner by time: {reason}."
-        caveats["memory"] = f"No winner by memory: {reason}."
-        refused = {"seconds", "memory"}
-    for cost in COSTS:
-        unknown = [row.label for row in rows if row.cost(cost) is None]
-        if unknown and cost not in refused:
-            text = f"Not recorded, and so not compared by {cost}: {'; '.join(unknown)}."
-            caveats[cost] = f"{caveats[cost]} {text}" if cost in caveats else text
-    uneven = [row.label for row in rows if _is_uneven(row.costs("seconds"))]
-    if uneven and "seconds" not in refused:
-        text = (
-            f"Seconds differ by more than {UNEVEN - 1:.0%} between seeds of {'; '.join(uneven)}: "
-            "the machine did other work too, and times are rough."
-        )
-        caveats["seconds"] = f"{caveats['seconds']} {text}" if "seconds" in caveats else text
-    return caveats, refused
-
-
-def _is_uneven(seconds: Sequence[float]) -> bool:
-    return bool(seconds) and max(seconds) > UNEVEN * min(seconds)
-
-
 def show_perplexity(row: Row) -> str:
     """Overall perplexity with its spread, and what that comes from."""
-    return f"{spread(row.perplexities('overall'))}, {row.spread}"
+    return f"{spread(row.perplexities())}, {row.spread}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -86,8 +86,23 @@ def test_all_of_it_as_json(tool: Tool) -> None:
     ]  # fmt: skip
     assert verdict["findings"][0]["winner"] == "maskllm"
     assert verdict["findings"][1]["winner"] is None
-    assert "once in 20" in found["rule"]
+    assert "once in 10" in found["rule"]
     assert Path("r.html").is_file()
+
+
+def test_brackets_are_no_markup(tool: Tool) -> None:
+    name = "org/model[/b]"
+    bracketed = PROTOCOL | {"base": PROTOCOL["base"] | {"name": name}}  # type: ignore[operator]
+    for seed in range(2):
+        settings = {"[i]note[/i]": f"[bold]{seed}[/]"}
+        content = result(MASKLLM, 3 + seed, settings=settings, protocol=bracketed)
+        content["scores"]["[u]"] = content["scores"]["b"]
+        write(Path(f"brackets/{seed}"), content)
+    status, text = tool("brackets")
+    assert status == 0
+    assert f"perplexity of {name} (hash" in " ".join(text.split())
+    assert "[bold]0[/]" in text
+    assert "[u]" in text
 
 
 def test_patterns_are_a_column_where_they_differ(tool: Tool) -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from sparsify.compare.curves import MOST_POINTS, curve, intervals
+from sparsify.compare.curves import FLIPS, MOST_POINTS, curve, intervals
 from sparsify.compare.rows import Row
 from tests.compare.made import row
 
@@ -42,6 +42,24 @@ def test_what_calibration_took_comes_first() -> None:
         "tokens": [32, 42],
         "seconds": [7, 8],
     }
+
+
+def test_unknown_seconds_of_calibration_have_no_curve() -> None:
+    calibration = {"samples": 4, "block_size": 8, "seconds": 7.0, "device": "NVIDIA H100"}
+    rows = with_history([[0, 1]], calibration=calibration)
+    assert curve(0, rows, "validation", "perplexity", "seconds") is None
+    assert curve(0, rows, "validation", "perplexity", "tokens") is not None
+
+
+def test_flips_are_by_step() -> None:
+    one = row([3.0])
+    flips = {10: 0.5, 30: 0.5, 70: 0.2, 80: None}
+    looks = [{"step": step, "flips": share} for step, share in flips.items()]
+    one.runs[0].result["history"] = {"masks": looks}
+    found = curve(0, one, "masks", FLIPS, "step")
+    assert found is not None
+    assert found.steps == [10, 30, 70]
+    assert found.mean == pytest.approx([0.05, 0.025, 0.005])
 
 
 def test_rows_without_such_values_have_no_curve() -> None:

@@ -77,3 +77,10 @@ def test_many_differences_are_counted() -> None:
 
     with pytest.raises(SparsifyError, match="xxxxxxxxxxxx... in three.*; and 2 more fields"):
         check_protocol(runs(change))
+
+
+def test_texts_without_a_score_are_named() -> None:
+    some = runs(lambda protocol: None)
+    del some[2].result["scores"]["a"]
+    with pytest.raises(SparsifyError, match="texts with a score: a, b, overall in one and 1 more"):
+        check_protocol(some)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sparsify.compare import Comparison, compare
+from sparsify.compare.drawing import chart, heat_map, letter
 from sparsify.compare.figures import Picture, cost_pictures, learning_pictures
 from sparsify.compare.mask_figures import (
     difference_picture,
@@ -123,13 +124,13 @@ def test_the_page_holds_the_answer_the_numbers_and_the_rule(page: str) -> None:
     text = re.sub(r"\s+", " ", text)
     assert "maskllm (27.39 ± 0.27, 3 seeds) is ahead of magnitude in every seed." in text
     assert "Base weights kept, 2:4, 50.0%" in text
-    assert "by chance once in 20" in text
+    assert "by chance once in 10" in text
     assert "c3f59e483b27" in text
     assert "dense 20.09" in text
     for title in (
         "Test perplexity over tokens",
         "Validation perplexity over seconds",
-        "Mask change between looks",
+        "Mask change per step",
         "Largest mask probability",
         "Norm of kept weights by block",
         "Mask differences",
@@ -171,6 +172,8 @@ def titles(pictures: list[Picture]) -> list[str]:
 def test_every_row_is_in_the_figures_of_cost(comparison: Comparison) -> None:
     tokens, seconds, memory = cost_pictures(comparison)
     assert tokens.legend == seconds.legend == memory.legend == [1, 2, 3]
+    for picture in (tokens, seconds, memory):
+        assert all(f">{one}</text>" in picture.svg for one in "BCD")
     assert tokens.numbers[0] == ["sr_ste", "1,000", "22.422 ± 0.224", "3 seeds"]
     assert tokens.numbers[2] == ["magnitude", "0", "60.340", "exact"]
 
@@ -191,7 +194,7 @@ def test_across_devices_there_is_no_figure_of_time(runs: Path, tmp_path: Path) -
 def test_validation_and_test_do_not_share_a_figure(comparison: Comparison) -> None:
     tokens, _ = learning_pictures(comparison)
     assert tokens.legend == [1, 2]
-    assert "Not measured on validation text: magnitude." in tokens.about
+    assert "Not measured on validation text, or at unknown cost: magnitude." in tokens.about
     assert "dense 20.10" in tokens.svg
     assert ["maskllm", "25", "250", "57.4", "57.4", "57.4", "3"] in tokens.numbers
 
@@ -230,7 +233,11 @@ def test_unequal_looks_are_said(runs: Path, tmp_path: Path) -> None:
         del content["history"]["masks"][::2]
         file.write_text(json.dumps(content))
     flips = move_pictures(compare([tmp_path]).rows)[0]
-    assert "do not compare: 25 in sr_ste; 50 in maskllm." in flips.about
+    assert "undone between two looks do not count" in flips.about
+    assert "Steps between looks: 25 in sr_ste; 50 in maskllm." in flips.about
+    # At step 50 the share 0.075 of the groups changed within 25 steps or, with half the looks, 50.
+    assert ["sr_ste", "50", "0.003", "0.003", "0.003", "3"] in flips.numbers
+    assert ["maskllm", "50", "0.0015", "0.0015", "0.0015", "3"] in flips.numbers
 
 
 def test_norms_are_of_blocks_and_of_all(comparison: Comparison) -> None:
@@ -243,6 +250,21 @@ def test_norms_are_of_blocks_and_of_all(comparison: Comparison) -> None:
     ]
 
 
+def test_norms_of_updated_weights_are_1_by_construction_and_not_drawn(
+    runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for seed in range(3):
+        file = tmp_path / f"runs/sr_ste/version_{seed}/result.json"
+        file.write_text(file.read_text().replace('"trained"', '"updated"'))
+    for picture in norm_pictures(compare([tmp_path]).rows):
+        assert {numbers[0] for numbers in picture.numbers} == {"maskllm", "magnitude"}
+        assert "1 by construction; not drawn: sr_ste." in picture.about
+    for picture in norm_pictures(compare([runs]).rows):
+        assert "all weights were trained, it is of the weights at the end" in picture.about
+        assert "by construction" not in picture.about
+
+
 def test_differences_are_those_of_the_exported_masks(runs: Path, comparison: Comparison) -> None:
     picture = difference_picture(comparison.rows)
     a, b = (read_masks(runs / name / "version_0/export") for name in ("sr_ste", "maskllm"))
@@ -250,6 +272,26 @@ def test_differences_are_those_of_the_exported_masks(runs: Path, comparison: Com
     assert picture.columns == ["", "B", "C", "D"]
     assert picture.numbers[0][:3] == ["B", "0.00%", f"{share:.2%}"]
     assert f"Over {len(LAYERS)} layers." in picture.about
+    assert f">{100 * share:.1f}</text>" in picture.svg
+    assert "%</text>" in picture.svg  # the scale
+
+
+@pytest.mark.parametrize(("rows", "numbers"), [(20, True), (21, False)])
+def test_many_differences_have_numbers_where_they_can_be_read(rows: int, numbers: bool) -> None:
+    names = [letter(number) for number in range(rows)]
+    shares = {a: {b: 0.23 * (a != b) for b in names} for a in names}
+    with chart("Many", "") as (axes, svg):
+        heat_map(axes, names, shares)
+        drawing = svg()
+    assert (">23</text>" in drawing) is numbers
+    assert "20.0%</text>" in drawing
+    assert "<image" not in drawing
+
+
+def test_seconds_below_ten_have_a_decimal(tmp_path: Path) -> None:
+    for seed, seconds in enumerate((9.0, 9.6, 10.2)):
+        write(tmp_path / str(seed), result(MASKLLM, 3 + seed / 10, seed, seconds=seconds))
+    assert "<td>9.6 ± 0.6</td>" in render(compare([tmp_path]), "x")
 
 
 def test_masks_that_are_missing_or_of_another_shape_are_a_reason(

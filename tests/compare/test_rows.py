@@ -1,3 +1,6 @@
+import dataclasses
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +10,28 @@ from sparsify.compare.loading import Run
 from sparsify.compare.rows import Row, make_rows
 from tests.compare.made import DENSE, MAGNITUDE, MASKLLM, SRSTE, WANDA, result, row
 
+NUMBERS = itertools.count()
 
-def run(name: str = "x", config: Any = None, **more: Any) -> Run:
-    return Run(Path(name) / "result.json", result(**more), {} if config is None else config)
+
+def run(config: Any = None, date: str = "2026-11-22", **more: Any) -> Run:
+    """A run in a folder of its own, with a configuration that says nothing."""
+    path = Path(f"run {next(NUMBERS)}/result.json")
+    return Run(path, result(**more) | {"date": date}, {} if config is None else config)
+
+
+def bare(**more: Any) -> Run:
+    """One without configuration."""
+    return dataclasses.replace(run(**more), config=None)
+
+
+def told(lr: float) -> dict[str, Any]:
+    """A configuration, as the command line writes it."""
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}}
+    return {"model": {"optimizer": optimizer}, "data": {"seed": 0, "train": "t.txt"}}
+
+
+def clipped(value: float, **more: Any) -> dict[str, Any]:
+    return {"trainer": {"gradient_clip_val": value}} | more
 
 
 def calibrated(seed: int, **more: Any) -> dict[str, Any]:
@@ -36,7 +58,7 @@ def test_seeds_are_one_row_and_settings_several() -> None:
     assert labels(rows) == {"maskllm": 3, "maskllm, alpha 9": 2, "magnitude": 1}
     assert remarks == []
     assert rows[0].losses == [3.0, 3.1, 3.2]
-    assert rows[0].loss == pytest.approx(3.1)
+    assert rows[0].perplexity == pytest.approx(sum(map(math.exp, (3.0, 3.1, 3.2))) / 3)
 
 
 def test_labels_take_the_fewest_settings_that_tell_rows_apart() -> None:
@@ -73,10 +95,6 @@ def test_patterns_tell_rows_apart() -> None:
 
 
 def test_what_only_the_configuration_holds_tells_rows_apart() -> None:
-    def told(lr: float) -> Any:
-        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}}
-        return {"model": {"optimizer": optimizer}, "data": {"seed": 0, "train": "t.txt"}}
-
     runs = [run(config=told(0.1), loss=3.0), run(config=told(0.2), loss=3.1)]
     assert list(labels(make_rows(runs)[0])) == ["maskllm, lr 0.1", "maskllm, lr 0.2"]
     # What only learning depends on is none of a one-shot strategy's.
@@ -84,20 +102,102 @@ def test_what_only_the_configuration_holds_tells_rows_apart() -> None:
     assert labels(make_rows(runs)[0]) == {"magnitude": 1}
 
 
-def test_without_a_configuration_that_is_said() -> None:
-    bare = Run(Path("b/result.json"), result(seed=1, loss=3.1), None)
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
-    rows, remarks = make_rows([run(config={"model": {"optimizer": optimizer}}), bare])
-    assert labels(rows) == {"maskllm": 2}
-    assert "counted as seeds of one row" in remarks[0]
+def test_runs_without_a_configuration_are_a_row_of_their_own() -> None:
+    """And make no other run disappear."""
+    runs = [run(told(0.1), loss=3.0), run(told(0.2), loss=3.1), bare(loss=3.2), bare(loss=3.3)]
+    rows, remarks = make_rows(runs)
+    assert labels(rows) == {
+        "maskllm, lr 0.1": 1,
+        "maskllm, lr 0.2": 1,
+        "maskllm, config.yaml missing": 2,  # of one seed, and not known to be repeats
+    }
+    places = ", ".join(str(one.path.parent) for one in runs[2:])
+    assert remarks == [
+        f"Without config.yaml, and so in rows of their own: {places}. Those of them that differ "
+        "only in what stands there alone (optimizer, batch size, training text) are counted as "
+        "seeds of one row."
+    ]
+    rows, _ = make_rows([bare(loss=3.0), bare(loss=3.0)])
+    assert labels(rows) == {"maskllm": 1}
 
 
 def test_the_newest_of_two_runs_of_one_seed_counts() -> None:
-    old, new = run(loss=3.0), run(loss=3.1)
-    new.result["date"] = "2027-01-01T00:00:00+00:00"
+    old, new = run(loss=3.0), run(loss=3.1, date="2027-01-01")
     rows, remarks = make_rows([new, old, run(seed=1, loss=3.2)])
     assert rows[0].losses == [3.1, 3.2]
-    assert remarks == ["maskllm: 1 of 3 runs repeat the seeds of a newer one and are left out."]
+    (remark,) = remarks
+    assert remark.startswith(
+        "1 of 3 runs repeat the settings and seeds of another and are left out: "
+        f"{old.path.parent}. What"
+    )
+
+
+@pytest.mark.parametrize("command", ["export", "test"])
+def test_a_fit_counts_before_what_was_exported_of_it_later(command: str) -> None:
+    """Though the configuration of the later command has another trainer."""
+    fit = run(clipped(0.5), loss=3.0, command="fit")
+    again = run(clipped(1.0), loss=3.1, command=command, date="2027-01-01")
+    for runs in ([fit, again], [again, fit]):
+        rows, remarks = make_rows(runs)
+        assert rows[0].runs == [fit]
+        assert len(rows) == 1
+        assert str(again.path.parent) in remarks[0]
+
+
+def test_older_results_that_began_from_a_checkpoint_are_no_fits() -> None:
+    fit = run(clipped(0.5), loss=3.0)
+    again = run(clipped(1.0, ckpt_path="a/last.ckpt"), loss=3.1, date="2027-01-01")
+    assert make_rows([again, fit])[0][0].runs == [fit]
+    assert labels(make_rows([run(clipped(0.5)), run(clipped(1.0))])[0]) == {
+        "maskllm, gradient_clip_val 0.5": 1,
+        "maskllm, gradient_clip_val 1": 1,
+    }
+    told_fit = run(clipped(0.5), loss=3.2, command="fit", date="2025-01-01")
+    assert make_rows([again, fit, told_fit])[0][0].runs == [told_fit]
+
+
+def test_exports_without_their_fit_are_told_apart_by_all_but_the_trainer() -> None:
+    runs = [
+        run(clipped(clip, **told(lr)), command="export", loss=3 + lr, date=f"2026-11-2{clip}")
+        for lr in (0.1, 0.2)
+        for clip in (1, 2)
+    ]
+    rows, _ = make_rows(runs)
+    assert labels(rows) == {"maskllm, lr 0.1": 1, "maskllm, lr 0.2": 1}
+    assert [one.runs for one in rows] == [[runs[1]], [runs[3]]]
+    assert "gradient_clip_val" not in rows[0].settings
+
+
+def test_an_export_of_another_fit_is_no_repeat() -> None:
+    runs = [run(told(0.1), command="fit"), run(told(0.2), command="export", loss=3.1)]
+    assert list(labels(make_rows(runs)[0])) == ["maskllm, lr 0.1", "maskllm, lr 0.2"]
+
+
+def test_gathered_gradients_are_told_by_tokens_and_steps() -> None:
+    configs = [{"trainer": {"accumulate_grad_batches": k}} for k in (1, 4)]
+    runs = [run(config, seed=seed) for seed, config in enumerate(configs)]
+    assert labels(make_rows(runs)[0]) == {"maskllm": 2}
+
+
+def test_one_shot_rows_that_mask_other_layers_stay_apart() -> None:
+    configs = [{"model": {"exclude": exclude}} for exclude in (None, ["*down*"])]
+    runs = [run(config, strategy=MAGNITUDE, loss=3.0) for config in configs]
+    assert len(make_rows(runs)[0]) == 2
+    runs = [run(strategy=MAGNITUDE, sparsity=sparsity) for sparsity in (0.5, 0.5004, 0.4)]
+    rows, _ = make_rows(runs)
+    assert sorted(one.settings["sparsity"] for one in rows) == ["40.0%", "50.0%"]
+    # The training text is none of what reads none.
+    runs = [run({"data": {"train": train}}, strategy=MAGNITUDE) for train in ("a", "b")]
+    assert len(make_rows(runs)[0]) == 1
+
+
+def test_rows_are_ranked_by_mean_perplexity() -> None:
+    """Which a bad seed raises more than it raises the mean loss."""
+    runs = [run(seed=seed, loss=loss) for seed, loss in enumerate((2.0, 4.0))]
+    even = {"alpha": 1.0}
+    runs += [run(seed=seed, loss=loss, settings=even) for seed, loss in enumerate((3.05, 3.05))]
+    rows, _ = make_rows(runs)
+    assert list(labels(rows)) == ["maskllm, alpha 1", "maskllm"]
 
 
 def test_the_seed_of_the_data_is_a_seed() -> None:
@@ -154,6 +254,8 @@ def test_what_was_not_recorded_is_no_cost() -> None:
     newer = run(calibration=cached)
     newer.result["history"] = {}
     assert make_rows([newer])[0][0].costs("seconds") == [60.1]
+    for device, seconds in (("cpu", [69.0]), ("NVIDIA H100", []), (None, [69.0])):
+        assert row([3.0], calibration=calibrated(0, device=device)).costs("seconds") == seconds
     assert row([3.0], peak_memory_gib=None).cost("memory") is None
 
 

@@ -1,11 +1,13 @@
-import itertools
+import math
 import random
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 
 from sparsify.compare.rows import Row
-from sparsify.compare.verdict import Finding, frontier, is_ahead, spread, verdicts
+from sparsify.compare.verdict import RULE, Finding, frontier, is_ahead, spread, verdicts
 from tests.compare.made import DENSE, MAGNITUDE, SRSTE, row
 
 
@@ -15,7 +17,7 @@ def named(losses: list[float], label: str, **more: Any) -> Row:
 
 
 def findings(rows: list[Row], cost: str = "any") -> list[Finding]:
-    (one,) = verdicts(sorted(rows, key=lambda row: row.loss))
+    (one,) = verdicts(sorted(rows, key=lambda row: row.perplexity))
     return [finding for finding in one.findings if finding.cost == cost]
 
 
@@ -64,17 +66,39 @@ def test_two_exact_rows_are_told_apart_by_any_difference() -> None:
     assert not is_ahead(low, low)
 
 
-def test_the_chances_that_the_rule_names() -> None:
-    """Equal rows: all orders of six seeds are equally likely; against a known value, simulated."""
-    orders = [set(three) for three in itertools.combinations(range(6), 3)]
-    assert sum(three == {0, 1, 2} for three in orders) / len(orders) == 1 / 20
+@dataclass
+class Drawn:
+    """What the rule reads of a row."""
+
+    values: list[float]
+    is_exact: bool
+
+    def perplexities(self) -> list[float]:
+        return self.values
+
+
+@pytest.mark.parametrize("spread", ["uniform", "normal"])
+def test_the_chances_that_the_rule_names(spread: str) -> None:
+    """Of rows that are equal: one or the other comes out ahead, whichever it is."""
     rng = random.Random(0)  # noqa: S311
-    for draw in (lambda: rng.uniform(-1, 1), lambda: rng.gauss(0, 1)):
-        hits, tries = 0, 20_000
+    draw = partial(rng.uniform, -1, 1) if spread == "uniform" else partial(rng.gauss, 0, 1)
+    tries = 20_000
+
+    def share(exact: bool) -> float:
+        told = 0
         for _ in range(tries):
-            seeds = sorted(draw() for _ in range(3))
-            hits += seeds[0] > seeds[2] - seeds[0]
-        assert hits / tries < 1 / 32 + 0.004
+            first = Drawn([0.0] if exact else [draw() for _ in range(3)], exact)
+            rows: Any = first, Drawn([draw() for _ in range(3)], False)
+            told += is_ahead(*rows) or is_ahead(*reversed(rows))
+        return told / tries
+
+    noise = 4 * math.sqrt(0.1 * 0.9 / tries)
+    assert share(exact=False) == pytest.approx(1 / 10, abs=noise)
+    assert share(exact=True) < 1 / 16 + noise
+    if spread == "uniform":  # the worst case
+        assert share(exact=True) == pytest.approx(1 / 16, abs=noise)
+    assert "once in 10" in RULE
+    assert "once in 16" in RULE
 
 
 def test_the_frontier_is_that_of_brute_force() -> None:
@@ -92,7 +116,7 @@ def test_the_frontier_is_that_of_brute_force() -> None:
             if not any(
                 other is not one
                 and (other.cost("tokens") or 0) <= (one.cost("tokens") or 0)
-                and other.loss <= one.loss
+                and other.perplexity <= one.perplexity
                 for other in rows
             )
         }
@@ -117,15 +141,17 @@ def test_no_winner_is_named_where_seeds_overlap() -> None:
     assert finding.winner is None
     assert [one.label for one in finding.level_with] == ["near"]
     assert finding.statement == (
-        "good (22.27 ± 2.22, 3 seeds) has the lowest mean, but cannot be told apart from near "
-        "(24.61 ± 2.46, 3 seeds). It is ahead of far in every seed."
+        "good (22.27 ± 2.22, 3 seeds) has the lowest mean perplexity, but cannot be told apart "
+        "from near (24.61 ± 2.46, 3 seeds). It is ahead of far in every seed."
     )
 
 
 def test_one_run_wins_nothing_and_is_said_to_be_one() -> None:
     (finding,) = findings([named([1.0], "lucky"), named(OTHER, "other")])
     assert finding.winner is None
-    assert finding.statement.startswith("lucky (2.72, one run) has the lowest mean, but cannot be")
+    assert finding.statement.startswith(
+        "lucky (2.72, one run) has the lowest mean perplexity, but cannot be"
+    )
     assert finding.statement.endswith("(30.06 ± 3.00, 3 seeds). Fewer than 3 seeds: lucky.")
     few = [named([k], str(k)) for k in (1.0, 2.0, 3.0, 4.0)]
     (finding,) = findings(few)
@@ -201,14 +227,64 @@ def test_no_winner_by_time_across_versions_of_torch() -> None:
     assert "different versions of torch (2.13.0, 2.6.0)" in verdicts(rows)[0].caveats["memory"]
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("cpu", ("A", "B"), "different CPUs (A, B)"),
+        ("processes", (10, 2), "different numbers of processes (2, 10)"),
+        ("threads", (1, 2), "different numbers of threads (1, 2)"),
+    ],
+)
+def test_no_winner_by_time_where_machines_differ(
+    key: str, values: tuple[Any, Any], said: str
+) -> None:
+    rows = [named(GOOD, "good", **{key: values[0]}), named(OTHER, "other", **{key: values[1]})]
+    assert not findings(rows, "seconds")
+    assert findings(rows, "memory")
+    caveats = verdicts(rows)[0].caveats
+    assert caveats["seconds"] == f"No winner by time: the runs used {said}."
+    assert caveats.get("memory") == (
+        "Peak memory is that of one process, and the runs used different numbers of them (2, 10)."
+        if key == "processes"
+        else None
+    )
+
+
+def test_what_older_results_do_not_tell_is_no_difference() -> None:
+    rows = [named(GOOD, "old"), named(OTHER, "new", processes=1, threads=8, cpu="A")]
+    assert findings(rows, "seconds")
+    assert verdicts(rows)[0].caveats == {}
+
+
+def test_all_that_differs_is_named() -> None:
+    rows = [
+        named(GOOD, "good", cpu="A", threads=1),
+        named(OTHER, "other", cpu="B", threads=2),
+    ]
+    assert verdicts(rows)[0].caveats["seconds"] == (
+        "No winner by time: the runs used different CPUs (A, B), "
+        "different numbers of threads (1, 2)."
+    )
+
+
 def test_rough_and_missing_times_are_said() -> None:
     rows = [named(GOOD, "rough", seconds=[60.0, 61.0, 90.0]), named(OTHER, "even")]
-    assert "differ by more than 20% between seeds of rough:" in verdicts(rows)[0].caveats["seconds"]
-    rows = [named(GOOD, "bare", peak_memory_gib=None), named(OTHER, "other")]
-    assert verdicts(rows)[0].caveats["memory"] == (
-        "Not recorded, and so not compared by memory: bare."
+    assert verdicts(rows)[0].caveats["seconds"] == (
+        "Seconds differ by more than 20% between seeds of rough: the machine may have done other "
+        "work, and times are rough."
     )
+    for most, uneven in ((1.4, False), (1.55, True)):
+        rows = [named(GOOD, "short", seconds=[0.5, 0.6, most])]
+        assert bool(verdicts(rows)[0].caveats) is uneven
+    rows = [named(GOOD, "bare", peak_memory_gib=None), named(OTHER, "other")]
+    assert verdicts(rows)[0].caveats["memory"] == "Not known, and so not compared by memory: bare."
     assert [finding.best.label for finding in findings(rows, "memory")] == ["other"]
+
+
+def test_the_best_is_that_of_lowest_mean_perplexity() -> None:
+    rows = [named([2.0, 4.0], "scattered"), named([3.05, 3.05], "even", tokens=2000)]
+    assert findings(rows)[0].best.label == "even"
+    assert [f.best.label for f in findings(rows, "tokens")] == ["scattered", "even"]
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
