@@ -180,7 +180,6 @@ def test_a_result_table_has_all_rows_of_the_strategy(
     for day, dense in ((1, 99), (2, 20)):
         rows["dense"] = [_result("dense", dense)]
         (tmp_path / f"compare-2026-01-0{day}.json").write_text(json.dumps(rows))
-    (tmp_path / "embedded_table-2026-02-01.json").write_text("{}")
     (table,) = hooks["results"].result_tables("sr_ste", tmp_path)
     assert "| dense | 20.00 | 1,000 | 12 |  |  |" in table
     assert "| **sr_ste** | 25.00 ± 1.41 | 1,000 | 12 |  |  |" in table

@@ -12,8 +12,7 @@ from sparsify.registry import find_strategy
 
 MARKER = re.compile(r"<!-- result: (\w+) -->")
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"
-# Of each kind of table the first of these names that there is, and of its files the newest.
-TABLES = (("compare-*.json", "embedded_table-*.json"), ("smollm2_table-*.json",))
+TABLES = ("compare-*.json", "smollm2_table-*.json")  # of each the newest
 REFERENCES = ("dense", "magnitude")
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "test perplexity": lambda result: result["scores"]["overall"]["perplexity"],
@@ -38,7 +37,9 @@ def result_tables(name: str, folder: Path) -> list[str]:
         name: the strategy's short name.
         folder: with the files that the benchmarks saved.
     """
-    return [result_table(name, file) for names in TABLES for file in _newest(folder, names)]
+    return [
+        result_table(name, file) for files in TABLES for file in sorted(folder.glob(files))[-1:]
+    ]
 
 
 def result_table(name: str, file: Path) -> str:
@@ -60,12 +61,6 @@ def result_table(name: str, file: Path) -> str:
     measured = [result for row in shown for result in results[row]]
     lines += ["", f"{_protocol(measured, file)} (`benchmarks/results/{file.name}`)."]
     return "\n".join(lines) + "\n"
-
-
-def _newest(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The file of the latest date, as its name has it; none if there is none."""
-    found: list[Path] = next((f for name in names if (f := sorted(folder.glob(name)))), [])
-    return found[-1:]
 
 
 def _is_of(name: str, result: dict[str, Any]) -> bool:
