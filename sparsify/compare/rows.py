@@ -19,6 +19,7 @@ CHANGES = {
     "proxy": "masks",
     "updated": "masks, kept weights",
     "trained": "masks, all weights",
+    "adapted": "masks, kept weights",
 }
 
 
