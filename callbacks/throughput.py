@@ -89,7 +89,7 @@ class Throughput(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
-        self._peak = state_dict["peak_memory"]
+        self._peak = state_dict.get("peak_memory", 0)  # older checkpoints do not tell
 
 
 def throughput(trainer: Any) -> Throughput:
