@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify.callbacks.checkpoints import Checkpoints
+from sparsify.callbacks.find import find
 from sparsify.callbacks.graceful_stop import GracefulStop
-from sparsify.callbacks.history import history
-from sparsify.callbacks.mask_logging import mask_logging
+from sparsify.callbacks.history import History
+from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
-from sparsify.callbacks.throughput import cost, throughput
+from sparsify.callbacks.throughput import Throughput, cost
 from sparsify.checkpoint_files import DiskFull
 from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import Score, make_result, score_metrics, write_json
+from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
 from sparsify.export import check_target, export
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
@@ -58,7 +59,7 @@ class EvaluateAndExport(Callback):
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
         if stopped or trainer.fast_dev_run:
             return
-        throughput(trainer).stop()  # whose own turn may come later
+        find(trainer, Throughput).stop()  # whose own turn may come later
         checkpoint, unsaved = _save(trainer)
         try:
             if self.enabled:
@@ -76,7 +77,7 @@ class EvaluateAndExport(Callback):
             trainer.progress_bar_callback.finish()
         # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
         if pl_module.validated_at != trainer.global_step:
-            history(trainer).measure(trainer, pl_module)
+            find(trainer, History).measure(trainer, pl_module)
         self._finish(trainer, pl_module, "test", measure_test(trainer, pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -108,10 +109,10 @@ class EvaluateAndExport(Callback):
             scores,
         )
         result["history"] = {
-            "validation": history(trainer).validations,
-            "masks": mask_logging(trainer).looks,
+            "validation": find(trainer, History).validations,
+            "masks": find(trainer, MaskLogging).looks,
         }
-        result["masks"] = mask_logging(trainer).describe(pl_module)
+        result["masks"] = find(trainer, MaskLogging).describe(pl_module)
         if trainer.is_global_zero:
             name = "result.json" if split == "test" else f"result-{split}.json"
             path = run_folder(trainer) / name
@@ -160,7 +161,7 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "steps": pl_module.steps if pl_module.learns else 0,
         "tokens": now["tokens"],
         "seconds": round(now["seconds"], 1),
-        "peak_memory_gib": round(throughput(trainer).peak_memory() / 2**30, 3),
+        "peak_memory_gib": round(find(trainer, Throughput).peak_memory() / 2**30, 3),
         "device": device_name(device),
         **({"cpu": cpu_name(), "threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         "processes": trainer.world_size,
@@ -171,11 +172,6 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
 def _command(trainer: Any) -> str:
     """What made the record: where it was not ``fit``, costs are those that its checkpoint told."""
     return "export" if _exporting(trainer) else str(trainer.state.fn.value)
-
-
-def pattern_text(run: dict[str, Any]) -> str:
-    """The pattern of a run, for a title."""
-    return f"{run['pattern']} with overrides" if run["overrides"] else str(run["pattern"])
 
 
 def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:

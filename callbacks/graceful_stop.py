@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from sparsify.callbacks.checkpoints import Checkpoints
+from sparsify.callbacks.find import find
 
 
 class GracefulStop(Callback):
@@ -51,8 +52,7 @@ class GracefulStop(Callback):
             return
         self.stopped = True
         trainer.should_stop = True
-        own = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
-        path = next(own, Checkpoints()).save(trainer)
+        path = find(trainer, Checkpoints).save(trainer)
         if trainer.is_global_zero:
             say = f"stopped after step {trainer.global_step}; resume with"
             print(f"{say} sparsify fit --ckpt_path {path}", file=sys.stderr)

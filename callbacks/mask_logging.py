@@ -102,11 +102,6 @@ class MaskLogging(Callback):
         self.looks = state_dict["looks"]
 
 
-def mask_logging(trainer: Any) -> MaskLogging:
-    """The trainer's, or one that has seen nothing."""
-    return next((c for c in trainer.callbacks if isinstance(c, MaskLogging)), MaskLogging())
-
-
 def _table(pl_module: Any, moved: Mapping[str, tuple[Ranks, Ranks]]) -> Table:
     """All metrics by layer, and over all layers as ``WHOLE``.
 

@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch import Callback
 from rich.table import Table
 
-from sparsify.callbacks.evaluate_and_export import console, describe_run, pattern_text
+from sparsify.callbacks.evaluate_and_export import console, describe_run
 from sparsify.callbacks.measure import measure
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import OVERALL, Score, make_result, write_json
+from sparsify.evaluation import OVERALL, Score, make_result, pattern_text, write_json
 from sparsify.progress import Progress, tracked
 from sparsify.record import describe_protocol
 from sparsify.run_folder import run_folder

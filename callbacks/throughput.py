@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from sparsify.batch import TokenBatch
+from sparsify.callbacks.find import find
 from sparsify.trainer import data_parallel
 
 
@@ -92,14 +93,9 @@ class Throughput(Callback):
         self._peak = state_dict.get("peak_memory", 0)  # older checkpoints do not tell
 
 
-def throughput(trainer: Any) -> Throughput:
-    """The trainer's, or one that has seen nothing."""
-    return next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())
-
-
 def cost(trainer: Any, pl_module: Any) -> dict[str, float]:
     """What training has taken so far: ``tokens`` and ``seconds``; 0 where nothing is learned."""
-    speed = throughput(trainer)
+    speed = find(trainer, Throughput)
     if not pl_module.learns:
         return {"tokens": 0, "seconds": 0.0}
     return {"tokens": speed.tokens, "seconds": round(speed.seconds, 2)}

@@ -13,11 +13,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sparsify.callbacks.evaluate_and_export import EvaluateAndExport, pattern_text
+from sparsify.callbacks.evaluate_and_export import EvaluateAndExport
 from sparsify.data.module import Split
+from sparsify.evaluation import pattern_text
 from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.masks.file import FILE_NAME, read_masks
-from sparsify.names import OTHER, place
+from sparsify.names import block_number, place
 from sparsify.prior import SavedMasks
 from sparsify.record import describe_protocol
 from sparsify.registry import strategy_name
@@ -145,9 +146,8 @@ def layer_table(
     metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
     rows: list[list[Any]] = []
     for layer, row in layers.items():
-        block, kind = place(layer)
-        number = None if block == OTHER else int(block.rpartition(".")[2])
-        rows.append([number, kind, layer, *(row.get(metric) for metric in metrics)])
+        _, kind = place(layer)
+        rows.append([block_number(layer), kind, layer, *(row.get(metric) for metric in metrics)])
     return ["block", "kind", "layer", *metrics], rows
 
 

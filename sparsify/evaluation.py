@@ -148,6 +148,11 @@ def make_result(
     }
 
 
+def pattern_text(run: Mapping[str, Any]) -> str:
+    """The pattern of a result's run, for a title."""
+    return f"{run['pattern']} with overrides" if run.get("overrides") else str(run["pattern"])
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

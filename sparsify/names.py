@@ -16,3 +16,9 @@ def place(name: str) -> tuple[str, str]:
     """
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     return (match[1], family(match[2])) if match else (OTHER, family(name))
+
+
+def block_number(name: str) -> int | None:
+    """The number of a layer's block; None of a layer in no block."""
+    block, _ = place(name)
+    return None if block == OTHER else int(block.rpartition(".")[2])

@@ -47,9 +47,13 @@ def find_strategy(name: str) -> type[SparsityStrategy]:
 
 def strategy_name(cls: type[SparsityStrategy]) -> str:
     """The short name of a strategy class, or its own where it is not plugged in."""
-    path = f"{cls.__module__}:{cls.__qualname__}"
-    names = (name for name, point in plugins(STRATEGIES).items() if point.value == path)
-    return next(names, cls.__name__)
+    return short_name(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def short_name(path: str) -> str:
+    """The short name of the strategy class with this import path, or the class's own."""
+    known = ((name, point.value.replace(":", ".")) for name, point in plugins(STRATEGIES).items())
+    return next((name for name, value in known if value == path), path.rpartition(".")[2])
 
 
 def _import(path: str) -> Any:

@@ -1,6 +1,6 @@
 """The comparison of runs: rows, verdicts, and what to know about them."""
 
-import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,7 @@ def compare(paths: Iterable[Path]) -> Comparison:
 
 
 def _mean(values: list[float]) -> str:
-    return f"{math.fsum(values) / len(values):,.2f}"
+    return f"{statistics.fmean(values):,.2f}"
 
 
 def _cost(row: Row, what: str) -> str:

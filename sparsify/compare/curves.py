@@ -35,6 +35,15 @@ class Curve:
     high: list[float]
     seeds: int
 
+    @classmethod
+    def over(
+        cls, number: int, steps: list[int], x: list[float], values: list[list[float]], seeds: int
+    ) -> "Curve":
+        """From the values of all seeds at each step."""
+        mean = [statistics.fmean(some) for some in values]
+        low, high = [min(some) for some in values], [max(some) for some in values]
+        return cls(number, steps, x, mean, low, high, seeds)
+
 
 def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | None:
     """A curve of a row; None where its runs have no such values.
@@ -53,15 +62,8 @@ def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | No
     if not steps:
         return None
     values = [[one[step][1] for one in points] for step in steps]
-    return Curve(
-        number,
-        steps,
-        [statistics.fmean(one[step][0] for one in points) for step in steps],
-        [statistics.fmean(some) for some in values],
-        [min(some) for some in values],
-        [max(some) for some in values],
-        len(points),
-    )
+    x = [statistics.fmean(one[step][0] for one in points) for step in steps]
+    return Curve.over(number, steps, x, values, len(points))
 
 
 def _points(run: Run, part: str, value: str, over: str) -> dict[int, tuple[float, float]]:

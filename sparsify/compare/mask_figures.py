@@ -3,7 +3,6 @@
 After figures 5 to 8 of Fang et al. 2024 (arXiv 2409.17481). Needs Matplotlib.
 """
 
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from sparsify.compare.rows import Row
 from sparsify.errors import SparsifyError
 from sparsify.masks.diff_matrix import diff_matrix
 from sparsify.masks.file import MaskFile, read_masks
+from sparsify.names import block_number
 
 MOVES = {
     FLIPS: (
@@ -170,9 +170,7 @@ def _block_curves(rows: Sequence[Row], values: Callable[[Run], Mapping[int, floa
             continue
         blocks = sorted(set.intersection(*(set(one) for one in runs)))
         each = [[one[block] for one in runs] for block in blocks]
-        mean = [statistics.fmean(some) for some in each]
-        low, high = [min(some) for some in each], [max(some) for some in each]
-        curves.append(Curve(number, blocks, list(map(float, blocks)), mean, low, high, len(runs)))
+        curves.append(Curve.over(number, blocks, list(map(float, blocks)), each, len(runs)))
     return curves
 
 
@@ -185,9 +183,9 @@ def _kept_norms(run: Run) -> dict[int, float]:
     layers = (run.result.get("masks") or {}).get("layers") or {}
     found: dict[int, list[float]] = {}
     for name, state in layers.items():
-        block = re.search(r"\.(\d+)\.", name)
-        if block and state.get("retained_norm") is not None:
-            found.setdefault(int(block[1]), []).append(state["retained_norm"])
+        block = block_number(name)
+        if block is not None and state.get("retained_norm") is not None:
+            found.setdefault(block, []).append(state["retained_norm"])
     return {block: statistics.fmean(values) for block, values in found.items()}
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from sparsify import registry
 from sparsify.compare.loading import CONFIG, Run
-from sparsify.registry import STRATEGIES, plugins
 
 # What the command line was told and the result does not hold: what decides which layers are masked,
 # what is read, and how is learned. (The trainer's part of the last is the command's own.)
@@ -23,15 +23,7 @@ FITTING = ("trainer.gradient_clip_val",)
 LATE = ("pattern", "overrides", "steps", "tokens", "weights", "sparsity")
 LONGEST = 24
 
-
-def short_name(path: str) -> str:
-    """The name under which a strategy class is found, or the class's own."""
-    return _short_names().get(path, path.rpartition(".")[2])
-
-
-@cache
-def _short_names() -> dict[str, str]:
-    return {point.value.replace(":", "."): name for name, point in plugins(STRATEGIES).items()}
+short_name = cache(registry.short_name)  # each reading of entry points takes a while
 
 
 def settings(run: Run, fitting: bool = True) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Which row is best at which cost, where the spread over seeds allows to say so."""
 
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsify.compare.caveats import cost_caveats
 from sparsify.compare.rows import COSTS, Row
+from sparsify.evaluation import pattern_text
 
 SEEDS = 3
 # What is measured is not the same twice: costs within this share of each other count as equal.
@@ -98,10 +99,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     groups: dict[tuple[bool, str, float], list[Row]] = {}
     for row in rows:
         if not row.is_dense:
-            pattern = str(row.record["pattern"])
-            if row.record.get("overrides"):
-                pattern += " with overrides"
-            key = (row.keeps_base, pattern, round(row.record["sparsity"], 3))
+            key = (row.keeps_base, pattern_text(row.record), round(row.record["sparsity"], 3))
             groups.setdefault(key, []).append(row)
     found = []
     for (keeps_base, pattern, sparsity), own in sorted(groups.items(), reverse=True):
@@ -173,11 +171,8 @@ def show_perplexity(row: Row) -> str:
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The mean, with the standard deviation (n - 1) where there are several."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:,.{digits}f}"
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def show_cost(cost: str, value: float) -> str:

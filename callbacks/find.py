@@ -1,0 +1,12 @@
+"""Finds a callback among a trainer's."""
+
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback
+
+C = TypeVar("C", bound=Callback)
+
+
+def find(trainer: Any, kind: type[C]) -> C:
+    """The trainer's callback of a kind, or one of its kind that has seen nothing."""
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None) or kind()
