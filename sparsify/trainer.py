@@ -53,7 +53,8 @@ class Trainer(LightningTrainer):
         try:
             return super()._run(*args, **kwargs)
         finally:
-            cast(Any, self.lightning_module).restore_modes()
+            # Another's LightningModule may run here too.
+            getattr(self.lightning_module, "restore_modes", lambda: None)()
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None

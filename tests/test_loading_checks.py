@@ -127,10 +127,7 @@ def test_a_whole_module_that_the_class_does_not_have_is_a_warning(
     ],
 )
 def test_buffers_that_older_versions_saved_are_passed_over(
-    make: Callable[[], PreTrainedModel],
-    buffer: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    make: Callable[[], PreTrainedModel], buffer: str, tmp_path: Path
 ) -> None:
     model = make()
     loaded = load_model(saved(tmp_path, model, add(buffer, 4)))
