@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
     Raises:
         SparsifyError: ids of ordinary text have no row.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = _rows(model)
     vocabulary = tokenizer.get_vocab()
     beyond = {token for token, number in vocabulary.items() if number >= rows}
     if not beyond:
@@ -201,12 +201,17 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     Raises:
         SparsifyError: there are some.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = _rows(model)
     if (highest := int(tokens.max())) >= rows:
         raise SparsifyError(
             f"the text holds the token id {highest}, and the model's embedding has {rows} rows; "
             "give the model its own tokenizer, or text without added tokens"
         )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """How many token ids the embedding has a row for."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
 def check_positions(model: PreTrainedModel, block_size: int) -> None:

@@ -62,11 +62,11 @@ def check_plain(config: Any, name_or_path: str) -> None:
     Raises:
         SparsifyError: the configuration states a method of quantisation.
     """
-    stated = getattr(config, "quantization_config", None)
+    stated: Any = getattr(config, "quantization_config", None)
     if stated is None:
         return
-    get = stated.get if isinstance(stated, dict) else lambda key: getattr(stated, key, None)
-    method = getattr(get("quant_method"), "value", get("quant_method")) or "unnamed"
+    found = (stated if isinstance(stated, dict) else vars(stated)).get("quant_method")
+    method = getattr(found, "value", found) or "of a method that it does not name"
     raise SparsifyError(
         f"{name_or_path!r} is quantised ({method}), and masks need plain weights; give the "
         "checkpoint from before it was quantised, or dequantise it and save that with "
