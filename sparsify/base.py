@@ -3,8 +3,7 @@ it.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparsify.errors import SparsifyError
+from sparsify.load_checks import check_loaded, correct_tie
+from sparsify.load_errors import check_plain, load_errors
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -54,10 +54,23 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
 
     Raises:
-        SparsifyError: nothing that can be loaded is there.
+        SparsifyError: nothing that can be loaded is there, or the files and the model that their
+            configuration describes do not hold the same tensors.
     """
-    with _load_errors("model", name_or_path):
-        model: Any = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype)
+    with load_errors("model", name_or_path):
+        location = _location(name_or_path)
+        if not _is_gguf(name_or_path):
+            check_plain(AutoConfig.from_pretrained(**location), name_or_path)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            **location,
+            dtype=dtype,
+            output_loading_info=True,
+            # Not that they be ignored: they come back in the loading info, and are refused.
+            ignore_mismatched_sizes=True,
+        )
+        model, info = found
+    check_loaded(model, name_or_path, info)
+    correct_tie(model)
     if _is_gguf(name_or_path):
         # The weights are plain now; what is left of the quantisation would forbid to save them.
         del model.config.quantization_config
@@ -69,44 +82,17 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     """The model without its weights, on the meta device; arguments and errors as
     :func:`load_model`.
     """
-    with _load_errors("model", name_or_path), torch.device("meta"):
+    with load_errors("model", name_or_path), torch.device("meta"):
         config = AutoConfig.from_pretrained(**_location(name_or_path))
+        if not _is_gguf(name_or_path):
+            check_plain(config, name_or_path)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
-    with _load_errors("tokenizer", name_or_path):
+    with load_errors("tokenizer", name_or_path):
         return AutoTokenizer.from_pretrained(**_location(name_or_path))
-
-
-@contextmanager
-def _load_errors(what: str, name_or_path: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise SparsifyError(
-            f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}); for "
-            "GGUF files: pip install 'sparsify[gguf]'"
-        ) from error
-    # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
-    # know.
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise _not_loaded(what, name_or_path, error) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _not_loaded(what: str, name_or_path: str, error: Exception) -> SparsifyError:
-    is_path = name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists()
-    reason = "there is no such path" if is_path else _first_line(error)
-    return SparsifyError(
-        f"no {what} could be loaded from {name_or_path!r} ({reason}); "
-        "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
-        "a Hugging Face id, or a GGUF file"
-    )
 
 
 @torch.no_grad()

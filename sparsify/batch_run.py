@@ -3,8 +3,11 @@
 Shapes: B windows, T tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -79,7 +82,26 @@ def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable(options)
     for module in model.modules():
-        # Transformers checkpoints a block only in training mode; its children stay as they are, so
-        # dropout stays off.
+        # Transformers checkpoints a block only in training mode.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            recompute = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = _without_dropout(module, recompute)
+
+
+def _without_dropout(module: nn.Module, recompute: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's children are in evaluation mode, but some blocks drop activations themselves, if
+    they are in training mode: it must end where their forward begins.
+    """
+
+    def checkpointed(forward: Callable[..., Any], *args: Any) -> Any:
+        def evaluated(*args: Any) -> Any:
+            module.training = False
+            try:
+                return forward(*args)
+            finally:
+                module.training = True
+
+        return recompute(evaluated, *args)
+
+    return checkpointed

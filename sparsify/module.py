@@ -39,8 +39,18 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
 from sparsify.finite import FiniteWatch, check_learned, finite_scores
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.load_checks import (
+    check_called,
+    check_finite,
+    check_model,
+    check_positions,
+    check_tokenizer,
+    check_tokens,
+    correct_tie,
+)
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
+from sparsify.modes import Modes
 from sparsify.overrides import Overrides
 from sparsify.pattern import NMPattern
 from sparsify.progress import tracked
@@ -126,6 +136,7 @@ class SparseCausalLM(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         # In a list, so that it is not registered before it is masked.
         self._given: list[PreTrainedModel] = []
+        self._modes: Modes | None = None  # those of a given model
         self._meter: PerplexityMeter | None = None
         self._steps_before = 0
         self.validated_at = -1
@@ -140,6 +151,7 @@ class SparseCausalLM(LightningModule):
         **options: Any,
     ) -> "SparseCausalLM":
         """Wrap a model object, in place; ``options`` as for the class."""
+        check_model(model)
         module = cls(
             strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options
         )
@@ -169,6 +181,8 @@ class SparseCausalLM(LightningModule):
     def configure_model(self) -> None:
         """Load, mask, calibrate and shard; the second call does nothing."""
         if self.model is not None:
+            if self._modes is not None:
+                self._modes.enter()
             return
         check_precision(None if self._trainer is None else self.trainer.precision)
         # In main memory, where Lightning would have it all on the device at once: calibration takes
@@ -182,9 +196,15 @@ class SparseCausalLM(LightningModule):
         if self._given:
             model = self._given.pop()
             self.stored_dtype = model.dtype
+            self._modes = Modes(model)
+            self._modes.enter()  # dropout would give other statistics, and so other masks
+            correct_tie(model)
         else:
             model = load_model(self.name_or_path, self.dtype_name)
             self.stored_dtype = stored_dtype(self.name_or_path)
+        check_model(model)
+        check_finite(model.named_parameters())
+        self._check_text(model)
         self.base_hash = hash_parameters(dict(model.named_parameters()))
         layers, self.dense_layers = select(
             model, self.pattern, self.include, self.exclude, self.overrides
@@ -202,6 +222,8 @@ class SparseCausalLM(LightningModule):
             self.dense_layers |= dict.fromkeys(
                 layers, f"{type(self.strategy).__name__} masks nothing"
             )
+        with self.scope.use("dense"):
+            check_called(model, masked_layers(model))
         if self.gradient_checkpointing:
             checkpoint_activations(model, self.scope)
         self.model = model
@@ -212,6 +234,18 @@ class SparseCausalLM(LightningModule):
             # A run that learns nothing still is one optimizer step for Lightning, and needs
             # something to step.
             self.anchor = nn.Parameter(torch.zeros(1))
+
+    def _check_text(self, model: PreTrainedModel) -> None:
+        """Refuse windows that the model cannot take, where it is known what they are."""
+        datamodule = None if self._trainer is None else cast(Any, self.trainer).datamodule
+        if datamodule is not None:
+            check_positions(model, datamodule.block_size)
+            check_tokenizer(model, self.tokenizer)
+
+    def restore_modes(self) -> None:
+        """Have the modules of a given model in training or evaluation mode as they came."""
+        if self._modes is not None:
+            self._modes.leave()
 
     def _calibrate(self) -> None:
         trainer = self._trainer
@@ -247,7 +281,9 @@ class SparseCausalLM(LightningModule):
         """Windows of training text, int64 ``[S, T]``."""
         datamodule: Any = cast(Any, self.trainer).datamodule
         check_text(self.name_or_path, datamodule.embedded, "compute")
-        return datamodule.calibration(self.calibration.samples, self.calibration.seed)
+        windows_ST = datamodule.calibration(self.calibration.samples, self.calibration.seed)
+        check_tokens(self.lm, windows_ST)
+        return cast(Tensor, windows_ST)
 
     def _shard(self) -> None:
         meshes = cast(Any, self.device_mesh)

@@ -27,13 +27,15 @@ def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> di
 
 
 def sparsity(module: SparseCausalLM) -> float:
-    """The share of zeros that the masks make, of the weights in the blocks' linear layers."""
+    """The share of zeros that the masks make, of the blocks' weights: of all their matrices, and
+    of stacks of matrices, as which experts may be held; not of depthwise convolutions.
+    """
     maskers = [layer.masker for layer in masked_layers(module.lm).values()]
     zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)
     total = sum(
         parameter.numel()
         for block in decoder_blocks(module.lm).values()
         for parameter in base_parameters(block).values()
-        if parameter.ndim == 2
+        if parameter.ndim == 2 or (parameter.ndim == 3 and min(parameter.shape[1:]) > 1)
     )
     return zeros / total

@@ -50,7 +50,11 @@ class Trainer(LightningTrainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
         self.restores = kwargs.get("ckpt_path") is not None
-        return super()._run(*args, **kwargs)
+        try:
+            return super()._run(*args, **kwargs)
+        finally:
+            # Another's LightningModule may run here too.
+            getattr(self.lightning_module, "restore_modes", lambda: None)()
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None

@@ -7,6 +7,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -94,3 +98,25 @@ FAMILIES = {
     "opt": tiny_opt,
     "gemma3": tiny_gemma3,
 }
+
+
+def tiny_mamba() -> MambaForCausalLM:
+    """Two blocks that read the weight of ``dt_proj`` and never call it."""
+    config = MambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        time_step_rank=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _randomised(MambaForCausalLM, config)
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    """Two blocks whose four experts are held as stacks of matrices."""
+    return _randomised(
+        MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    )

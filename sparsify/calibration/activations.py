@@ -76,8 +76,12 @@ class Activations:
 
     def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
         """Go on to the entry of the next block; arguments as for :meth:`run`."""
+        finite = torch.ones((), dtype=torch.bool, device=self._device)
         for index, output_BTH in enumerate(self.run(block, weights)):
+            finite &= output_BTH.isfinite().all()
             self._hidden_STH[index] = output_BTH[0]
+        if not finite.all():
+            raise _not_finite(f"the output of {block}", self._hidden_STH.dtype)
 
     def _catch_calls(self) -> None:
         """Run the first window through all blocks; remember each one's arguments."""
@@ -86,6 +90,7 @@ class Activations:
 
         def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             hidden, self._calls[name] = _split(name, args, kwargs)
+            _check_finite(f"what enters {name}", hidden)
             if before and not torch.equal(before["output"], hidden):
                 raise _not_replayable(
                     name, "what enters it is not what the block before it returned"
@@ -93,6 +98,7 @@ class Activations:
 
         def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
             before["output"] = _hidden_of(name, output)
+            _check_finite(f"the output of {name}", before["output"])
             if name == names[-1]:
                 raise _Stop
 
@@ -161,6 +167,22 @@ def _not_replayable(name: str, reason: str) -> SparsifyError:
         "pass one tensor of hidden states from each to the next: take a strategy that needs no "
         "activations"
     )
+
+
+def _check_finite(what: str, hidden: Tensor) -> None:
+    """Refuse activations from which no statistic can be made."""
+    if not bool(hidden.isfinite().all()):
+        raise _not_finite(what, hidden.dtype)
+
+
+def _not_finite(what: str, dtype: torch.dtype) -> SparsifyError:
+    fix = (
+        "float16 holds nothing above 65504: give --model.dtype bfloat16 or float32"
+        if dtype == torch.float16
+        else "give a model whose activations are finite, or --model.dtype float32"
+    )
+    name = str(dtype).removeprefix("torch.")
+    return SparsifyError(f"{what} is not finite in {name} on calibration text; {fix}")
 
 
 def _ignore(_: Any) -> None:

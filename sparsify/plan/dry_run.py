@@ -24,6 +24,7 @@ from sparsify.base import load_skeleton, stored_dtype
 from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Layerwise, layerwise
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.load_checks import check_positions
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masker
 from sparsify.module import ADAMW
@@ -70,6 +71,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
     """Run it; errors as those of a run, and where code depends on values."""
     strategy = make_strategy(settings.strategy, **settings.strategy_args)
     skeleton = load_skeleton(settings.model)
+    check_positions(skeleton, settings.block_size)
     second = copy.deepcopy(skeleton)
     dtype = (
         stored_dtype(settings.model) if settings.dtype == "auto" else getattr(torch, settings.dtype)
