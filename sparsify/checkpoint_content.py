@@ -41,6 +41,7 @@ TRAINING = {
 }
 # May lack; checkpoints of one-shot runs have none of the first.
 POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE}
+PLACE = "the checkpoint's place in the data"
 _ADVICE = (
     "this is not a checkpoint that sparsify wrote, or it is damaged; resume from another checkpoint"
 )

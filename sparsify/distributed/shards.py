@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sparsify.checkpoint_content import check_content, restoring
 from sparsify.checkpoint_files import WholeFileIO, check_whole
 from sparsify.errors import SparsifyError
 
@@ -132,8 +131,5 @@ class ShardedCheckpointIO(WholeFileIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if is_sharded(Path(path)):
             check_whole(Path(path))
-            with restoring(path):
-                checkpoint = read_shards(Path(path))
-            check_content(checkpoint, path)
-            return checkpoint
+            return read_shards(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
