@@ -367,12 +367,10 @@ class _TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[mis
         with restoring(PLACE):
             check_same_data(state["of"], self.batch_sampler.identity())
             super().load_state_dict(state["position"])
-
-    def __iter__(self) -> Any:
-        if self.next_iter_state is None:
-            return super().__iter__()
-        with restoring(PLACE):  # torchdata goes to the position here
-            return super().__iter__()
+            # Torchdata reads the position only here, and when Lightning comes to this by itself, it
+            # hides what is raised behind an error of its own.
+            iter(self)
+            super().load_state_dict(state["position"])
 
 
 class _Blocks(Dataset[Tensor | TokenBatch]):
