@@ -32,7 +32,6 @@ from kept_runs import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import SparsifyError
-from sparsify.calibration.cache import read_results
 from sparsify.cli import main as sparsify
 from sparsify.compare import compare
 from sparsify.masks.file import read_masks
@@ -41,7 +40,6 @@ from sparsify.verify import verify
 REFUSED, EQUAL, CHANGED, TRACEBACK = "refused", "equal", "changed a result", "traceback"
 STEPS, SAVED_AT = 3, 2
 HERE = Path(__file__).resolve().parent
-Case = tuple[Path, random.Random]
 ODD: list[Any] = [None, True, -1, 2**70, math.nan, math.inf, 1.5, "x", "", [], {}, [1], {"a": 1}]
 
 
@@ -54,7 +52,10 @@ class Files:
         self.options = [
             "--strategy=maskllm",
             f"--model.name_or_path={self.root / 'model'}",
-            *(f"--data.{part}={self.root / 'text.txt'}" for part in ("train", "validation", "test")),
+            *(
+                f"--data.{part}={self.root / 'text.txt'}"
+                for part in ("train", "validation", "test")
+            ),
             "--data.block_size=16",
             "--data.batch_size=4",
             "--model.calibration.samples=8",
@@ -195,3 +196,132 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
         damage_json(path, draw)
     else:
         (cut if how < 0.5 else flip)(path, draw)
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def checkpoints(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
+    """A run that goes on from a damaged checkpoint ends as the whole one."""
+    path = folder / f"step-{SAVED_AT:08}.ckpt"
+    shutil.copy(files.of(f"**/step-{SAVED_AT:08}.ckpt"), path)
+    damage_checkpoint(path, draw)
+
+    def read() -> Any:
+        run(folder / "run", "fit", *files.options, f"--ckpt_path={path}")
+        return learned(folder / "run") == learned(files.root / "whole")
+
+    return read
+
+
+def results(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
+    """A comparison of a damaged result with another shows the same table."""
+    found = files.of("**/result.json")
+    shutil.copy(found, folder / "result.json")
+    damage_json(folder / "result.json", draw)
+
+    def table(place: Path) -> Any:
+        shown = compare([place / "result.json"])
+        return shown.table(100), json.dumps(shown.to_dict()["rows"], default=str)
+
+    def read() -> Any:
+        alone = folder / "whole"
+        alone.mkdir()
+        shutil.copy(found, alone)
+        return table(folder)[1].replace(str(folder), "") == table(alone)[1].replace(str(alone), "")
+
+    return read
+
+
+def masks(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
+    """A damaged mask file is refused, or holds the same masks."""
+    found = files.of("**/masks.nmask")
+    shutil.copy(found, folder)
+    (cut if draw.random() < 0.3 else flip)(folder / "masks.nmask", draw)
+    return lambda: read_masks(folder / "masks.nmask").digest == read_masks(found).digest
+
+
+def exports(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
+    """Verify finds a damaged export unsound, or it is of the same weights."""
+    found = files.of("**/export")
+    shutil.copytree(found, folder / "export")
+    damage_folder(folder / "export", draw)
+
+    def read() -> Any:
+        if not verify(folder / "export").ok:
+            raise SparsifyError("not sound")
+        weights = "model.safetensors"
+        return (folder / "export" / weights).read_bytes() == (found / weights).read_bytes()
+
+    return read
+
+
+KINDS = {one.__name__: one for one in (checkpoints, results, masks, exports)}
+
+
+def one(files: Files, kind: str, number: int, seed: int) -> dict[str, Any]:
+    """Damage and read once: what came of it, and where a fault was."""
+    folder = files.root / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    found: dict[str, Any] = {"kind": kind, "number": number}
+    read = KINDS[kind](files, folder, random.Random(f"{seed} {kind} {number}"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return found | {"outcome": EQUAL if read() else CHANGED}
+    except SparsifyError:
+        return found | {"outcome": REFUSED}
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+        return found | {"outcome": TRACEBACK, "error": where[:300]}
+
+
+def damage(folder: Path, count: int, seed: int, kinds: list[str]) -> dict[str, dict[str, int]]:
+    """Damage ``count`` files of each kind; how often each outcome came, by kind."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    files = Files(folder)
+    kept = files.root / f"seed-{seed}.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(row["kind"], row["number"]): row for row in rows}
+    for kind in kinds:
+        for number in range(count):
+            if (kind, number) in done:
+                continue
+            row = done[kind, number] = one(files, kind, number, seed)
+            with kept.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            if row["outcome"] in (CHANGED, TRACEBACK) or number % 100 == 99:
+                print(f"{kind} {number + 1}/{count}: {row}", file=sys.__stdout__, flush=True)
+    counted = {
+        kind: Counter(done[kind, number]["outcome"] for number in range(count)) for kind in kinds
+    }
+    names = (REFUSED, EQUAL, CHANGED, TRACEBACK)
+    return {kind: {name: counts[name] for name in names} for kind, counts in counted.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/damage"))
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    args = parser.parse_args()
+    started = time.monotonic()
+    found = damage(args.folder, args.count, args.seed, args.kinds)
+    for kind, counts in found.items():
+        print(kind, counts)
+    versions = {name: version(name) for name in ("sparsify", "torch", "lightning", "transformers")}
+    record = {"count": args.count, "seed": args.seed, "versions": versions, "outcomes": found}
+    save(record | {"seconds": round(time.monotonic() - started)}, args.save, "damage")
+    faults = sum(counts[CHANGED] + counts[TRACEBACK] for counts in found.values())
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
