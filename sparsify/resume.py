@@ -121,7 +121,9 @@ def _merged(
 def _check_class(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     groups = state.get("param_groups")
     if not (isinstance(groups, list) and all(isinstance(group, dict) for group in groups)):
-        raise SparsifyError(f"its optimizer's param_groups are no list of settings; {_HINT}")
+        raise SparsifyError(
+            f"the checkpoint's optimizer's param_groups are no list of settings; {_HINT}"
+        )
     own, name = optimizer.param_groups, type(optimizer).__qualname__
     former = state.get("class")
     alien = {key for group in groups for key in group} - {key for group in own for key in group}
@@ -141,7 +143,9 @@ def _check_class(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         )
     numbers = [number for group in groups for number in group["params"]]
     if numbers != list(range(len(numbers))):
-        raise SparsifyError(f"its optimizer's tensors are not numbered from 0; {_HINT}")
+        raise SparsifyError(
+            f"the checkpoint's optimizer's tensors are not numbered from 0; {_HINT}"
+        )
 
 
 def _count(params: Any) -> int:
@@ -153,9 +157,9 @@ def _check_states(optimizer: Optimizer, state: Mapping[str, Any], make: MakeOpti
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states, wanted = state.get("state"), _kept(optimizer, make)
     if not isinstance(states, dict) or len(states) != state.get("states", len(states)):
-        raise SparsifyError(f"its optimizer's state is incomplete; {_HINT}")
+        raise SparsifyError(f"the checkpoint's optimizer's state is incomplete; {_HINT}")
     for number, values in states.items():
-        where = f"its optimizer's state of tensor {number}"
+        where = f"the checkpoint's optimizer's state of tensor {number}"
         if not isinstance(number, int) or not 0 <= number < len(params):
             raise SparsifyError(f"{where} belongs to none of {len(params)}; {_HINT}")
         if not isinstance(values, dict):
