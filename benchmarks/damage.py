@@ -250,7 +250,12 @@ def masks(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
     found = files.of("**/masks.nmask")
     shutil.copy(found, folder)
     (cut if draw.random() < 0.3 else flip)(folder / "masks.nmask", draw)
-    return lambda: read_masks(folder / "masks.nmask").digest == read_masks(found).digest
+
+    def ranks(path: Path) -> Any:
+        held = read_masks(path)
+        return {name: held.ranks(name).tolist() for name in held}
+
+    return lambda: ranks(folder / "masks.nmask") == ranks(found)
 
 
 def exports(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
