@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsify.callbacks.throughput import cost
 from sparsify.distributed.rows import mask_ranks, metrics, retained_norms
+from sparsify.errors import SparsifyError
 from sparsify.inject import masked_layers
 
 Ranks = Mapping[str, Tensor]
@@ -48,8 +49,14 @@ class MaskLogging(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        now = _ranks(pl_module)
         if not self._first:
-            self._first = self._last = _ranks(pl_module)
+            self._first = self._last = now
+        if not _shapes(self._first) == _shapes(self._last) == _shapes(now):
+            raise SparsifyError(
+                "the checkpoint's callbacks.MaskLogging holds masks of other layers than this run "
+                "has: it is damaged; resume from another checkpoint"
+            )
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -144,6 +151,10 @@ def _ratio(norms: Tensor) -> Tensor:
 def _ranks(pl_module: Any) -> dict[str, Tensor]:
     """Each layer's hard mask as a rank a group: a quarter of a byte a weight for 2:4."""
     return {name: mask_ranks(layer) for name, layer in masked_layers(pl_module.lm).items()}
+
+
+def _shapes(ranks: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(rank, "shape", None) for name, rank in ranks.items()}
 
 
 def _changed(now: Tensor, before: Tensor) -> Tensor:

@@ -30,6 +30,13 @@ def check_fits(
         )
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if name in found and checkpoint["state_dict"][name].dtype != tensor.dtype:
+            raise SparsifyError(
+                f"the checkpoint's {name} is {checkpoint['state_dict'][name].dtype} and must be "
+                f"{tensor.dtype}: it is damaged, or its run had another --model.dtype; resume from "
+                "another checkpoint, or with the dtype of its run"
+            )
     if odd := sorted(set(found.items()) ^ set(wanted.items())):
         name = odd[0][0]
         raise SparsifyError(
@@ -46,7 +53,7 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
     Raises:
         SparsifyError: its place in the data is lost, or nothing is left to do.
     """
-    if not checkpoint["resumable"]:
+    if checkpoint.get("resumable") is False:
         raise SparsifyError(
             "the checkpoint was saved after fit had returned and does not know its place in the "
             "data; resume from one that was saved during the run"

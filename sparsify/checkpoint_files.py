@@ -9,6 +9,7 @@ every record; a folder holds ``complete.json``, written last, with the size of e
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -186,9 +187,10 @@ def complete(partial: Path, place: Path) -> None:
     """
     if partial.is_dir():
         flush_all(partial)
-        files = (path for path in partial.rglob("*") if path.is_file())
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-        write_json(partial / COMPLETE, {"files": sizes})
+        files = {str(p.relative_to(partial)): p for p in partial.rglob("*") if p.is_file()}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        write_json(partial / COMPLETE, {"files": sizes, "sha256": hashes})
         replace_folder(partial, place)
     else:
         flush(partial)
@@ -248,13 +250,30 @@ def _zip_damage(path: Path, size: int, mtime_ns: int) -> str:
 
 def _folder_damage(path: Path) -> str:
     try:
-        sizes: dict[str, int] = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
+        content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = content["files"]
+        hashes: dict[str, str] = content.get("sha256", {})  # older ones tell sizes alone
         odd = [n for n, size in sizes.items() if _size(path / n) != size]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if odd:
+            return f"it is damaged ({odd[0]} is not of the size in {COMPLETE})"
+        ages = {name: (path / name).stat().st_mtime_ns for name in hashes}
+        odd = [n for n, sha in hashes.items() if _sha256_of((path / n).resolve(), ages[n]) != sha]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {COMPLETE} is damaged"
     if odd:
-        return f"it is damaged ({odd[0]} is not of the size in {COMPLETE})"
+        return f"it is damaged (bad checksum of {odd[0]})"
     return damage(path / METADATA) if METADATA in sizes else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache
+def _sha256_of(path: Path, mtime_ns: int) -> str:
+    """The hash of a file of this age, read once in a process."""
+    return _sha256(path)
 
 
 def _size(path: Path) -> int | None:

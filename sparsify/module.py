@@ -22,7 +22,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
@@ -31,6 +30,7 @@ from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
+from sparsify.checkpoint_content import check_content, check_training
 from sparsify.checks import check_dtype, check_precision, check_shards, check_text
 from sparsify.distillation import Distillation
 from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
@@ -54,6 +54,7 @@ from sparsify.modes import Modes
 from sparsify.overrides import Overrides
 from sparsify.pattern import NMPattern
 from sparsify.progress import tracked
+from sparsify.resume import OwnSchedule, keep_patience, keep_settings
 from sparsify.schedule import Schedule
 from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import data_parallel
@@ -370,6 +371,7 @@ class SparseCausalLM(LightningModule):
             base = set(base_parameters(self.lm).values())
             params = [p for p in params if p not in base]
         optimizer = self.strategy.optimizer(params, masked_layers(self.lm), self.make_optimizer)
+        keep_settings(optimizer, self.make_optimizer)
         steps = self.trainer.estimated_stepping_batches
         if not 1 <= steps < math.inf:
             raise SparsifyError(
@@ -384,7 +386,7 @@ class SparseCausalLM(LightningModule):
 
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+            "lr_scheduler": {"scheduler": OwnSchedule(optimizer, factor), "interval": "step"},
         }
 
     # -- evaluation: always under the hard mask, which is what ships -------------------------------
@@ -459,15 +461,20 @@ class SparseCausalLM(LightningModule):
         checkpoint["step_shape"] = step_shape(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Without a trainer Lightning has read it by itself.
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        check_content(checkpoint, path or "the checkpoint")
         self.configure_model()
         self._steps_before = checkpoint["global_step"]
         self.calibrated = checkpoint.get("calibration")
         # What describes the masks depends on them; a run that trains on sets them anew.
-        self.strategy.values.update(checkpoint.get("schedule_values", {}))
+        self.strategy.values.update(checkpoint.get("schedule_values") or {})
         state = self.state_dict()
         check_fits(checkpoint, self.base_hash, {key: state[key] for key in self.saved_keys()})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_resumes(checkpoint, self.trainer.max_steps, self.trainer.ckpt_path)
+            check_training(checkpoint, self.trainer)
+            keep_patience(checkpoint["callbacks"], cast(Any, self.trainer).callbacks)
             if (now := step_shape(self.trainer)) != checkpoint["step_shape"]:
                 continue_on(checkpoint, now, self._epoch_batches())
 

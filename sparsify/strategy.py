@@ -1,7 +1,9 @@
 """The interface of a sparsification method."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -45,7 +47,7 @@ class Run(Protocol):
 
 
 S = TypeVar("S")
-NOT_SETTINGS = ("training", "weights")
+NOT_SETTINGS = ("training", "weights", "schedules", "values")
 
 
 class BlockStatistics(Protocol):
@@ -234,11 +236,16 @@ class SparsityStrategy(nn.Module):
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """The class and its settings, for the record of a run."""
+        """The class and its settings, for the record of a run: attributes that are numbers, text or
+        lists of these, and of whatever kind those that are named as an argument of the class.
+        """
+        given = _arguments(type(self))
         settings: dict[str, Any] = {
-            name: value
+            name: plain(value)
             for name, value in vars(self).items()
-            if _is_plain(value) and not name.startswith("_") and name not in NOT_SETTINGS
+            if (_is_plain(value) or name in given)
+            and not name.startswith("_")
+            and name not in NOT_SETTINGS
         }
         settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
         settings |= {
@@ -248,6 +255,35 @@ class SparsityStrategy(nn.Module):
         }
         path = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": path, "weights": self.weights, "settings": settings}
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it, the same for equal settings in every process: tuples and sets
+    are lists, keys are text, and an object is its class with its fields, if it tells these.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    kind = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": path} | {
+            field.name: plain(getattr(value, field.name)) for field in fields(value)
+        }
+    return path
+
+
+def _arguments(kind: type) -> set[str]:
+    """The names of what a class and those above it are made with."""
+    makers = (vars(one).get("__init__") for one in kind.__mro__ if issubclass(one, nn.Module))
+    return {name for make in makers if make is not None for name in signature(make).parameters}
 
 
 def _is_plain(value: object) -> bool:

@@ -1,5 +1,6 @@
 """Lightning's Trainer with two more entry points."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from sparsify.checkpoint_content import restoring
 from sparsify.distributed.ddp import DDP
 from sparsify.distributed.sharded import Sharded
 from sparsify.distributed.shards import ShardedCheckpointIO
@@ -46,6 +49,7 @@ class Trainer(LightningTrainer):
         super().__init__(strategy=_own_strategy(strategy), **settings)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = ShardedCheckpointIO()
+        self._checkpoint_connector = _Restorer(self)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
@@ -91,6 +95,19 @@ class Trainer(LightningTrainer):
         finally:
             self.sensing = False
             cast(Any, self).callbacks.remove(callback)
+
+
+class _Restorer(_CheckpointConnector):
+    """Lightning's own, which tells in one message of a checkpoint that it cannot restore."""
+
+    def _restore_modules_and_callbacks(self, *args: Any, **kwargs: Any) -> None:
+        path = args[0] if args else kwargs.get("checkpoint_path")
+        with restoring(path) if path else nullcontext():
+            super()._restore_modules_and_callbacks(*args, **kwargs)
+
+    def restore_training_state(self) -> None:
+        with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
+            super().restore_training_state()
 
 
 def _own_strategy(strategy: Strategy | str) -> Strategy | str:

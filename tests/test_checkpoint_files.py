@@ -245,3 +245,19 @@ def test_loaders_refuse_what_is_damaged(tmp_path: Path) -> None:
         for loader in (Sharded(), ShardedCheckpointIO()):
             with pytest.raises(SparsifyError, match=reason):
                 loader.load_checkpoint(path)
+
+
+def test_a_flipped_bit_in_a_shard_is_found(tmp_path: Path) -> None:
+    place = tmp_path / "step-00000007.ckpt"
+    complete(shards(tmp_path), place)
+    (place / "__0_0.distcp").write_bytes(b"0123456788")
+    assert damage(place) == "it is damaged (bad checksum of __0_0.distcp)"
+
+
+def test_a_folder_of_before_checksums_is_whole_by_its_sizes(tmp_path: Path) -> None:
+    place = tmp_path / "step-00000007.ckpt"
+    complete(shards(tmp_path), place)
+    content = json.loads((place / COMPLETE).read_text())
+    del content["sha256"]
+    (place / COMPLETE).write_text(json.dumps(content))
+    assert damage(place) == ""

@@ -29,6 +29,10 @@ def compare(
     """
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise SparsifyError(f"--html {html}: a report replaces this file; name one that ends .html")
+    if html is not None and html.is_symlink():
+        raise SparsifyError(
+            f"--html {html}: it is a link, and what it points to would be replaced; name a file"
+        )
     found = compare_runs(runs)
     if format == "json":
         say_json(found.to_dict())

@@ -13,7 +13,7 @@ Format = Literal["table", "json"]
 
 def check_free(out: Path) -> None:
     """Refuse to write where something is."""
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link to nothing would be written through
         raise SparsifyError(f"{out} exists, and stays; name another file")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sparsify.checkpoint_files import FOLDER
-from sparsify.compare.checking import check
+from sparsify.compare.checking import LARGEST_NUMBER, check, check_plain
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import RESULT_SCHEMA
 from sparsify.manifest import MANIFEST
@@ -144,10 +144,11 @@ def _read_sensitivity(file: Path) -> dict[str, Any]:
     """Its content; nothing of a file that cannot be used, as a comparison does not rest on it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        check_plain(content)
         _ = content["protocol"]["base"]["hash"], content["run"].get
         _ = [(block["loss_increase"], block["loss_decrease"]) for block in content["blocks"]]
         return content if content["schema"] == SENSITIVITY_SCHEMA else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -173,16 +174,22 @@ def _read(file: Path) -> Run:
         )
     try:
         check(result)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparsifyError(
             f"{file} lacks what a result holds ({type(error).__name__}: {error}); write it again "
             "with `sparsify export --ckpt_path FILE`"
         ) from error
     for text, score in result["scores"].items():
-        if not (math.isfinite(score["loss"]) and math.isfinite(score["perplexity"])):
+        if not (0 <= score["loss"] < math.inf and 0 <= score["perplexity"] <= LARGEST_NUMBER):
             raise SparsifyError(
-                f"{file}: the loss of {text} is {score['loss']}, and what is not a finite "
-                "number cannot be ranked; leave this run out"
+                f"{file}: the loss of {text} is {score['loss']} and its perplexity "
+                f"{score['perplexity']}, and what is negative or not a finite number cannot be "
+                "ranked; leave this run out"
+            )
+        if score["loss"] > math.log(LARGEST_NUMBER):
+            raise SparsifyError(
+                f"{file}: the loss of {text} is {score['loss']}, which no model has; leave this "
+                "run out"
             )
     return Run(file, result, _read_config(file.with_name(CONFIG)))
 
@@ -190,6 +197,7 @@ def _read(file: Path) -> Run:
 def _read_config(file: Path) -> dict[str, Any] | None:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        check_plain(config)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) else None

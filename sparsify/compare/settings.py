@@ -121,7 +121,7 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else key
-        if key == "seed":
+        if key == "seed" or value is None:  # older results do not hold what is not set
             continue
         if isinstance(value, dict) and isinstance(value.get("class"), str):
             found[name] = short_name(value["class"])

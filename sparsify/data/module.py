@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED, EMBEDDED_FOLDER
 from sparsify.batch import TokenBatch
+from sparsify.checkpoint_content import PLACE, restoring
 from sparsify.data.blend import (
     BatchesOfRank,
     BlendSampler,
@@ -363,8 +364,13 @@ class _TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[mis
         return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_same_data(state["of"], self.batch_sampler.identity())
-        super().load_state_dict(state["position"])
+        with restoring(PLACE):
+            check_same_data(state["of"], self.batch_sampler.identity())
+            super().load_state_dict(state["position"])
+            # Torchdata reads the position only here, and when Lightning comes to this by itself, it
+            # hides what is raised behind an error of its own.
+            iter(self)
+            super().load_state_dict(state["position"])
 
 
 class _Blocks(Dataset[Tensor | TokenBatch]):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.batch import TokenBatch
+from sparsify.checkpoint_content import PLACE, restoring
 from sparsify.data.blend import PERMUTATION, check_same_data
 from sparsify.data.documents import Document, Judge
 from sparsify.data.packing import DOCUMENTS_A_CALL, Packer, to_batch
@@ -270,10 +271,11 @@ class StreamLoader(Iterator[Tensor | TokenBatch]):
         Raises:
             SparsifyError: It was saved under other settings.
         """
-        check_same_data(state["of"], self._identity)
-        self._block = state["block"]
-        for source, position in zip(self._sources, state["sources"], strict=True):
-            source.load_state_dict(position)
+        with restoring(PLACE):
+            check_same_data(state["of"], self._identity)
+            self._block = state["block"]
+            for source, position in zip(self._sources, state["sources"], strict=True):
+                source.load_state_dict(position)
 
     def _round(self) -> range:
         return range(self._batch_size * self._world)

@@ -161,3 +161,15 @@ def test_runs_are_gathered_around_options() -> None:
     ]  # fmt: skip
     assert join_runs(["--help"]) == ["--help"]
     assert join_runs(["--html"]) == ["--html"]
+
+
+def test_a_report_is_not_written_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", result())
+    (tmp_path / "kept").write_text("mine")
+    (tmp_path / "a.html").symlink_to("kept")
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["compare", str(tmp_path / "run"), "--html", str(tmp_path / "a.html")])
+    assert "it is a link" in capsys.readouterr().err
+    assert (tmp_path / "kept").read_text() == "mine"

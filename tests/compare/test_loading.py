@@ -174,3 +174,42 @@ def test_a_damaged_sensitivity_is_left_out(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"schema": "sparsify.sensitivity/1"}'):
         (tmp_path / "sensitivity.json").write_text(content)
         assert load_runs([tmp_path])[0][0].sensitivity is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("run.seconds", 1e308, "run.seconds is '1e.308' instead of a number, not negative"),
+        ("run.seconds", -1.0, "run.seconds is '-1.0' instead of a number, not negative"),
+        ("run.tokens", 10**400, "tokens is an integer of 1329 bits instead of"),
+        ("run.tokens", -5, "run.tokens is '-5' instead of a number, whole"),
+        ("run.tokens", True, "run.tokens is 'True' instead of a number, whole"),
+        ("run.tokens", 1.5, "run.tokens is '1.5' instead of a number, whole"),
+        ("run.steps", float("inf"), "run.steps is 'inf' instead of a number, whole"),
+        ("run.sparsity", 1.5, "run.sparsity is '1.5' instead of a number from 0 to 1"),
+        ("run.strategy.class", "a\x1b[2Jb", "run.strategy.class is .* without control characters"),
+        ("run.strategy.settings", {"big": 10**400}, "settings.big is an integer of 1329 bits"),
+        ("scores.a.loss", -1.0, "the loss of a is -1.0"),
+        ("scores.a.loss", 1e308, "the loss of a is 1e.308, which no model has"),
+        ("scores.a.perplexity", 1e308, "its perplexity 1e.308"),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(
+    path: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    content: Any = result()
+    *above, key = path.split(".")
+    part = content
+    for name in above:
+        part = part[name]
+    part[key] = value
+    with pytest.raises(SparsifyError, match=message):
+        load_runs([write(tmp_path, content)])
+
+
+def test_what_is_nested_deeper_than_can_be_followed_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(result()).replace('"settings": {', '"settings": {"a": ' + "[" * 800 + "1")
+    text = text.replace("[1", "[1" + "]" * 800 + ", ", 1)
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(SparsifyError, match="result.json"):
+        load_runs([tmp_path])
