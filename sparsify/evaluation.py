@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.secrets import redacted
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"
@@ -154,8 +155,10 @@ def pattern_text(run: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part."""
+    """Write indented JSON so that a reader sees the old file or the new one, never a part; values
+    of settings that are secrets are not written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(redacted(content), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
