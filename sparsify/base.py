@@ -3,6 +3,7 @@ it.
 """
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from sparsify.errors import SparsifyError
+from sparsify.model_files import check_model_files
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -41,6 +43,11 @@ def _location(name_or_path: str) -> dict[str, Any]:
     return arguments
 
 
+def _check(name_or_path: str) -> None:
+    if not _is_gguf(name_or_path):  # Transformers makes the configuration of these itself
+        check_model_files(_location(name_or_path)["pretrained_model_name_or_path"])
+
+
 def _is_gguf(name_or_path: str) -> bool:
     return name_or_path.lower().endswith(".gguf")
 
@@ -57,6 +64,7 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         SparsifyError: nothing that can be loaded is there.
     """
     with _load_errors("model", name_or_path):
+        _check(name_or_path)
         model: Any = AutoModelForCausalLM.from_pretrained(**_location(name_or_path), dtype=dtype)
     if _is_gguf(name_or_path):
         # The weights are plain now; what is left of the quantisation would forbid to save them.
@@ -70,6 +78,7 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     :func:`load_model`.
     """
     with _load_errors("model", name_or_path), torch.device("meta"):
+        _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -88,6 +97,11 @@ def _load_errors(what: str, name_or_path: str) -> Iterator[None]:
         raise SparsifyError(
             f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}); for "
             "GGUF files: pip install 'sparsify[gguf]'"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise SparsifyError(
+            f"{name_or_path!r}: its weights are a pickle that holds other things than tensors, and "
+            "reading it would run code; take the model's safetensors file"
         ) from error
     # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
     # know.
