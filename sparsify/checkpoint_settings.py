@@ -129,7 +129,7 @@ def _strategy(given: Any, where: str, named: Collection[str]) -> dict[str, Any]:
             f"the checkpoint's {where} is {path}, which is not one of sparsify's own: files never "
             f"choose code to run; if you trust it, name it in this command: --strategy {path}"
         )
-    taken = {}
+    taken: dict[str, Any] = {}
     for key, value in options.items():
         place = f"{where}.{key}"
         if isinstance(value, Mapping) and "class_path" in value:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file, is_peft_available
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from sparsify.errors import SparsifyError
 

@@ -1,7 +1,7 @@
 """Keeps secrets out of the files that a run writes; the run itself has them."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 
@@ -48,7 +48,7 @@ def redacted(value: Any) -> Any:
     None and truth values (``use_api_key: true``) stay.
     """
     if isinstance(value, Namespace):
-        return Namespace(**{key: _entry(key, part) for key, part in vars(value).items()})
+        return _namespace({key: _entry(key, part) for key, part in vars(value).items()})
     if isinstance(value, dict):
         return {key: _entry(key, part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -56,6 +56,10 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         return _USER.sub(f"{REDACTED}@", value)
     return value
+
+
+def _namespace(entries: dict[str, Any]) -> Any:
+    return cast(Any, Namespace)(**entries)  # which has no types
 
 
 def _entry(key: Any, value: Any) -> Any:
@@ -68,7 +72,7 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _hidden(part) for key, part in value.items()}
     if isinstance(value, Namespace):
-        return Namespace(**{key: _hidden(part) for key, part in vars(value).items()})
+        return _namespace({key: _hidden(part) for key, part in vars(value).items()})
     if isinstance(value, list | tuple):
         return type(value)([_hidden(part) for part in value])
     if value is None or isinstance(value, bool):

@@ -27,10 +27,12 @@ from sparsify.cli import Parser, SparsifyCLI, main
 from sparsify.commands.output import say
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST
+from sparsify.module import SparseCausalLM
 from sparsify.printable import is_printable, printable
 from sparsify.registry import allow_current_folder
 from sparsify.secrets import REDACTED, is_secret, redacted
 from sparsify.short_forms import expand
+from sparsify.strategies.maskllm import MaskLLM
 from tests.conftest import Cli
 
 COMMANDS = ("fit", "validate", "test", "export", "sensitivity")
@@ -194,6 +196,22 @@ def test_a_file_in_the_current_folder_takes_no_modules_place(cli: Cli) -> None:
     import colorsys
 
     assert Path(colorsys.__file__).parent != Path.cwd()
+    assert not Path("OWNED").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model")
+def test_loading_a_checkpoint_in_python_calls_no_function_that_it_names(
+    cli: Cli, settings_saved: dict[str, Any]
+) -> None:
+    Path("helper_mod.py").write_text(HELPER)
+    evil = {"_instantiator": "helper_mod.S", "strategy": POPEN}
+    saved = settings_saved["hyper_parameters"] | evil
+    torch.save(settings_saved | {"hyper_parameters": saved}, "evil.ckpt")
+    sys.path.append(os.getcwd())
+    loaded = SparseCausalLM.load_from_checkpoint(
+        "evil.ckpt", strategy=MaskLLM(prior="magnitude"), map_location="cpu"
+    )
+    assert loaded.strategy.values
     assert not Path("OWNED").exists()
 
 
