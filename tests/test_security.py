@@ -126,7 +126,8 @@ def test_a_checkpoint_runs_nothing(
         with watched() as seen, suppress(SparsifyError):
             words = expand([command, f"--ckpt_path={path}"])
             config = next(word for word in words if word.startswith("--config={"))
-            make(json.loads(config.partition("=")[2]))
+            if config not in passed:
+                make(json.loads(config.partition("=")[2]))
             passed.append(config)
         for odd in ("Popen", "OWNED", '"helper_mod.S"', "evil.yaml"):
             assert odd not in "".join(passed)
