@@ -22,6 +22,7 @@ from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
 from sparsify.export import check_target, export
+from sparsify.printable import SafeConsole
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
@@ -190,4 +191,4 @@ def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
 
 def console(trainer: Any) -> Console:
     """Where to print; it is quiet where the trainer shows no progress."""
-    return Console(quiet=trainer.progress_bar_callback is None)
+    return SafeConsole(quiet=trainer.progress_bar_callback is None)

@@ -1,5 +1,12 @@
 """``python -m sparsify``."""
 
-from sparsify.cli import main
+import os
+import sys
+
+# Python puts the current folder first; a file there must not take the place of a module.
+if sys.path and sys.path[0] in ("", os.getcwd()):
+    del sys.path[0]
+
+from sparsify.cli import main  # noqa: E402
 
 main()

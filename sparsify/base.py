@@ -18,6 +18,7 @@ from transformers import (
 
 from sparsify.load_checks import check_loaded, correct_tie
 from sparsify.load_errors import check_plain, load_errors
+from sparsify.model_files import check_model_files
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -41,6 +42,11 @@ def _location(name_or_path: str) -> dict[str, Any]:
     return arguments
 
 
+def _check(name_or_path: str) -> None:
+    if not _is_gguf(name_or_path):  # Transformers makes the configuration of these itself
+        check_model_files(_location(name_or_path)["pretrained_model_name_or_path"])
+
+
 def _is_gguf(name_or_path: str) -> bool:
     return name_or_path.lower().endswith(".gguf")
 
@@ -58,6 +64,7 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
             configuration describes do not hold the same tensors.
     """
     with load_errors("model", name_or_path):
+        _check(name_or_path)
         location = _location(name_or_path)
         if not _is_gguf(name_or_path):
             check_plain(AutoConfig.from_pretrained(**location), name_or_path)
@@ -83,6 +90,7 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     :func:`load_model`.
     """
     with load_errors("model", name_or_path), torch.device("meta"):
+        _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
         if not _is_gguf(name_or_path):
             check_plain(config, name_or_path)

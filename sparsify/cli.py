@@ -1,22 +1,24 @@
 """The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
+from sparsify.printable import printable
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
+from sparsify.secrets import holds_redacted, redacted
 from sparsify.short_forms import RUNS, expand
 from sparsify.tools import ABOUT, COMMANDS, run
 from sparsify.trainer import Trainer, leave_process_group
@@ -67,6 +69,18 @@ _HELP = {
         for name, about in _ABOUT.items()
     },
 }
+
+
+# A class named where any value may stand is a value: nothing is instantiated there. This holds for
+# all parsers of the process.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's config.yaml without its secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
+        super().__init__(parser, redacted(config), **options)
 
 
 class Parser(LightningArgumentParser):
@@ -129,6 +143,11 @@ class SparsifyCLI(LightningCLI):
         the other processes of a run with these.
         """
         self.config = parser.parse_args(expand(sys.argv[1:]))
+        if place := holds_redacted(self.config):
+            raise SparsifyError(
+                f"{place.partition('.')[2]} was a secret and is not in the file that was written; "
+                "give it on the command line"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
@@ -146,7 +165,8 @@ class SparsifyCLI(LightningCLI):
         dump = yaml.safe_load(
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         )
-        self.model.save_hyperparameters({"config": {k: v for k, v in dump.items() if k not in OWN}})
+        settings = redacted({k: v for k, v in dump.items() if k not in OWN})
+        self.model.save_hyperparameters({"config": settings})
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         given = config["callbacks"] or []
@@ -168,7 +188,6 @@ def main(args: Sequence[str] | None = None) -> None:
     user can mend; 130, as of any interrupted command, after Ctrl-C.
     """
     quiet()
-    sys.path.insert(0, os.getcwd())  # a strategy may lie in a file of the current folder
     words = sys.argv[1:] if args is None else list(args)
     try:
         if words and words[0] in COMMANDS:
@@ -182,12 +201,13 @@ def main(args: Sequence[str] | None = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs=_HELP,
         )
     except SparsifyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     leave_process_group()
     callbacks = cast(Any, cli.trainer).callbacks

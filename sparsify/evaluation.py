@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.secrets import redacted
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"
@@ -218,7 +219,8 @@ def pattern_text(run: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part.
+    """Write indented JSON so that a reader sees the old file or the new one, never a part;
+    values of settings that are secrets are not written.
 
     Raises:
         SparsifyError: a number in it is not finite, for which JSON has no word; it is named.
@@ -230,7 +232,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(redacted(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -159,6 +159,15 @@ class SparseCausalLM(LightningModule):
         module._given, module._tokenizer = [model], tokenizer
         return module
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "SparseCausalLM":
+        """As Lightning's, but of the file's settings only those that make this class are used:
+        Lightning calls a function that they may name.
+        """
+        options = {"weights_only": True} | options | {"_instantiator": None}
+        load: Any = LightningModule.load_from_checkpoint
+        return load.__func__(cls, checkpoint_path, **options)
+
     @property
     def base_name(self) -> str:
         """The model's name for records: of a local path the last part, as they travel."""

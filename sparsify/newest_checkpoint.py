@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparsify.checkpoint_files import FOLDER, LAST, damage, step_of, steps_in
 from sparsify.errors import SparsifyError
+from sparsify.printable import printable
 
 _GIVE = "give the checkpoints/last.ckpt of a run, or the run's folder"
 
@@ -28,7 +29,8 @@ def newest_whole(path: Path) -> Path:
     for candidate in candidates:
         if not (reason := damage(candidate)):
             for line in bad if os.environ.get("LOCAL_RANK", "0") == "0" else ():
-                print(f"WARNING: {line}; going on from {_named(candidate)}", file=sys.stderr)
+                warning = f"WARNING: {line}; going on from {_named(candidate)}"
+                print(printable(warning), file=sys.stderr)
             return candidate
         bad.append(f"{_named(candidate)} is left aside: {reason}")
     if not bad:

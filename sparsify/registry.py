@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -17,6 +19,16 @@ def plugins(group: str) -> dict[str, EntryPoint]:
     return {
         point.name.lower(): point
         for point in sorted(entry_points(group=group), key=lambda point: point.name)
+    }
+
+
+def own_plugins(group: str) -> dict[str, str]:
+    """The import paths of what this package itself plugs into a group, by lower-case name."""
+    package = __name__.partition(".")[0]
+    return {
+        name: point.value.replace(":", ".")
+        for name, point in plugins(group).items()
+        if point.value.startswith(f"{package}.")
     }
 
 
@@ -56,7 +68,16 @@ def short_name(path: str) -> str:
     return next((name for name, value in known if value == path), path.rpartition(".")[2])
 
 
+def allow_current_folder() -> None:
+    """Let a module that the user named lie in the current folder: behind all that is installed, so
+    that a file there takes the place of none of it.
+    """
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+
+
 def _import(path: str) -> Any:
+    allow_current_folder()
     module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)

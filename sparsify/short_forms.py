@@ -2,25 +2,32 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsify.checkpoint_files import METADATA
+from sparsify.checkpoint_settings import SHARDED, settings_of
 from sparsify.errors import SparsifyError
+from sparsify.named_classes import STRATEGY_FLAGS, named_classes, names_code
 from sparsify.newest_checkpoint import newest_whole
-from sparsify.registry import STRATEGIES, find_strategy, plugins
+from sparsify.printable import printable
+from sparsify.registry import (
+    STRATEGIES,
+    allow_current_folder,
+    find_strategy,
+    plugins,
+)
 
 LOGGERS = {
     "csv": "lightning.pytorch.loggers.CSVLogger",
     "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
     "wandb": "lightning.pytorch.loggers.WandbLogger",
 }
-SHARDED = "sparsify.distributed.Sharded"
 RUNS = "runs"
-STRATEGY_FLAGS = ("--strategy", "--model.strategy")
 
 
 def expand(args: Sequence[str]) -> list[str]:
@@ -31,6 +38,7 @@ def expand(args: Sequence[str]) -> list[str]:
     first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. ``--devices N``
     becomes ``--trainer.devices``, and ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path``
     the settings of the checkpoint's run come first, so that what is said on the command line wins.
+    The current folder's modules can be imported if the command line names a class or a config.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -45,6 +53,8 @@ def expand(args: Sequence[str]) -> list[str]:
             f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
             "import path) or --ckpt_path FILE"
         )
+    if names_code(rest):
+        allow_current_folder()
     run_name, logger = command, "csv"
     before: list[str] = []
     after: list[str] = []
@@ -58,7 +68,7 @@ def expand(args: Sequence[str]) -> list[str]:
             after.append(f"--trainer.strategy={SHARDED}")  # by its class, it has options
         elif flag in STRATEGY_FLAGS and not value.startswith("{"):
             cls = find_strategy(value)
-            run_name = cls.__name__.lower()
+            run_name = cls.__name__
             after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
             if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
                 before += _packaged_config(value.lower())
@@ -66,9 +76,12 @@ def expand(args: Sequence[str]) -> list[str]:
             if flag == "--ckpt_path":
                 path = newest_whole(Path(value))
                 word = f"{flag}={path}"
-                before.append(f"--config={_settings(path, resumes=command == 'fit')}")
+                settings = _settings(path, command == "fit", named_classes(rest))
+                if command == "fit" and not given & {*STRATEGY_FLAGS}:
+                    run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
+                before.append(f"--config={json.dumps(settings)}")
             after.append(word)
-    return [command, *_logger(logger, run_name), *before, *after]
+    return [command, *_logger(logger, run_name.lower()), *before, *after]
 
 
 def _packaged_config(name: str) -> list[str]:
@@ -115,8 +128,8 @@ def _logger(name: str, run_name: str) -> list[str]:
     return [*options, f"--trainer.logger.name={run_name}"]
 
 
-def _settings(path: Path, resumes: bool) -> str:
-    """The settings of a checkpoint's run as JSON: all to resume it, else of its model and data."""
+def _settings(path: Path, resumes: bool, named: Collection[str]) -> dict[str, Any]:
+    """What a command takes of the settings of a checkpoint's run."""
     file = path / METADATA if path.is_dir() else path
     try:
         config = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -126,4 +139,8 @@ def _settings(path: Path, resumes: bool) -> str:
             f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote; "
             "give the checkpoints/last.ckpt of a run"
         ) from error
-    return json.dumps(config if resumes else {part: config[part] for part in ("model", "data")})
+
+    def tell(line: str) -> None:
+        print(printable(line), file=sys.stderr)
+
+    return settings_of(config, resumes, named, tell)

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, set_parsing_settings
 
 from sparsify.commands import masks
 from sparsify.commands.compare import compare, join_runs
@@ -47,6 +47,8 @@ FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run")
 
 def run(words: list[str]) -> int:
     """Run one of the commands: its exit status."""
+    # Nothing is instantiated where any value may stand.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
     # Flags as those of fit: what says nothing says true.
     following = [*words[1:], "--"]
     words = [

@@ -275,7 +275,8 @@ def test_a_strategy_of_a_file_in_the_current_folder(cli: Cli) -> None:
     Path("my_package.py").write_text(MY_STRATEGY.read_text())
     try:
         cli("fit", "--strategy", "my_package.MyStrategy", "--output.folder", "out")
-        cli("test", "--ckpt_path", str(cli.runs()[0] / "checkpoints" / "last.ckpt"))
+        checkpoint = str(cli.runs()[0] / "checkpoints" / "last.ckpt")
+        cli("test", "--strategy", "my_package.MyStrategy", "--ckpt_path", checkpoint)
     finally:
         sys.modules.pop("my_package", None)
     first, second = map(result, cli.runs())

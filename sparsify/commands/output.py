@@ -4,9 +4,8 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from sparsify.errors import SparsifyError
+from sparsify.printable import SafeConsole
 
 Format = Literal["table", "json"]
 
@@ -29,6 +28,6 @@ def say_json(content: Any) -> None:
 
 
 def say(content: Any) -> None:
-    """Print text or a table."""
+    """Print text or a table, without the control characters that files may hold."""
     # Text as it is: paths are not to be wrapped, nor brackets read as markup.
-    Console().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
+    SafeConsole().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, manifest_patterns
 from sparsify.masked_linear import can_mask, linear_shape
+from sparsify.model_files import check_model_files
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import BACKENDS, Backend
 from sparsify.runtime.choose import DENSE, Choices, Choose, Layer, choose_layers
@@ -114,6 +115,7 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     from accelerate import init_empty_weights  # takes a second
 
     try:
+        check_model_files(str(folder))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(

@@ -1,0 +1,46 @@
+"""Text of files on a terminal: shown, and never obeyed."""
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+# Of category Cf a terminal obeys those that change the direction of text; others join letters.
+DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+LAYOUT = frozenset("\n\t")
+
+
+def _obeyed(char: str) -> bool:
+    if char in LAYOUT:
+        return False
+    category = unicodedata.category(char)
+    # Cs are halves of characters, which cannot even be encoded.
+    return category in ("Cc", "Cs", "Zl", "Zp") or char in DIRECTIONS
+
+
+def is_printable(text: str) -> bool:
+    """Whether a terminal shows every character of the text and obeys none."""
+    return not any(map(_obeyed, text))
+
+
+def printable(text: str) -> str:
+    r"""The text with what a terminal would obey written out, as ``\x1b``; lines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(char)[1:-1] if _obeyed(char) else char for char in text)
+
+
+class SafeConsole(Console):
+    """A console whose styles are its own, and none those of the text that it prints."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As the base class's. Rich takes escape sequences out of some texts and leaves others."""
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)

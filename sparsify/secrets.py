@@ -1,0 +1,95 @@
+"""Keeps secrets out of the files that a run writes; the run itself has them."""
+
+import re
+from typing import Any, cast
+
+from jsonargparse import Namespace
+
+REDACTED = "(redacted)"
+
+# A key is secret if one of its words says so, or two that follow each other. Words are divided by
+# anything but letters and digits, and before an upper-case letter. "token" alone is a secret; of
+# longer names that end so, most are a tokenizer's ("eos_token"), so that the word before decides.
+# fmt: off
+_WORDS = frozenset((
+    "password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials",
+    "authorization", "bearer", "cookie", "apikey", "apitoken", "authtoken", "accesstoken",
+))
+# Whose key or token it is: one of these stands before the word.
+_KEYS = frozenset((
+    "api", "access", "private", "secret", "account", "encryption", "signing", "service",
+))
+_TOKENS = frozenset((
+    "api", "access", "auth", "hf", "hub", "huggingface", "refresh", "session", "wandb", "github",
+    "gitlab", "neptune", "comet", "mlflow", "user", "login", "security", "client", "personal",
+    "read", "write",
+))
+# fmt: on
+_USER = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def is_secret(key: str) -> bool:
+    """Whether the name of a setting says that its value is a secret."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
+    words = re.findall(r"[a-z0-9]+", spaced.lower())
+    pairs = list(zip(words, words[1:], strict=False))
+    return (
+        bool(_WORDS & set(words))
+        or words in (["token"], ["auth"])
+        or any(second == "key" and first in _KEYS for first, second in pairs)
+        or any(second == "token" and first in _TOKENS for first, second in pairs)
+    )
+
+
+def redacted(value: Any) -> Any:
+    """A copy of settings in which :data:`REDACTED` stands for every secret.
+
+    Secret is what a key says (:func:`is_secret`), at any depth, and the user and password of a URL.
+    None and truth values (``use_api_key: true``) stay.
+    """
+    if isinstance(value, Namespace):
+        return _namespace({key: _entry(key, part) for key, part in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _entry(key, part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([redacted(part) for part in value])
+    if isinstance(value, str):
+        return _USER.sub(f"{REDACTED}@", value)
+    return value
+
+
+def _namespace(entries: dict[str, Any]) -> Any:
+    return cast(Any, Namespace)(**entries)  # which has no types
+
+
+def _entry(key: Any, value: Any) -> Any:
+    if isinstance(key, str) and is_secret(key):
+        return _hidden(value)
+    return redacted(value)
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _hidden(part) for key, part in value.items()}
+    if isinstance(value, Namespace):
+        return _namespace({key: _hidden(part) for key, part in vars(value).items()})
+    if isinstance(value, list | tuple):
+        return type(value)([_hidden(part) for part in value])
+    if value is None or isinstance(value, bool):
+        return value
+    return REDACTED
+
+
+def holds_redacted(value: Any, where: str = "") -> str | None:
+    """The place of the first value that was a secret and is gone, or None."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    elif isinstance(value, str) and REDACTED in value:
+        return where
+    found = (holds_redacted(part, f"{where}.{key}" if where else str(key)) for key, part in parts)
+    return next((place for place in found if place is not None), None)
