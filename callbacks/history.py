@@ -32,7 +32,8 @@ class History(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._due and trainer.global_step and pl_module.learns:
-            self.measure(trainer, pl_module)
+            # Where Lightning would have logged it: it counts this step when it has validated.
+            self.measure(trainer, pl_module, trainer.global_step - 1)
         self._due = False
         if self.at_start and trainer.global_step == 0 and pl_module.learns:
             self.measure(trainer, pl_module)
@@ -54,15 +55,17 @@ class History(Callback):
             self._add(trainer, pl_module, pl_module.scores)
             self._due = False
 
-    def measure(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the validation texts, where there are any to be read, and log what was found."""
+    def measure(self, trainer: Any, pl_module: Any, step: int | None = None) -> None:
+        """Measure the validation texts, where there are any to be read, and log what was found at
+        this step, or at the present one.
+        """
         if not trainer.limit_val_batches or not trainer.datamodule.validation_names:
             return
         scores = measure_validation(trainer, pl_module)
         metrics = score_metrics("val", scores)
         metrics |= {f"run/{name}": value for name, value in cost(trainer, pl_module).items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
         self._add(trainer, pl_module, scores)
 
     def _add(self, trainer: Any, pl_module: Any, scores: Mapping[str, Score]) -> None:

@@ -168,10 +168,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit status 1 if a folder that was verified is not sound; 2 and one message for input that a
     user can mend; 130 after Ctrl-C, and 143 after SIGTERM or SIGUSR1, unless all was done.
     """
-    quiet()
     sys.path.insert(0, os.getcwd())  # a strategy may lie in a file of the current folder
     words = sys.argv[1:] if args is None else list(args)
-    with stoppable():
+    with quiet(), stoppable():
         try:
             if words and words[0] in COMMANDS:
                 sys.exit(run(words))

@@ -43,7 +43,7 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
-        self.advice = "start the same command again"
+        self.advice = "before its end; start the same command again"
 
 
 class _State:
@@ -141,7 +141,7 @@ def stoppable() -> Iterator[None]:
             yield
         except (Interrupted, KeyboardInterrupt) as stop:
             if isinstance(stop, Interrupted) and _state.parent is None:
-                print(f"stopped; {stop.advice}", file=sys.stderr)
+                print(f"stopped {stop.advice}", file=sys.stderr)
             _end_ranks()
             _leave_if_ranked(_asked_status() or 130)
             raise SystemExit(_asked_status() or 130) from None
