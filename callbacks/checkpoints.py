@@ -39,6 +39,9 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: optimizer steps between two saves.
         keep: how many to keep; more than one, so that there is another if the disk damages one.
+
+    Attributes:
+        last: the newest that this run has saved, if any.
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
@@ -46,6 +49,7 @@ class Checkpoints(Checkpoint):
             raise SparsifyError(f"checkpoint.keep is {keep}; it must be 1 or more")
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.last: Path | None = None
         self._saved_at = -1
         self._kept: list[Path] | None = None
 
@@ -85,6 +89,7 @@ class Checkpoints(Checkpoint):
         if self._saved_at != trainer.global_step:
             self._write(trainer, folder)
             self._saved_at = trainer.global_step
+            self.last = folder / LAST
         return folder / LAST
 
     def _write(self, trainer: Any, folder: Path) -> None:

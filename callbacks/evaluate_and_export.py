@@ -57,12 +57,12 @@ class EvaluateAndExport(Callback):
             check_target(Path(self.folder), self.overwrite)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
-        if stopped or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return
         find(trainer, Throughput).stop()  # whose own turn may come later
         pl_module.check_finite()  # whose own turn comes later too
         checkpoint, unsaved = _save(trainer)
+        find(trainer, GracefulStop).end_at_once()  # all is saved
         try:
             if self.enabled:
                 self._evaluate_and_export(trainer, pl_module)

@@ -26,10 +26,23 @@ class History(Callback):
     def __init__(self, at_start: bool = False) -> None:
         self.at_start = at_start
         self.validations: list[dict[str, Any]] = []
+        # Whether the step that was just done is to be validated; a checkpoint that lies between the
+        # two is resumed by Lightning as if that had been done.
+        self._due = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._due and trainer.global_step and pl_module.learns:
+            # Where Lightning would have logged it: it counts this step when it has validated.
+            self.measure(trainer, pl_module, trainer.global_step - 1)
+        self._due = False
         if self.at_start and trainer.global_step == 0 and pl_module.learns:
             self.measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop
+        self._due = bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit":
@@ -40,16 +53,19 @@ class History(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit":
             self._add(trainer, pl_module, pl_module.scores)
+            self._due = False
 
-    def measure(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the validation texts, where there are any to be read, and log what was found."""
+    def measure(self, trainer: Any, pl_module: Any, step: int | None = None) -> None:
+        """Measure the validation texts, where there are any to be read, and log what was found at
+        this step, or at the present one.
+        """
         if not trainer.limit_val_batches or not trainer.datamodule.validation_names:
             return
         scores = measure_validation(trainer, pl_module)
         metrics = score_metrics("val", scores)
         metrics |= {f"run/{name}": value for name, value in cost(trainer, pl_module).items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
         self._add(trainer, pl_module, scores)
 
     def _add(self, trainer: Any, pl_module: Any, scores: Mapping[str, Score]) -> None:
@@ -61,7 +77,8 @@ class History(Callback):
         self.validations = [*former, {"step": step, **cost(trainer, pl_module), **found}]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations}
+        return {"validations": self.validations, "due": self._due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
+        self._due = state_dict.get("due", False)  # older checkpoints do not tell

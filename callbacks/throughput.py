@@ -1,6 +1,7 @@
 """Reports speed and memory, and what a run has cost so far."""
 
 import resource
+import sys
 import time
 from typing import Any
 
@@ -55,8 +56,8 @@ class Throughput(Callback):
 
     def stop(self) -> None:
         """Stop the clock, when the device has done what it was given."""
-        if self._since is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self._since is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._seconds, self._since = self.seconds, None
 
     def on_train_batch_start(
@@ -105,4 +106,5 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: allocated by torch on a GPU, resident of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere

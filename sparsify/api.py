@@ -1,6 +1,8 @@
 """The Python interface: one call on a model object."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsify.data import Source, TextDataModule
 from sparsify.distributed.together import rank_zero, together
 from sparsify.export import export, mask_lineage
-from sparsify.inject import fold, hard_masks, layer_patterns
+from sparsify.inject import fold, hard_masks, layer_patterns, masked_layers
 from sparsify.masks.file import write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, make_strategy, plugins
+from sparsify.signals import Interrupted
 from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import Trainer
 
-CALLBACK_NAMES = ("annealing", "masks", "speed", "stop")
+CALLBACK_NAMES = ("annealing", "masks", "speed")
 
 
 @dataclass(repr=False)
@@ -90,20 +93,38 @@ def sparsify(
         options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, overrides,
             optimizer, seed, ...
 
+    If it fails, or is interrupted by Ctrl-C, the model has its plain layers and the weights that it
+    came with, and can be given again. Nothing is written, and the process's signals, warnings,
+    loggers and progress bars are as they were.
+
     Raises:
-        SparsifyError: the input cannot be used; the model is unchanged if it is raised before
-            training.
+        SparsifyError: the input cannot be used.
+        KeyboardInterrupt: on Ctrl-C.
     """
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
     if not isinstance(data, TextDataModule):
         data = TextDataModule(train=dict(data) if isinstance(data, Mapping) else data)
+    data = copy.copy(data)  # the caller's stays without our tokenizer and Trainer
     data.tokenizer = tokenizer
+    with quiet(), _restored_on_failure(model, strategy.changes_base):
+        module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
+    return Sparsified(model, module, runner)
+
+
+def _run(
+    model: PreTrainedModel,
+    strategy: SparsityStrategy,
+    data: TextDataModule,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    trainer: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> tuple[SparseCausalLM, Trainer]:
     module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
     callbacks = [plugins(CALLBACKS)[name].load()() for name in CALLBACK_NAMES]
-    if (trainer or {}).get("enable_progress_bar", True):
+    if trainer.get("enable_progress_bar", True):
         callbacks.append(Progress())
-    quiet()
     settings: dict[str, Any] = {
         "max_steps": steps,
         "max_epochs": -1,
@@ -115,6 +136,46 @@ def sparsify(
         "logger": False,
         "enable_checkpointing": False,
     }
-    runner = Trainer(**settings | {"callbacks": callbacks} | dict(trainer or {}))
-    runner.fit(module, datamodule=data)
-    return Sparsified(model, module, runner)
+    runner = Trainer(**settings | {"callbacks": callbacks} | dict(trainer))
+    try:
+        runner.fit(module, datamodule=data)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    return module, runner
+
+
+@contextmanager
+def _restored_on_failure(model: PreTrainedModel, weights: bool) -> Iterator[None]:
+    """If the block fails, put back the model's layers, which of its Parameters are learned, and
+    what is in training mode.
+
+    Args:
+        model: the model.
+        weights: put back the values of weights too, which takes a copy of them.
+    """
+    if masked_layers(model):
+        yield  # it is refused, and stays as an earlier run left it
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # Transformers keeps in this attribute whether a part of a model is recomputed in backward.
+    flags = [
+        (module, name, getattr(module, name))
+        for module in modules.values()
+        for name in ("training", "gradient_checkpointing")
+        if hasattr(module, name)
+    ]
+    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    values = [(p, p.detach().clone()) for p in model.parameters()] if weights else []
+    try:
+        yield
+    except BaseException:
+        for name in masked_layers(model):
+            model.set_submodule(name, modules[name])
+        for module, flag, value in flags:
+            setattr(module, flag, value)
+        for parameter, requires_grad in learned:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        for parameter, kept in values:
+            parameter.data = kept
+        raise

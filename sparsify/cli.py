@@ -20,6 +20,7 @@ from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
 from sparsify.secrets import holds_redacted, redacted
 from sparsify.short_forms import RUNS, expand
+from sparsify.signals import asked, stoppable
 from sparsify.tools import ABOUT, COMMANDS, run
 from sparsify.trainer import Trainer, leave_process_group
 
@@ -185,34 +186,33 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Exit status 1 if a folder that was verified is not sound; 2 and one message for input that a
-    user can mend; 130, as of any interrupted command, after Ctrl-C.
+    user can mend; 130 after Ctrl-C, and 143 after SIGTERM or SIGUSR1, unless all was done.
     """
-    quiet()
     words = sys.argv[1:] if args is None else list(args)
-    try:
-        if words and words[0] in COMMANDS:
-            sys.exit(run(words))
-        sys.argv[1:] = words
-        cli = SparsifyCLI(
-            SparseCausalLM,
-            TextDataModule,
-            trainer_class=Trainer,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            parser_kwargs=_HELP,
-        )
-    except SparsifyError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
-    leave_process_group()
-    callbacks = cast(Any, cli.trainer).callbacks
-    if any(getattr(callback, "stopped", False) for callback in callbacks):
-        sys.exit(130)
+    with quiet(), stoppable():
+        try:
+            if words and words[0] in COMMANDS:
+                sys.exit(run(words))
+            sys.argv[1:] = words
+            SparsifyCLI(
+                SparseCausalLM,
+                TextDataModule,
+                trainer_class=Trainer,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                parser_kwargs=_HELP,
+            )
+        except SparsifyError as error:
+            if asked() is not None:
+                raise  # a rank that waited for one that was stopped
+            print(printable(f"error: {error}"), file=sys.stderr)
+            sys.exit(2)
+        leave_process_group()
 
 
 if __name__ == "__main__":

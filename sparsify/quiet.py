@@ -2,8 +2,14 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 NOISE = ("💡 Tip", "Loading `train_dataloader` to estimate", "TPU available")
 WARNINGS = (
@@ -15,13 +21,24 @@ WARNINGS = (
 )
 
 
-def quiet() -> None:
-    """Silence them, for this process."""
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(_is_no_noise)
-    for message in WARNINGS:
-        warnings.filterwarnings("ignore", message)
-    disable_progress_bar()  # of loading and writing weights; downloads keep theirs
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence them for the time of the block; then all is as before."""
+    handlers = logging.getLogger("lightning.pytorch").handlers[:]
+    bars = is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for handler in handlers:
+            handler.addFilter(_is_no_noise)
+        disable_progress_bar()  # of loading and writing weights; downloads keep theirs
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(_is_no_noise)
+            if bars:
+                enable_progress_bar()
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

@@ -13,13 +13,22 @@ from sparsify.strategy import SparsityStrategy
 STRATEGIES = "sparsify.strategies"
 CALLBACKS = "sparsify.callbacks"
 
+# At each event our callbacks run in this order, then those of other packages by name; Lightning
+# moves those that save checkpoints to the end. What a checkpoint holds comes before what saves one,
+# so that no callback's state is a step behind in it; and what the result holds before what writes
+# it.
+CALLBACK_ORDER = ("annealing", "history", "masks", "speed", "output", "wandb", "stop", "checkpoint")
+
 
 def plugins(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by lower-case name, sorted."""
-    return {
-        point.name.lower(): point
-        for point in sorted(entry_points(group=group), key=lambda point: point.name)
-    }
+    """The entry points of a group by lower-case name, sorted; callbacks in the order in which they
+    run.
+    """
+    found = sorted(entry_points(group=group), key=lambda point: point.name)
+    if group == CALLBACKS:
+        places = {name: place for place, name in enumerate(CALLBACK_ORDER)}
+        found.sort(key=lambda point: places.get(point.name.lower(), len(places)))
+    return {point.name.lower(): point for point in found}
 
 
 def own_plugins(group: str) -> dict[str, str]:

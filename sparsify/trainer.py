@@ -1,10 +1,13 @@
 """Lightning's Trainer with two more entry points."""
 
-from contextlib import nullcontext
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.strategies import (
@@ -14,15 +17,24 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from sparsify.checkpoint_content import restoring
 from sparsify.distributed.ddp import DDP
+from sparsify.distributed.launcher import use_own_launcher
 from sparsify.distributed.sharded import Sharded
 from sparsify.distributed.shards import ShardedCheckpointIO
 from sparsify.errors import SparsifyError
+from sparsify.signals import Interrupted
 
-# What --trainer.strategy ddp stands for, and "auto" on several devices.
-StrategyRegistry.register("ddp", DDP, override=True, start_method="popen")
+
+class _Signals(_SignalConnector):
+    """Leaves the process's signals alone, where Lightning's takes SIGTERM for an end without a
+    save, and SIGUSR1 in every SLURM job for a wish to start it again.
+    """
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
 
 
 class Trainer(LightningTrainer):
@@ -46,7 +58,11 @@ class Trainer(LightningTrainer):
     restores = False
 
     def __init__(self, *, strategy: Strategy | str = "auto", **settings: Any) -> None:
-        super().__init__(strategy=_own_strategy(strategy), **settings)
+        with _own_ddp():
+            super().__init__(strategy=_own_strategy(strategy), **settings)
+        if not _requeues(settings.get("plugins")):
+            self._signal_connector = _Signals(self)
+        use_own_launcher(self.strategy)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = ShardedCheckpointIO()
         self._checkpoint_connector = _Restorer(self)
@@ -56,6 +72,9 @@ class Trainer(LightningTrainer):
         self.restores = kwargs.get("ckpt_path") is not None
         try:
             return super()._run(*args, **kwargs)
+        except KeyboardInterrupt:
+            # Lightning would make it an exit of the interpreter, and have SIGINT ignored from then.
+            raise Interrupted(signal.SIGINT) from None
         finally:
             # Another's LightningModule may run here too.
             getattr(self.lightning_module, "restore_modes", lambda: None)()
@@ -108,6 +127,28 @@ class _Restorer(_CheckpointConnector):
     def restore_training_state(self) -> None:
         with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
             super().restore_training_state()
+
+
+@contextmanager
+def _own_ddp() -> Iterator[None]:
+    """Let the name "ddp", for which "auto" stands on several devices, mean ours while a Trainer of
+    ours is made; a script's other Trainers have Lightning's.
+    """
+    registry: Any = StrategyRegistry
+    former = registry["ddp"]
+    registry.register("ddp", DDP, override=True, start_method="popen")
+    try:
+        yield
+    finally:
+        registry["ddp"] = former
+
+
+def _requeues(plugins: Any) -> bool:
+    """Whether the user asked that SLURM start the job again: by the plugin, as Lightning by itself
+    does it in every job.
+    """
+    given = plugins if isinstance(plugins, list) else [plugins]
+    return any(isinstance(one, SLURMEnvironment) and one.auto_requeue for one in given)
 
 
 def _own_strategy(strategy: Strategy | str) -> Strategy | str:

@@ -1,12 +1,21 @@
 """The Python interface, on a model object."""
 
+import logging
+import signal
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import is_progress_bar_enabled
 
 import sparsify
+from sparsify.calibration import Layerwise
 from sparsify.strategies.maskllm import MaskLLM
 from tests.conftest import tiny_llama
 
@@ -66,3 +75,121 @@ def test_a_model_that_was_masked_before_is_refused(model, tokenizer, text: Path,
     assert "Magnitude 2:4" in repr(result)
     with pytest.raises(sparsify.SparsifyError, match="load it again"):
         sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+
+
+class Fails(Callback):
+    """Raises in the second step."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 1:
+            raise self.error
+
+
+def state(model: Any) -> list[Any]:
+    """All of a model that a failed run must leave as it was."""
+    parts = [
+        (name, type(module), module.training, getattr(module, "gradient_checkpointing", None))
+        for name, module in model.named_modules()
+    ]
+    return [parts, [(name, p.requires_grad) for name, p in model.named_parameters()]]
+
+
+def process() -> list[Any]:
+    """All of the process that a run must leave as it was."""
+    return [
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        list(warnings.filters),
+        [(h, list(h.filters)) for h in logging.getLogger("lightning.pytorch").handlers],
+        is_progress_bar_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    ]
+
+
+@pytest.mark.parametrize("name", ["maskllm", "sr_ste"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no luck")])
+def test_a_failed_run_gives_the_model_back(
+    model, tokenizer, text: Path, tmp_path: Path, monkeypatch, name: str, error: BaseException
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    model.train().requires_grad_(True)
+    before, around = state(model), process()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    options: Any = {"steps": 2, "gradient_checkpointing": True}
+    quiet = {"enable_progress_bar": False}
+    with pytest.raises(type(error)):
+        sparsify.sparsify(
+            model, name, data, tokenizer, trainer=quiet | {"callbacks": [Fails(error)]}, **options
+        )
+    assert state(model) == before
+    assert process() == around
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert data.tokenizer is None
+    assert list(tmp_path.iterdir()) == []
+    again = sparsify.sparsify(model, name, data, tokenizer, trainer=quiet, **options)
+    assert len(again.masks()) == 14
+    assert process() == around
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_calibration_gives_the_model_back(
+    model, tokenizer, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    options: Any = {
+        "trainer": {"enable_progress_bar": False},
+        "calibration": sparsify.Calibration(samples=4, cache=False),
+    }
+    before, collect = state(model), Layerwise.collect
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def failing(self: Any, block: str, *args: Any) -> Any:
+        if block.endswith("1"):  # the first block's weights are changed by then
+            raise sparsify.SparsifyError("no luck")
+        return collect(self, block, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layerwise, "collect", failing)
+        with pytest.raises(sparsify.SparsifyError, match="no luck"):
+            sparsify.sparsify(model, "sparsegpt", data, tokenizer, **options)
+    assert state(model) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    sparsify.sparsify(model, "sparsegpt", data, tokenizer, **options)
+
+
+def test_it_runs_off_the_main_thread(model, tokenizer, text: Path) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            quiet = {"enable_progress_bar": False}
+            found.append(
+                sparsify.sparsify(model, "maskllm", data, tokenizer, steps=1, trainer=quiet)
+            )
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], sparsify.Sparsified), found
+
+
+def test_other_trainers_keep_lightnings_ddp() -> None:
+    from lightning.pytorch import Trainer
+
+    from sparsify.distributed.ddp import DDP
+    from sparsify.trainer import Trainer as Own
+
+    settings: Any = {"accelerator": "cpu", "devices": 2, "logger": False}
+    settings |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    for name in ("ddp", "auto"):
+        assert type(Own(strategy=name, **settings).strategy) is DDP
+    assert StrategyRegistry["ddp"]["strategy"] is DDPStrategy
+    assert type(Trainer(strategy="ddp", **settings).strategy) is DDPStrategy

@@ -16,7 +16,7 @@ class DDP(DDPStrategy):
 
     def configure_ddp(self) -> None:
         module = cast(Any, self.lightning_module)
-        # A script may train another module, as the name "ddp" is everybody's.
+        # A script may train another module by our Trainer.
         if getattr(getattr(module, "strategy", None), "without_gradients", False):
             _sync_module_states(module)  # the first rank's, as the wrapper would
         else:
