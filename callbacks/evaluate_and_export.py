@@ -21,10 +21,11 @@ from sparsify.checkpoint_files import DiskFull
 from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
-from sparsify.export import check_target, export
+from sparsify.export import export
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
+from sparsify.target import check_target, check_writable
 
 
 class EvaluateAndExport(Callback):
@@ -52,8 +53,16 @@ class EvaluateAndExport(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.exported = None
         # A place that is taken is better known before the work than after it.
-        if self.folder is not None and (stage == "fit" or _exporting(trainer)):
-            check_target(Path(self.folder), self.overwrite)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        if getattr(trainer, "sensing", False):
+            return
+        check_writable(run_folder(trainer) / "result.json")
+        if self.enabled and (stage == "fit" or _exporting(trainer)):
+            check_target(self._target(trainer), self.overwrite, pl_module.name_or_path)
+
+    def _target(self, trainer: Any) -> Path:
+        return Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         stopped = any(isinstance(c, GracefulStop) and c.stopped for c in trainer.callbacks)
@@ -93,7 +102,7 @@ class EvaluateAndExport(Callback):
     def _finish(self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]) -> None:
         result = self._report(trainer, pl_module, split, scores)
         _log(trainer, split, scores, result)
-        folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
+        folder = self._target(trainer)
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
         export(pl_module, folder, record, self.overwrite)
         self.exported = folder
