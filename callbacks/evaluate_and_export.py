@@ -1,5 +1,6 @@
 """Ends a run: measures what was made on the test text, and writes it out."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sparsify.callbacks.history import History
 from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
 from sparsify.callbacks.throughput import Throughput, cost
-from sparsify.checkpoint_files import DiskFull
+from sparsify.checkpoint_files import DiskFull, full_disk
 from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
@@ -125,10 +126,13 @@ class EvaluateAndExport(Callback):
         if trainer.is_global_zero:
             name = "result.json" if split == "test" else f"result-{split}.json"
             path = run_folder(trainer) / name
-            write_json(path, result)
+            unwritten = _unwritten(path, result)
             if scores:
                 console(trainer).print(_table(result, scores))
-            console(trainer).print(f"result in {path}", soft_wrap=True)
+            if unwritten is None:
+                console(trainer).print(f"result in {path}", soft_wrap=True)
+            else:  # the export, on another disk maybe, still happens
+                print(f"WARNING: {path} was not written: {unwritten}", file=sys.stderr)
         return result
 
 
@@ -140,6 +144,17 @@ def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, A
     metrics |= {f"masks/{name}": value for name, value in masks.items() if name != "layers"}
     for logger in trainer.loggers:
         logger.log_metrics(metrics | score_metrics(split, scores), step=trainer.global_step)
+
+
+def _unwritten(path: Path, result: dict[str, Any]) -> str | None:
+    """Write a result; why that failed, where the disk is full."""
+    try:
+        write_json(path, result)
+    except OSError as error:
+        if full_disk(error) is None:
+            raise
+        return error.strerror or str(error)
+    return None
 
 
 def _exporting(trainer: Any) -> bool:
