@@ -1,5 +1,6 @@
 """Ends a run: measures what was made on the test text, and writes it out."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from sparsify.callbacks.history import History
 from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
 from sparsify.callbacks.throughput import Throughput, cost
-from sparsify.checkpoint_files import DiskFull
+from sparsify.checkpoint_files import DiskFull, full_disk
+from sparsify.distributed.together import together
 from sparsify.devices import cpu_name, device_name
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
-from sparsify.export import check_target, export
 from sparsify.printable import SafeConsole
+from sparsify.export import export
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
+from sparsify.target import check_target, check_writable
 
 
 class EvaluateAndExport(Callback):
@@ -53,8 +56,16 @@ class EvaluateAndExport(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.exported = None
         # A place that is taken is better known before the work than after it.
-        if self.folder is not None and (stage == "fit" or _exporting(trainer)):
-            check_target(Path(self.folder), self.overwrite)
+        if trainer.fast_dev_run or getattr(trainer, "sensing", False):
+            return
+        with together():
+            if trainer.is_global_zero:
+                check_writable(run_folder(trainer) / "result.json")
+                if self.enabled and (stage == "fit" or _exporting(trainer)):
+                    check_target(self._target(trainer), self.overwrite, pl_module.name_or_path)
+
+    def _target(self, trainer: Any) -> Path:
+        return Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.fast_dev_run:
@@ -95,7 +106,7 @@ class EvaluateAndExport(Callback):
     def _finish(self, trainer: Any, pl_module: Any, split: str, scores: dict[str, Score]) -> None:
         result = self._report(trainer, pl_module, split, scores)
         _log(trainer, split, scores, result)
-        folder = Path(self.folder) if self.folder is not None else run_folder(trainer) / "export"
+        folder = self._target(trainer)
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
         export(pl_module, folder, record, self.overwrite)
         self.exported = folder
@@ -118,10 +129,13 @@ class EvaluateAndExport(Callback):
         if trainer.is_global_zero:
             name = "result.json" if split == "test" else f"result-{split}.json"
             path = run_folder(trainer) / name
-            write_json(path, result)
+            unwritten = _unwritten(path, result)
             if scores:
                 console(trainer).print(_table(result, scores))
-            console(trainer).print(f"result in {path}", soft_wrap=True)
+            if unwritten is None:
+                console(trainer).print(f"result in {path}", soft_wrap=True)
+            else:  # the export, on another disk maybe, still happens
+                print(f"WARNING: {path} was not written: {unwritten}", file=sys.stderr)
         return result
 
 
@@ -133,6 +147,17 @@ def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, A
     metrics |= {f"masks/{name}": value for name, value in masks.items() if name != "layers"}
     for logger in trainer.loggers:
         logger.log_metrics(metrics | score_metrics(split, scores), step=trainer.global_step)
+
+
+def _unwritten(path: Path, result: dict[str, Any]) -> str | None:
+    """Write a result; why that failed, where the disk is full."""
+    try:
+        write_json(path, result)
+    except OSError as error:
+        if full_disk(error) is None:
+            raise
+        return error.strerror or str(error)
+    return None
 
 
 def _exporting(trainer: Any) -> bool:

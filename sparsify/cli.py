@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sparsify.checkpoint_files import full_disk
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
@@ -211,6 +212,13 @@ def main(args: Sequence[str] | None = None) -> None:
             if asked() is not None:
                 raise  # a rank that waited for one that was stopped
             print(printable(f"error: {error}"), file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if full_disk(error) is None:
+                raise
+            where = error.filename or "a file of the run"
+            text = f"error: {error.strerror}: {where} was not written; free space"
+            print(printable(text), file=sys.stderr)
             sys.exit(2)
         leave_process_group()
 

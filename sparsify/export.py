@@ -29,27 +29,7 @@ from sparsify.module import SparseCausalLM
 from sparsify.read_back import Measured, check_read_back, measured_logits, windows_to_compare
 from sparsify.replace import partial_folder, replace_folder
 from sparsify.stored import StoredWeights
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Refuse a place that an export must not replace.
-
-    Raises:
-        SparsifyError: something is there, and it is not an earlier export or ``overwrite`` was not
-            asked for.
-    """
-    if not folder.exists():
-        return
-    if not (folder / MANIFEST).is_file():
-        raise SparsifyError(
-            f"{folder} exists and holds no {MANIFEST}, so it is not an export and stays; "
-            "name another folder"
-        )
-    if not overwrite:
-        raise SparsifyError(
-            f"{folder} holds an earlier export; replace it with overwrite "
-            "(--output.overwrite true), or name another folder"
-        )
+from sparsify.target import check_target, keep_others
 
 
 @torch.no_grad()
@@ -73,7 +53,7 @@ def export(
     """
     with together():
         if rank_zero():
-            check_target(folder, overwrite)
+            check_target(folder, overwrite, module.name_or_path)
     whole_model = _gather(module)
     tokens_BT = windows_to_compare(module)
     measured = Measured(tokens_BT, measured_logits(module, tokens_BT))
@@ -144,7 +124,9 @@ def _write(
             # Whoever serves the model may be another user; some of these were made private.
             for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-            check_target(folder, overwrite)  # again: writing takes minutes, and others write too
+            # Again: writing takes minutes, and others write too.
+            check_target(folder, overwrite, module.name_or_path)
+            keep_others(folder, partial)
             replace_folder(partial, folder)
     except Exception as error:
         if full_disk(error) is None:

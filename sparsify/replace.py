@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -134,10 +135,12 @@ def _rename_twice(new: Path, place: Path) -> Path:
 
 
 def flush_all(folder: Path) -> None:
-    """Have all of a folder on the disk."""
+    """Have all of a folder on the disk; links and what is no file have nothing to flush."""
     for root, _, names in os.walk(folder):
         for name in names:
-            flush(Path(root, name))
+            path = Path(root, name)
+            if stat.S_ISREG(path.lstat().st_mode):
+                flush(path)
         flush(Path(root))
 
 

@@ -121,3 +121,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_former_result_and_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *args: object, **kwargs: object) -> None:
+        self.write_bytes(b"{")
+        raise OSError(28, "No space left on device", str(self))
+
+    write_json(tmp_path / "result.json", {"former": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "result.json", {"new": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert "former" in (tmp_path / "result.json").read_text()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sparsify.strategy import LayerResult, SparsityStrategy
 log = logging.getLogger("sparsify")
 
 INDEX = "files.json"
-ENGINE = tuple(sorted(Path(__file__).parent.glob("*.py")))
+ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all of the core
 
 
 def cache_folder() -> Path:
@@ -42,7 +43,8 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
     """Where a result is kept: under the hash of what it depends on. None if that cannot be told.
 
     Args:
-        strategy: whose results they are; all that it holds and its source code count.
+        strategy: whose results they are; all that it holds counts, its source code, and whatever
+            modules lie beside that, as it may import them.
         inputs: base model, text, pattern, layers: anything that JSON takes.
     """
     classes = {cls for part in strategy.modules() for cls in type(part).__mro__}
@@ -55,10 +57,12 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
         log.warning("the calibration's result is not kept: %s", error)
         return None
     digest = hashlib.sha256(state)
-    for file in [*ENGINE, *sorted(Path(source) for source in sources if source)]:
+    beside = {file for source in sources if source for file in Path(source).parent.glob("*.py")}
+    for file in [*ENGINE, *sorted(beside)]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
-    content = {"strategy": strategy.describe(), **inputs}
-    digest.update(json.dumps(content, sort_keys=True).encode())
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    content = {"strategy": strategy.describe(), "versions": versions, **inputs}
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return cache_folder() / digest.hexdigest()
 
 
@@ -139,8 +143,7 @@ def read_results(
         damaged = [str(error)]
     if damaged:
         raise SparsifyError(
-            f"{folder}, the result of an earlier calibration, is damaged ({', '.join(damaged)}); "
-            "delete it, or give --model.calibration.cache false"
+            f"{folder}, the result of an earlier calibration, is damaged ({', '.join(damaged)})"
         )
     for file_name in hashes:
         with safe_open(folder / file_name, framework="pt") as file:
@@ -149,6 +152,24 @@ def read_results(
             updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
             weight_OI = file.get_tensor("weight_OI") if updated else None
         yield name, LayerResult(mask_OI, weight_OI)
+
+
+def is_whole(folder: Path, patterns: Mapping[str, NMPattern]) -> bool:
+    """Whether a stored result can be used; one that is damaged is removed, with a warning: a cache
+    costs no run.
+    """
+    if not folder.exists():
+        return False
+    try:
+        computing_cost(folder)
+        names = [name for name, _ in read_results(folder, patterns)]
+        if sorted(names) != sorted(patterns):
+            raise SparsifyError("its layers are not the model's")
+    except Exception as error:  # a damaged file ends in many kinds
+        log.warning("%s; it is computed again", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
 
 
 def computing_cost(folder: Path) -> tuple[float, str]:

@@ -22,6 +22,7 @@ from sparsify.calibration.activations import Activations, moved
 from sparsify.calibration.cache import (
     ResultWriter,
     computing_cost,
+    is_whole,
     read_results,
     result_folder,
     text_hash,
@@ -36,6 +37,8 @@ from sparsify.masked_linear import MaskedLinear, MaskScope
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
+
+_NO_INPUTS = ("_name_or_path", "transformers_version")  # of a model's configuration
 
 
 class _BlockText:
@@ -56,8 +59,10 @@ class _BlockText:
         return self._engine.gradient_norms(self._layers)
 
 
-class _Known(Exception):
-    """Ends a strategy's calibration: its result is in a folder."""
+class _Known(BaseException):
+    """Ends a strategy's calibration: its result is in a folder. No Exception, as a strategy may
+    catch those.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -175,11 +180,19 @@ class Layerwise:
     def _look_up(self) -> None:
         strategy = cast(SparsityStrategy, self._strategy).calibrator()
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
-        inputs = {"base": self._base_hash, "text": self.record, "layers": patterns}
+        inputs: dict[str, Any] = {"base": self._base_hash, "text": self.record, "layers": patterns}
+        # Equal weights under another configuration are another model.
+        config = self._model.config.to_dict()
+        inputs["config"] = {k: v for k, v in config.items() if k not in _NO_INPUTS}
+        inputs["class"] = f"{type(self._model).__module__}.{type(self._model).__qualname__}"
+        inputs["attention"] = self._model.config._attn_implementation
+        inputs["dtype"], inputs["device"] = str(self._model.dtype), self._device.type
+        # Sums in another number of threads round otherwise.
+        inputs["threads"] = torch.get_num_threads() if self._device.type == "cpu" else None
         folder = result_folder(strategy, inputs)
         if folder is None:
             return
-        if folder.exists():
+        if is_whole(folder, self._patterns):
             log.info("calibration's result of an earlier run, from %s", folder)
             raise _Known(folder)
         self._writer = ResultWriter(folder, self._patterns)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify.base import Dtype, load_skeleton
 from sparsify.errors import SparsifyError
-from sparsify.export import check_target, export
+from sparsify.export import export
 from sparsify.masks.layers import (
     BaseHashes,
     LayerShape,
@@ -25,6 +25,7 @@ from sparsify.masks.zeros import LayerZeros, read_zero_pattern
 from sparsify.module import SparseCausalLM
 from sparsify.pattern import NMPattern
 from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.target import check_target
 
 __all__ = [
     "GivenMasks",
@@ -113,7 +114,7 @@ def apply_masks(
         SparsifyError: the place is taken, the masks are not ones of this model, or not of their
             patterns.
     """
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, base)
     if not masks:
         raise SparsifyError("there are no masks to apply; give one at least")
     known = stored_shapes(load_skeleton(base))

@@ -18,7 +18,6 @@ from sparsify import (
     LayerResult,
     NMPattern,
     SparseCausalLM,
-    SparsifyError,
     SparsityStrategy,
 )
 from sparsify.base import hash_parameters
@@ -294,8 +293,10 @@ def test_the_content_of_a_mask_file_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "not one", "other values", "missing"])
-def test_a_damaged_result_is_an_error_that_names_its_file(damage: str, folder: Path) -> None:
-    run(Wanda())
+def test_a_damaged_result_is_computed_again(
+    damage: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, _ = run(Wanda())
     [entry] = folder.iterdir()
     path = sorted(entry.iterdir())[3]
     content = path.read_bytes()
@@ -309,10 +310,38 @@ def test_a_damaged_result_is_an_error_that_names_its_file(damage: str, folder: P
             "other values": content[:-5] + b"\xff" * 5,
         }
         path.write_bytes(damaged[damage])
-    with pytest.raises(SparsifyError, match="is damaged .*; delete it, or give") as error:
-        run(Wanda())
-    assert str(entry) in str(error.value)
-    assert "--model.calibration.cache false" in str(error.value)
+    with caplog.at_level(logging.WARNING, "sparsify"):
+        results, computed = run(Wanda())
+    assert computed
+    assert_same(results, expected)
+    assert str(entry) in caplog.text
+    assert "it is computed again" in caplog.text
+    assert not run(Wanda())[1]  # and kept
+
+
+class Swallowing(Wanda):
+    """Catches whatever its calibration raises."""
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        try:
+            yield from super().calibrate(blocks)
+        except Exception:
+            return
+
+
+def test_a_strategy_that_catches_exceptions_finds_its_result() -> None:
+    first, computed = run(Swallowing())
+    assert computed
+    again, computed = run(Swallowing())
+    assert not computed
+    assert_same(again, first)
+
+
+def test_another_configuration_of_equal_weights_is_another_model() -> None:
+    run(Wanda())
+    model = tiny_llama()
+    model.config.rms_norm_eps = 0.5
+    assert run(Wanda(), model=model)[1]
 
 
 class Interrupted(Wanda):
