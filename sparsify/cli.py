@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sparsify import yaml_text
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
@@ -70,7 +71,12 @@ _HELP = {
 
 
 class Parser(LightningArgumentParser):
-    """Takes the path of a text or mask file as a path; Lightning's would read it as settings."""
+    """Takes the path of a text or mask file as a path; Lightning's would read it as settings. Reads
+    ``pattern: 2:4`` of a config as the text that it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"parser_mode": yaml_text.MODE})
 
     def add_lightning_class_args(
         self,

@@ -65,7 +65,7 @@ class SparseCausalLM(LightningModule):
             decoder blocks.
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
-            globs that match a layer the last one holds. In YAML write patterns in quotes.
+            globs that match a layer the last one holds.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.

@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from sparsify import yaml_text
 from sparsify.commands import masks
 from sparsify.commands.compare import compare, join_runs
 from sparsify.commands.dashboard import dashboard
@@ -56,7 +57,8 @@ def run(words: list[str]) -> int:
     if words[0] == "compare":
         words = ["compare", *join_runs(words[1:])]
     try:
-        return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
+        options = {"args": words, "prog": "sparsify", "parser_mode": yaml_text.MODE}
+        return auto_cli(COMMANDS, as_positional=True, **options) or 0
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

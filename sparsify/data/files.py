@@ -146,13 +146,22 @@ def _files(path: str) -> list[Path]:
         if not files:
             raise SparsifyError(f"{path} has no text file; {rule}: add one or name another folder")
         return files
-    if not root.exists():
+    if not _exists(root):
+        shown = path if len(path) <= 200 else repr(path[:80] + "...")
         raise SparsifyError(
-            f"{path} does not exist; a source must be a file or a folder: correct the path"
+            f"{shown} does not exist; a source must be a file or a folder: correct the path, or "
+            "give texts themselves, in Python, by a name as {'mine': ['first text', ...]}"
         )
     if _kind(root) not in known:
         raise SparsifyError(f"{path} is not a known kind of text; {rule}: rename or convert it")
     return [root]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than a path can be, or with a zero byte
+        return False
 
 
 def _open(file: Path) -> IO[str]:
