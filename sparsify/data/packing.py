@@ -26,6 +26,9 @@ from sparsify.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
 
+CHARACTERS_A_CALL = 2**22  # a document up to this length is tokenised as a whole
+CUTS_TRIED = 8
+CONTEXT = 256  # characters on each side of a cut that decide whether it changes tokens
 DOCUMENTS_A_CALL = 64  # enough to keep a fast tokenizer's threads busy, few enough for memory
 
 
@@ -91,13 +94,50 @@ class Packer:
         Raises:
             SparsifyError: The tokenizer does not tell which token stands for which text.
         """
-        for document in self._encode(documents):
-            if self.documents:
-                self.ids.append(self._separator if self._last >= 0 else ~self._separator)
-            self.ids.extend(document)
-            if self.ids:
-                self._last = self.ids[-1]
-            self.documents += 1
+        for group in _calls(documents):
+            if len(group) == 1 and isinstance(group[0], str):
+                pieces = (self._encode([piece]) for piece in self._pieces(group[0]))
+                self._append(ids for piece in pieces for ids in piece)
+            else:
+                for ids in self._encode(group):
+                    self._append([ids])
+
+    def _append(self, pieces: Iterable[list[int]]) -> None:
+        """Appends one document, given in pieces."""
+        if self.documents:
+            self.ids.append(self._separator if self._last >= 0 else ~self._separator)
+        for ids in pieces:
+            self.ids.extend(ids)
+        if self.ids:
+            self._last = self.ids[-1]
+        self.documents += 1
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A text in parts that a tokenizer's memory is enough for: it needs thirty times theirs."""
+        start = 0
+        while len(text) - start > CHARACTERS_A_CALL:
+            end = self._cut(text, start + CHARACTERS_A_CALL // 2, start + CHARACTERS_A_CALL)
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    def _cut(self, text: str, least: int, most: int) -> int:
+        """Where a text may be cut: if there is such a place nearby, the tokens stay the same."""
+        places = []
+        for space in ("\n", " "):
+            place = most
+            for _ in range(CUTS_TRIED):
+                place = text.rfind(space, least, place)
+                if place < 0:
+                    break
+                # A line's end stays with the line, and a space goes with the word that it leads.
+                places.append(place + 1 if space == "\n" else place)
+        for place in places:
+            before, after = text[place - CONTEXT : place], text[place : place + CONTEXT]
+            whole, left, right = self._encode([before + after, before, after])
+            if whole == left + right:
+                return place
+        return places[0] if places else most
 
     def take(self, count: int) -> Tensor:
         """Removes the first ids: int32 [count]."""
@@ -124,13 +164,22 @@ class Packer:
                 "for which text, and prompts are told from responses by it: use a fast tokenizer"
             )
         # verbose=False: a document may be longer than the model's context, it is cut later
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=marked,
-            verbose=False,
-        )
+        try:
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=marked,
+                verbose=False,
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                raise
+            raise SparsifyError(
+                f"{self._name}: the tokenizer failed at documents {self.documents + 1} to "
+                f"{self.documents + len(texts)} ({error}); it must take every text: look at these "
+                "documents, or take another version of the package tokenizers"
+            ) from error
         if not marked:
             yield from encoded["input_ids"]
             return
@@ -218,6 +267,21 @@ def _log(name: str, packed: PackedText) -> None:
         len(packed.blocks),
         packed.dropped,
     )
+
+
+def _calls(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Runs of documents that are tokenised together: no more characters than a long one has."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        length = len(document.text if isinstance(document, Instruction) else document)
+        if group and size + length > CHARACTERS_A_CALL:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += length
+    if group:
+        yield group
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

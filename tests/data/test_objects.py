@@ -1,5 +1,8 @@
 """Data in Python: paths, data sets, rows and texts."""
 
+import gzip
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.data import Source, TextDataModule
+from sparsify.data import Source, TextDataModule, files
 from sparsify.errors import SparsifyError
 from tests.data.conftest import words, write_jsonl
 
@@ -72,3 +75,37 @@ def test_what_is_no_text_is_refused_with_the_way(
 ) -> None:
     with pytest.raises(SparsifyError, match=message):
         TextDataModule(train=given(), block_size=4, tokenizer=tokenizer).setup("fit")
+
+
+def test_a_json_array_is_read_as_its_rows(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lines = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    expected, _ = sha(TextDataModule(train=lines, block_size=4, tokenizer=tokenizer))
+    for indent in (None, 1):
+        array = tmp_path / "array.json"
+        array.write_text(json.dumps(ROWS, indent=indent))
+        found, _ = sha(TextDataModule(train=array, block_size=4, tokenizer=tokenizer))
+        assert found == expected
+    array.write_text('[1]\n{"text": "w1 w2 w3 w4"}\n')  # a bad row, and a good one
+    data = TextDataModule(train=array, block_size=4, tokenizer=tokenizer)
+    with pytest.raises(SparsifyError, match="array.json:1: row is not an object"):
+        data.setup("fit")
+
+
+def test_what_is_too_long_or_no_file_is_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LONGEST", 40)
+    bomb = gzip.compress(b"w1 " * 100)
+    (tmp_path / "bomb.txt.gz").write_bytes(bomb)
+    write_jsonl(tmp_path / "long.jsonl", ["w1", "w1 " * 100])
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, message in (
+        ("bomb.txt.gz", "bomb.txt.gz:1 is longer than 40 characters"),
+        ("long.jsonl", "long.jsonl:2 is longer than 40 characters"),
+        ("pipe.txt", "pipe.txt is a device, a pipe or a socket"),
+    ):
+        data = TextDataModule(train=tmp_path / name, block_size=4, tokenizer=tokenizer)
+        with pytest.raises(SparsifyError, match=message):
+            data.setup("fit")
