@@ -1,6 +1,7 @@
 """What a run refuses before it begins, because it would end in wrong numbers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -34,6 +35,15 @@ def check_dtype(strategy: SparsityStrategy, dtype: torch.dtype) -> None:
             f"dtype {str(dtype).removeprefix('torch.')}: {type(strategy).__name__} trains "
             "weights and needs them in float32; give --model.dtype float32, and "
             "--trainer.precision bf16-mixed for the speed of bfloat16"
+        )
+
+
+def check_limits(trainer: Any) -> None:
+    """Refuse to train on no batch, which would end without a word."""
+    if trainer.limit_train_batches == 0:
+        raise SparsifyError(
+            "limit_train_batches 0 leaves no batch to train on; give a whole number from 1, or a "
+            "share of the batches above 0, as --trainer.limit_train_batches"
         )
 
 

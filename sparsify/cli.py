@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -192,8 +193,11 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_class=Parser,
             parser_kwargs=_HELP,
         )
-    except SparsifyError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (SparsifyError, MisconfigurationException) as error:  # Lightning's is of settings too
+        message = str(error)
+        if isinstance(error, MisconfigurationException):
+            message = "the trainer refuses its settings: " + " ".join(message.split())
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     leave_process_group()
     callbacks = cast(Any, cli.trainer).callbacks

@@ -30,7 +30,7 @@ from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
-from sparsify.checks import check_dtype, check_precision, check_shards, check_text
+from sparsify.checks import check_dtype, check_limits, check_precision, check_shards, check_text
 from sparsify.distillation import Distillation
 from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
 from sparsify.distributed.together import from_rank_zero
@@ -288,6 +288,7 @@ class SparseCausalLM(LightningModule):
         return whole or self.trainer.is_last_batch
 
     def on_fit_start(self) -> None:
+        check_limits(self.trainer)
         if self.learns:
             check_text(self.name_or_path, cast(Any, self.trainer).datamodule.embedded, "learn")
 

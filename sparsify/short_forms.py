@@ -45,13 +45,16 @@ def expand(args: Sequence[str]) -> list[str]:
             f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
             "import path) or --ckpt_path FILE"
         )
-    run_name, logger = command, "csv"
+    run_name, logger, root = command, "csv", RUNS
     before: list[str] = []
     after: list[str] = []
     for word in rest:
         flag, _, value = word.partition("=")
         if flag == "--logger":
             logger = value
+        elif flag == "--trainer.default_root_dir":
+            root = str(Path(value).expanduser())  # results lie under it
+            after.append(f"{flag}={root}")
         elif flag == "--devices":
             after.append(f"--trainer.devices={value}")
         elif word in ("--shard", "--trainer.strategy=fsdp"):
@@ -68,7 +71,7 @@ def expand(args: Sequence[str]) -> list[str]:
                 word = f"{flag}={path}"
                 before.append(f"--config={_settings(path, resumes=command == 'fit')}")
             after.append(word)
-    return [command, *_logger(logger, run_name), *before, *after]
+    return [command, *_logger(logger, run_name, root), *before, *after]
 
 
 def _packaged_config(name: str) -> list[str]:
@@ -87,6 +90,7 @@ def _split(args: Sequence[str]) -> list[str]:
         if word in (
             *STRATEGY_FLAGS,
             "--trainer.strategy",
+            "--trainer.default_root_dir",
             "--devices",
             "--logger",
             "--ckpt_path",
@@ -102,14 +106,14 @@ def _split(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _logger(name: str, run_name: str) -> list[str]:
+def _logger(name: str, run_name: str, root: str) -> list[str]:
     path = LOGGERS.get(name.lower())
     if path is None:
         raise SparsifyError(
             f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
             "or --trainer.logger CLASS"
         )
-    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={RUNS}"]
+    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={root}"]
     if name.lower() == "wandb":
         return [*options, "--trainer.logger.project=sparsify"]
     return [*options, f"--trainer.logger.name={run_name}"]
