@@ -30,7 +30,14 @@ from sparsify.batch_run import BatchRun, checkpoint_activations
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
-from sparsify.checks import check_dtype, check_limits, check_precision, check_shards, check_text
+from sparsify.checks import (
+    check_dtype,
+    check_limits,
+    check_objects,
+    check_precision,
+    check_shards,
+    check_text,
+)
 from sparsify.distillation import Distillation
 from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
 from sparsify.distributed.together import from_rank_zero
@@ -139,6 +146,7 @@ class SparseCausalLM(LightningModule):
         **options: Any,
     ) -> "SparseCausalLM":
         """Wrap a model object, in place; ``options`` as for the class."""
+        check_objects(model, tokenizer, strategy)
         module = cls(
             strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options
         )
@@ -288,7 +296,7 @@ class SparseCausalLM(LightningModule):
         return whole or self.trainer.is_last_batch
 
     def on_fit_start(self) -> None:
-        check_limits(self.trainer)
+        check_limits(self.trainer, self._epoch_batches)
         if self.learns:
             check_text(self.name_or_path, cast(Any, self.trainer).datamodule.embedded, "learn")
 

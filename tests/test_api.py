@@ -66,3 +66,14 @@ def test_a_model_that_was_masked_before_is_refused(model, tokenizer, text: Path,
     assert "Magnitude 2:4" in repr(result)
     with pytest.raises(sparsify.SparsifyError, match="load it again"):
         sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+
+
+def test_a_class_or_a_name_in_place_of_an_object_is_refused(model, tokenizer, text: Path) -> None:
+    data = text / "train.txt"
+    for strategy, given, words, message in (
+        (MaskLLM, model, tokenizer, "strategy is .*MaskLLM"),
+        ("maskllm", type(model), tokenizer, "model is .*LlamaForCausalLM"),
+        ("maskllm", model, "my/tokenizer", "tokenizer is 'my/tokenizer'"),
+    ):
+        with pytest.raises(sparsify.SparsifyError, match=message):
+            sparsify.sparsify(given, strategy, data, words)

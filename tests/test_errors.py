@@ -270,6 +270,8 @@ def test_trainer_settings_that_lightning_refuses(fails: Fails) -> None:
     message = fails(*magnitude, "--trainer.limit_train_batches=7.5")
     assert "the trainer refuses its settings" in message
     assert "7.5" in message
+    message = fails("fit", "--strategy=maskllm", "--trainer.val_check_interval=99999")
+    assert "val_check_interval 99999 is more than the " in message
     message = fails(*magnitude, "--trainer.limit_train_batches=0")
     assert "limit_train_batches 0 leaves no batch" in message
 
