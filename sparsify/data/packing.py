@@ -113,7 +113,7 @@ class Packer:
         self.documents += 1
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """A text in parts that a tokenizer's memory is enough for: it needs thirty times theirs."""
+        """A text in parts: a tokenizer needs some 200 bytes of memory for every character."""
         start = 0
         while len(text) - start > CHARACTERS_A_CALL:
             end = self._cut(text, start + CHARACTERS_A_CALL // 2, start + CHARACTERS_A_CALL)
