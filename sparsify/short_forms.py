@@ -11,7 +11,7 @@ import torch
 from sparsify.checkpoint_files import METADATA
 from sparsify.errors import SparsifyError
 from sparsify.newest_checkpoint import newest_whole
-from sparsify.registry import STRATEGIES, find_strategy, plugins
+from sparsify.registry import STRATEGIES, find_strategy, plugins, strategy_name
 
 LOGGERS = {
     "csv": "lightning.pytorch.loggers.CSVLogger",
@@ -27,10 +27,11 @@ def expand(args: Sequence[str]) -> list[str]:
     """Rewrite the short forms of a command line.
 
     ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
-    config and no model named, the packaged config of that name, made for the embedded model, comes
-    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. ``--devices N``
-    becomes ``--trainer.devices``, and ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path``
-    the settings of the checkpoint's run come first, so that what is said on the command line wins.
+    config and no model named, the packaged config of that strategy, made for the embedded model,
+    comes first, also where it is named by its import path. ``--logger NAME`` becomes
+    ``--trainer.logger``; the default is ``csv``. ``--devices N`` becomes ``--trainer.devices``, and
+    ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path`` the settings of the checkpoint's
+    run come first, so that what is said on the command line wins.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -64,7 +65,7 @@ def expand(args: Sequence[str]) -> list[str]:
             run_name = cls.__name__.lower()
             after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
             if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
-                before += _packaged_config(value.lower())
+                before += _packaged_config(strategy_name(cls))
         else:
             if flag == "--ckpt_path":
                 path = newest_whole(Path(value))

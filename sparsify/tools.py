@@ -57,8 +57,9 @@ def run(words: list[str]) -> int:
     if words[0] == "compare":
         words = ["compare", *join_runs(words[1:])]
     try:
-        options = {"args": words, "prog": "sparsify", "parser_mode": yaml_text.MODE}
-        return auto_cli(COMMANDS, as_positional=True, **options) or 0
+        mode = yaml_text.MODE
+        found = auto_cli(COMMANDS, words, as_positional=True, prog="sparsify", parser_mode=mode)
+        return found or 0
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

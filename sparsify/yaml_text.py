@@ -9,7 +9,7 @@ from jsonargparse import get_loader, set_loader
 MODE = "sparsify"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML's safe types, without times of day and dates, and with ``1e-3`` as a number."""
 
 

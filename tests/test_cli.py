@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from sparsify.cli import main
 from sparsify.masks.file import read_masks
 from sparsify.pattern import NMPattern
+from sparsify.short_forms import expand
 from tests.conftest import Cli
 
 CONFIGS = sorted(
@@ -338,3 +339,9 @@ def test_short_forms_of_several_processes(
     assert int(config["devices"]) == 8
     assert config["strategy"]["class_path"] == "sparsify.distributed.Sharded"
     assert config["strategy"]["init_args"]["save_distributed_checkpoint"] is False
+
+
+def test_a_strategy_s_import_path_is_as_its_short_name() -> None:
+    short = expand(["fit", "--strategy=maskllm"])
+    assert any(word.endswith("maskllm.yaml") for word in short)
+    assert expand(["fit", "--strategy", "sparsify.strategies.maskllm.MaskLLM"]) == short
