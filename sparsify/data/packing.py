@@ -22,13 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.batch import TokenBatch
 from sparsify.data.documents import Document, Instruction
+from sparsify.data.pieces import LONGEST, pieces
 from sparsify.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
 
-CHARACTERS_A_CALL = 2**22  # a document up to this length is tokenised as a whole
-CUTS_TRIED = 8
-CONTEXT = 256  # characters on each side of a cut that decide whether it changes tokens
 DOCUMENTS_A_CALL = 64  # enough to keep a fast tokenizer's threads busy, few enough for memory
 
 
@@ -96,13 +94,20 @@ class Packer:
         """
         for group in _calls(documents):
             if len(group) == 1 and isinstance(group[0], str):
-                pieces = (self._encode([piece]) for piece in self._pieces(group[0]))
-                self._append(ids for piece in pieces for ids in piece)
+                where = f"{self._name}, document {self.documents + 1}"
+                parts = pieces(group[0], lambda texts: list(self._encode(texts)), where)
+                self._append(ids for part in parts for ids in self._packed([part]))
             else:
-                for ids in self._encode(group):
+                for ids in self._packed(group):
                     self._append([ids])
 
-    def _append(self, pieces: Iterable[list[int]]) -> None:
+    def _packed(self, documents: Sequence[Document]) -> list["array[int]"]:
+        """Their ids. What a tokenizer made is freed here, before `ids` grows: if it grows beside
+        that, memory is left in fragments, some 80 bytes a token.
+        """
+        return [array("i", ids) for ids in self._encode(documents)]
+
+    def _append(self, pieces: Iterable["array[int]"]) -> None:
         """Appends one document, given in pieces."""
         if self.documents:
             self.ids.append(self._separator if self._last >= 0 else ~self._separator)
@@ -111,33 +116,6 @@ class Packer:
         if self.ids:
             self._last = self.ids[-1]
         self.documents += 1
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        """A text in parts: a tokenizer needs some 200 bytes of memory for every character."""
-        start = 0
-        while len(text) - start > CHARACTERS_A_CALL:
-            end = self._cut(text, start + CHARACTERS_A_CALL // 2, start + CHARACTERS_A_CALL)
-            yield text[start:end]
-            start = end
-        yield text[start:]
-
-    def _cut(self, text: str, least: int, most: int) -> int:
-        """Where a text may be cut: if there is such a place nearby, the tokens stay the same."""
-        places = []
-        for space in ("\n", " "):
-            place = most
-            for _ in range(CUTS_TRIED):
-                place = text.rfind(space, least, place)
-                if place < 0:
-                    break
-                # A line's end stays with the line, and a space goes with the word that it leads.
-                places.append(place + 1 if space == "\n" else place)
-        for place in places:
-            before, after = text[place - CONTEXT : place], text[place : place + CONTEXT]
-            whole, left, right = self._encode([before + after, before, after])
-            if whole == left + right:
-                return place
-        return places[0] if places else most
 
     def take(self, count: int) -> Tensor:
         """Removes the first ids: int32 [count]."""
@@ -275,7 +253,7 @@ def _calls(documents: Sequence[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         length = len(document.text if isinstance(document, Instruction) else document)
-        if group and size + length > CHARACTERS_A_CALL:
+        if group and size + length > LONGEST:
             yield group
             group, size = [], 0
         group.append(document)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.data import packing
 from sparsify.data.documents import Document
 from sparsify.data.packing import Packer, pack
+from sparsify.data.pieces import pieces
 from sparsify.errors import SparsifyError
 from tests.data.conftest import words
 
@@ -88,8 +89,9 @@ def test_a_long_document_is_tokenised_in_pieces_to_the_same_tokens(
         return real(self, documents)
 
     whole = pack([text, "w5 w6"], tokenizer, 2, "whole") if " " in text or "\n" in text else None
-    monkeypatch.setattr(packing, "CHARACTERS_A_CALL", 500)
-    monkeypatch.setattr(packing, "CONTEXT", 50)
+    monkeypatch.setattr(packing, "LONGEST", 500)
+    monkeypatch.setattr("sparsify.data.pieces.LONGEST", 500)
+    monkeypatch.setattr("sparsify.data.pieces.CONTEXT", 50)
     monkeypatch.setattr(Packer, "_encode", encode)
     pieces = pack([text, "w5 w6"], tokenizer, 2, "pieces")
     assert longest <= 500
@@ -111,3 +113,26 @@ def test_a_panic_of_the_tokenizer_is_a_message(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(SparsifyError, match="documents 1 to 2 .capacity overflow"):
         Packer(Panics(), "mine").add(["a", "b"])
+
+
+def test_a_long_document_is_cut_where_its_tokens_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sparsify.data.pieces.LONGEST", 64)
+
+    def glued(texts: list[str]) -> list[list[int]]:  # two words at "b b" are one token
+        return [[len(part) for part in text.replace("b b", "b_b").split()] for text in texts]
+
+    text = "aa aa " * 6 + "b b b b b b b b b b b b b b b b b b b b b b b b b b b b b b" + " aa" * 9
+    parts = list(pieces(text, glued, "mine, document 1"))
+    assert "".join(parts) == text
+    assert len(parts) > 1
+    assert [n for part in glued(parts) for n in part] == glued([text])[0]
+    assert not caplog.records
+    hopeless = "b " * 200
+    assert (
+        "".join(pieces(hopeless, lambda ts: [[0, *t.encode()] for t in ts], "mine, document 2"))
+        == hopeless
+    )
+    [warning] = caplog.messages
+    assert "mine, document 2: the document is cut at character" in warning
