@@ -1,13 +1,16 @@
 """Short forms of the command line, rewritten into what the parser knows."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+import yaml
 
+from sparsify import yaml_text
 from sparsify.checkpoint_files import METADATA
 from sparsify.errors import SparsifyError
 from sparsify.newest_checkpoint import newest_whole
@@ -46,7 +49,7 @@ def expand(args: Sequence[str]) -> list[str]:
             f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
             "import path) or --ckpt_path FILE"
         )
-    run_name, logger, root = command, "csv", RUNS
+    run_name, logger, root = command, "csv", _root_in_configs(rest) or RUNS
     before: list[str] = []
     after: list[str] = []
     for word in rest:
@@ -72,7 +75,36 @@ def expand(args: Sequence[str]) -> list[str]:
                 word = f"{flag}={path}"
                 before.append(f"--config={_settings(path, resumes=command == 'fit')}")
             after.append(word)
+    if command == "fit" and not asks:
+        _check_root(Path(root))
     return [command, *_logger(logger, run_name, root), *before, *after]
+
+
+def _root_in_configs(words: Sequence[str]) -> str | None:
+    """The ``default_root_dir`` of the last config that says one; the parser judges the rest."""
+    found: str | None = None
+    for word in words:
+        flag, _, path = word.partition("=")
+        if flag == "--config":
+            try:
+                said = yaml_text.load(Path(path).read_text(encoding="utf-8"))
+                value = said["trainer"]["default_root_dir"]
+            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+                continue
+            found = str(Path(value).expanduser()) if isinstance(value, str) else found
+    return found
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a folder that results cannot be written to, before any work is done."""
+    place = root.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise SparsifyError(
+            f"results go to {root}, and {place} is no folder that can be written to; give another "
+            "one as --trainer.default_root_dir"
+        )
 
 
 def _packaged_config(name: str) -> list[str]:
