@@ -102,9 +102,7 @@ class Packer:
                     self._append([ids])
 
     def _packed(self, documents: Sequence[Document]) -> list["array[int]"]:
-        """Their ids. What a tokenizer made is freed here, before `ids` grows: if it grows beside
-        that, memory is left in fragments, some 80 bytes a token.
-        """
+        """Their ids; what the tokenizer made is freed before `ids` grows."""
         return [array("i", ids) for ids in self._encode(documents)]
 
     def _append(self, pieces: Iterable["array[int]"]) -> None:

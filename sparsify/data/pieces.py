@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger("sparsify")
 
-LONGEST = 2**20  # characters: a tokenizer needs some 200 bytes of memory for each of them
+LONGEST = 2**22  # characters: a tokenizer needs some 200 bytes of memory for each of them
 CONTEXT = 256  # characters on each side of a cut that decide whether it changes tokens
 NEARBY = 8  # lines' ends, and spaces, that are tried first
 TRIED = 4096  # places in all, which takes a second or two
