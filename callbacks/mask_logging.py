@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from sparsify.batch import TokenBatch, split_batch
 from sparsify.callbacks.throughput import cost
 from sparsify.distributed.rows import mask_ranks, metrics, retained_norms
 from sparsify.errors import SparsifyError
+from sparsify.evaluation import mean_loss
 from sparsify.inject import masked_layers
 
 Ranks = Mapping[str, Tensor]
@@ -27,8 +29,8 @@ class MaskLogging(Callback):
     - ``retained_norm``: the l1 norm of the kept weights, 1 being that of the largest of every
       group (Fang et al. 2024, figure 6);
     - what the masker tells of its distribution, such as entropy and largest probability;
-    - over all only, ``soft_hard_gap``: loss of the last batch under its draw minus under the hard
-      mask, nats.
+    - over all only, ``soft_hard_gap``: cross-entropy of the last batch's targets under its draw
+      minus under the hard mask, nats.
 
     All are computed on the device and fetched together, once a look.
 
@@ -64,7 +66,7 @@ class MaskLogging(Callback):
         trainer: Any,
         pl_module: Any,
         outputs: Any,
-        batch: Tensor,
+        batch: Tensor | TokenBatch,
         batch_idx: int,
     ) -> None:
         if trainer.global_step % self.every_n_steps or not pl_module.ends_step(batch_idx):
@@ -75,7 +77,9 @@ class MaskLogging(Callback):
         table = _table(pl_module, {"flips": (now, self._last), "distance": (now, self._first)})
         self._last = now
         if pl_module.task_loss is not None:
-            hard = pl_module.window_losses(batch).mean()
+            # As the step computed its own: over the targets alone, at the same precision.
+            with trainer.precision_plugin.forward_context():
+                hard = mean_loss(pl_module.window_losses(batch), split_batch(batch)[1])
             table[WHOLE]["soft_hard_gap"] = pl_module.task_loss - hard
         for name, value in table[WHOLE].items():  # for the progress bar, and callbacks that stop
             pl_module.log(f"masks/{name}", value, prog_bar=name == "flips", logger=False)

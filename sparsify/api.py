@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsify.data import Source, TextDataModule
+from sparsify.data import TextDataModule
 from sparsify.distributed.together import rank_zero, together
 from sparsify.export import export, mask_lineage
 from sparsify.inject import fold, hard_masks, layer_patterns, masked_layers
@@ -73,7 +73,7 @@ class Sparsified:
 def sparsify(
     model: PreTrainedModel,
     strategy: SparsityStrategy | str,
-    data: TextDataModule | str | list[str] | Mapping[str, str | Source],
+    data: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     steps: int = 2000,
@@ -86,7 +86,8 @@ def sparsify(
         model: a causal LM; its layers are replaced in place by masked ones over the same
             Parameters.
         strategy: a strategy, or its name.
-        data: text to learn from: a file, a folder, several, or a data module.
+        data: text to learn from: a file, a folder, several, a `datasets.Dataset`, or what else
+            `TextDataModule` takes as ``train``; or a data module.
         tokenizer: the model's tokenizer.
         steps: optimizer steps, for a strategy that learns.
         trainer: more arguments for Lightning's Trainer.
@@ -104,7 +105,7 @@ def sparsify(
     if isinstance(strategy, str):
         strategy = make_strategy(strategy)
     if not isinstance(data, TextDataModule):
-        data = TextDataModule(train=dict(data) if isinstance(data, Mapping) else data)
+        data = TextDataModule(train=data)
     data = copy.copy(data)  # the caller's stays without our tokenizer and Trainer
     data.tokenizer = tokenizer
     with quiet(), _restored_on_failure(model, strategy.changes_base):

@@ -1,8 +1,10 @@
 """What a run refuses before it begins, because it would end in wrong numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED
 from sparsify.errors import SparsifyError
@@ -35,6 +37,42 @@ def check_dtype(strategy: SparsityStrategy, dtype: torch.dtype) -> None:
             "weights and needs them in float32; give --model.dtype float32, and "
             "--trainer.precision bf16-mixed for the speed of bfloat16"
         )
+
+
+def check_objects(model: object, tokenizer: object, strategy: object) -> None:
+    """Refuse what is no model, tokenizer or strategy object, such as a class or a name."""
+    for word, value, wanted, example in (
+        ("model", model, PreTrainedModel, "AutoModelForCausalLM.from_pretrained(NAME)"),
+        ("tokenizer", tokenizer, PreTrainedTokenizerBase, "AutoTokenizer.from_pretrained(NAME)"),
+        ("strategy", strategy, SparsityStrategy, "'NAME', or an object such as NAME()"),
+    ):
+        if not isinstance(value, wanted):
+            raise SparsifyError(
+                f"{word} is {str(value)[:80]!r}; it must be an object of {wanted.__name__}, not "
+                f"its class or something else: give {example}"
+            )
+
+
+def check_limits(trainer: Any, epoch_batches: Callable[[], int]) -> None:
+    """Refuse to train on no batch, which would end without a word, and to validate never.
+
+    Args:
+        trainer: Lightning's.
+        epoch_batches: counts the batches of an epoch on this rank.
+    """
+    if trainer.limit_train_batches == 0:
+        raise SparsifyError(
+            "limit_train_batches 0 leaves no batch to train on; give a whole number from 1, or a "
+            "share of the batches above 0, as --trainer.limit_train_batches"
+        )
+    every = trainer.val_check_interval
+    if isinstance(every, int) and trainer.check_val_every_n_epoch and trainer.enable_validation:
+        batches = epoch_batches()
+        if every > batches:
+            raise SparsifyError(
+                f"val_check_interval {every} is more than the {batches} batches of an epoch; give "
+                f"at most {batches}, or --trainer.check_val_every_n_epoch null to count over epochs"
+            )
 
 
 def check_text(model: str, embedded: bool, verb: str) -> None:

@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sparsify.checkpoint_files import full_disk
+from sparsify import yaml_text
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
@@ -86,7 +88,12 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """Takes the path of a text or mask file as a path; Lightning's would read it as settings."""
+    """Takes the path of a text or mask file as a path; Lightning's would read it as settings. Reads
+    ``pattern: 2:4`` of a config as the text that it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"parser_mode": yaml_text.MODE})
 
     def add_lightning_class_args(
         self,
@@ -208,10 +215,13 @@ def main(args: Sequence[str] | None = None) -> None:
                 parser_class=Parser,
                 parser_kwargs=_HELP,
             )
-        except SparsifyError as error:
+        except (SparsifyError, MisconfigurationException) as error:
             if asked() is not None:
                 raise  # a rank that waited for one that was stopped
-            print(printable(f"error: {error}"), file=sys.stderr)
+            message = str(error)
+            if isinstance(error, MisconfigurationException):  # Lightning's is of settings too
+                message = "the trainer refuses its settings: " + " ".join(message.split())
+            print(printable(f"error: {message}"), file=sys.stderr)
             sys.exit(2)
         except OSError as error:
             if full_disk(error) is None:

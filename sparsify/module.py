@@ -31,7 +31,14 @@ from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.checkpoint import check_fits, check_resumes, continue_on, step_shape
 from sparsify.checkpoint_content import check_content, check_training
-from sparsify.checks import check_dtype, check_precision, check_shards, check_text
+from sparsify.checks import (
+    check_dtype,
+    check_limits,
+    check_objects,
+    check_precision,
+    check_shards,
+    check_text,
+)
 from sparsify.distillation import Distillation
 from sparsify.distributed.masked_gather import check_gather, shard_gathering_masked
 from sparsify.distributed.together import from_rank_zero
@@ -77,7 +84,7 @@ class SparseCausalLM(LightningModule):
             decoder blocks.
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
-            globs that match a layer the last one holds. In YAML write patterns in quotes.
+            globs that match a layer the last one holds.
         dtype: the type of the base weights; what is learned is always fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.
@@ -152,7 +159,8 @@ class SparseCausalLM(LightningModule):
         **options: Any,
     ) -> "SparseCausalLM":
         """Wrap a model object, in place; ``options`` as for the class."""
-        check_model(model)
+        check_model(model)  # which says more of a wrong model
+        check_objects(model, tokenizer, strategy)
         module = cls(
             strategy, name_or_path=model.config._name_or_path or type(model).__name__, **options
         )
@@ -335,6 +343,7 @@ class SparseCausalLM(LightningModule):
         return whole or self.trainer.is_last_batch
 
     def on_fit_start(self) -> None:
+        check_limits(self.trainer, self._epoch_batches)
         if self.learns:
             check_text(self.name_or_path, cast(Any, self.trainer).datamodule.embedded, "learn")
 

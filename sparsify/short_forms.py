@@ -1,6 +1,7 @@
 """Short forms of the command line, rewritten into what the parser knows."""
 
 import json
+import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib.resources import files
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from sparsify import yaml_text
 from sparsify.checkpoint_files import METADATA
 from sparsify.checkpoint_settings import SHARDED, settings_of
 from sparsify.errors import SparsifyError
@@ -20,6 +23,7 @@ from sparsify.registry import (
     allow_current_folder,
     find_strategy,
     plugins,
+    strategy_name,
 )
 
 LOGGERS = {
@@ -34,11 +38,12 @@ def expand(args: Sequence[str]) -> list[str]:
     """Rewrite the short forms of a command line.
 
     ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
-    config and no model named, the packaged config of that name, made for the embedded model, comes
-    first. ``--logger NAME`` becomes ``--trainer.logger``; the default is ``csv``. ``--devices N``
-    becomes ``--trainer.devices``, and ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path``
-    the settings of the checkpoint's run come first, so that what is said on the command line wins.
-    The current folder's modules can be imported if the command line names a class or a config.
+    config and no model named, the packaged config of that strategy, made for the embedded model,
+    comes first, also where it is named by its import path. ``--logger NAME`` becomes
+    ``--trainer.logger``; the default is ``csv``. ``--devices N`` becomes ``--trainer.devices``, and
+    ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path`` the settings of the checkpoint's
+    run come first, so that what is said on the command line wins. The current folder's modules can
+    be imported if the command line names a class or a config.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -55,13 +60,16 @@ def expand(args: Sequence[str]) -> list[str]:
         )
     if names_code(rest):
         allow_current_folder()
-    run_name, logger = command, "csv"
+    run_name, logger, root = command, "csv", _root_in_configs(rest) or RUNS
     before: list[str] = []
     after: list[str] = []
     for word in rest:
         flag, _, value = word.partition("=")
         if flag == "--logger":
             logger = value
+        elif flag == "--trainer.default_root_dir":
+            root = str(Path(value).expanduser())  # results lie under it
+            after.append(f"{flag}={root}")
         elif flag == "--devices":
             after.append(f"--trainer.devices={value}")
         elif word in ("--shard", "--trainer.strategy=fsdp"):
@@ -71,7 +79,7 @@ def expand(args: Sequence[str]) -> list[str]:
             run_name = cls.__name__
             after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
             if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
-                before += _packaged_config(value.lower())
+                before += _packaged_config(strategy_name(cls))
         else:
             if flag == "--ckpt_path":
                 path = newest_whole(Path(value))
@@ -81,7 +89,36 @@ def expand(args: Sequence[str]) -> list[str]:
                     run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
                 before.append(f"--config={json.dumps(settings)}")
             after.append(word)
-    return [command, *_logger(logger, run_name.lower()), *before, *after]
+    if command == "fit" and not asks:
+        _check_root(Path(root))
+    return [command, *_logger(logger, run_name.lower(), root), *before, *after]
+
+
+def _root_in_configs(words: Sequence[str]) -> str | None:
+    """The ``default_root_dir`` of the last config that says one; the parser judges the rest."""
+    found: str | None = None
+    for word in words:
+        flag, _, path = word.partition("=")
+        if flag == "--config":
+            try:
+                said = yaml_text.load(Path(path).read_text(encoding="utf-8"))
+                value = said["trainer"]["default_root_dir"]
+            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+                continue
+            found = str(Path(value).expanduser()) if isinstance(value, str) else found
+    return found
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a folder that results cannot be written to, before any work is done."""
+    place = root.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise SparsifyError(
+            f"results go to {root}, and {place} is no folder that can be written to; give another "
+            "one as --trainer.default_root_dir"
+        )
 
 
 def _packaged_config(name: str) -> list[str]:
@@ -100,6 +137,7 @@ def _split(args: Sequence[str]) -> list[str]:
         if word in (
             *STRATEGY_FLAGS,
             "--trainer.strategy",
+            "--trainer.default_root_dir",
             "--devices",
             "--logger",
             "--ckpt_path",
@@ -115,14 +153,14 @@ def _split(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _logger(name: str, run_name: str) -> list[str]:
+def _logger(name: str, run_name: str, root: str) -> list[str]:
     path = LOGGERS.get(name.lower())
     if path is None:
         raise SparsifyError(
             f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
             "or --trainer.logger CLASS"
         )
-    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={RUNS}"]
+    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={root}"]
     if name.lower() == "wandb":
         return [*options, "--trainer.logger.project=sparsify"]
     return [*options, f"--trainer.logger.name={run_name}"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
 
+from sparsify import yaml_text
 from sparsify.commands import masks
 from sparsify.commands.compare import compare, join_runs
 from sparsify.commands.dashboard import dashboard
@@ -58,7 +59,9 @@ def run(words: list[str]) -> int:
     if words[0] == "compare":
         words = ["compare", *join_runs(words[1:])]
     try:
-        return auto_cli(COMMANDS, args=words, prog="sparsify", as_positional=True) or 0
+        mode = yaml_text.MODE
+        found = auto_cli(COMMANDS, words, as_positional=True, prog="sparsify", parser_mode=mode)
+        return found or 0
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

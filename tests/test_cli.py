@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsify.cli import main
+from sparsify.errors import SparsifyError
 from sparsify.masks.file import read_masks
 from sparsify.pattern import NMPattern
+from sparsify.short_forms import expand
 from tests.conftest import Cli
 
 CONFIGS = sorted(
@@ -339,3 +341,21 @@ def test_short_forms_of_several_processes(
     assert int(config["devices"]) == 8
     assert config["strategy"]["class_path"] == "sparsify.distributed.Sharded"
     assert config["strategy"]["init_args"]["save_distributed_checkpoint"] is False
+
+
+def test_a_strategy_s_import_path_is_as_its_short_name() -> None:
+    short = expand(["fit", "--strategy=maskllm"])
+    assert any(word.endswith("maskllm.yaml") for word in short)
+    assert expand(["fit", "--strategy", "sparsify.strategies.maskllm.MaskLLM"]) == short
+
+
+def test_results_go_where_a_config_says(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"trainer:\n  default_root_dir: {tmp_path}/mine\n")
+    words = expand(["fit", "--strategy=dense", "--config", str(config)])
+    assert f"--trainer.logger.save_dir={tmp_path}/mine" in words
+    given = f"--trainer.default_root_dir={tmp_path}/other"
+    words = expand(["fit", given, "--strategy=dense", f"--config={config}"])
+    assert f"--trainer.logger.save_dir={tmp_path}/other" in words
+    with pytest.raises(SparsifyError, match="run.yaml is no folder that can be written to; give"):
+        expand(["fit", "--strategy=dense", f"--trainer.default_root_dir={config}/below"])

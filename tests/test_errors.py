@@ -263,3 +263,20 @@ def test_a_folder_given_as_a_checkpoint(cli: Cli, fails: Fails) -> None:
     cli("fit", "--strategy=magnitude", steps=1)
     message = fails("test", "--ckpt_path", str(cli.runs()[0] / "export"))
     assert "give the checkpoints/last.ckpt of a run" in message
+
+
+def test_trainer_settings_that_lightning_refuses(fails: Fails) -> None:
+    magnitude = ("fit", "--strategy=magnitude")
+    message = fails(*magnitude, "--trainer.limit_train_batches=7.5")
+    assert "the trainer refuses its settings" in message
+    assert "7.5" in message
+    message = fails("fit", "--strategy=maskllm", "--trainer.val_check_interval=99999")
+    assert "val_check_interval 99999 is more than the " in message
+    message = fails(*magnitude, "--trainer.limit_train_batches=0")
+    assert "limit_train_batches 0 leaves no batch" in message
+
+
+def test_results_lie_under_the_root_that_was_given(cli: Cli) -> None:
+    cli("fit", "--strategy=magnitude", "--trainer.default_root_dir", "elsewhere")
+    assert list(Path().glob("elsewhere/magnitude/version_0/result.json"))
+    assert not Path("runs").exists()

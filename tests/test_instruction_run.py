@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.masks.file import read_masks
 from tests.conftest import Cli
 
@@ -51,3 +53,32 @@ def test_what_is_measured_is_the_responses(
     assert result["scores"]["chat"]["windows"] == len(means) > 70
     assert result["scores"]["chat"]["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
     assert len(read_masks(run / "export")) == 14
+
+
+def test_the_gap_of_the_masks_is_of_the_responses_at_the_run_s_precision(
+    cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (text / "train.txt").read_text().split()
+    rows = [{"q": " ".join(words[i : i + 9]) + " ", "a": words[i + 9]} for i in range(0, 1200, 10)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: list[float] = []
+
+    def look(self: MaskLogging, trainer: Any, module: Any, outputs: Any, batch: Any, at: int):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), module.scope.use("hard"):
+            logits = module.lm(input_ids=batch.tokens_BT).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), batch.tokens_BT[:, 1:], reduction="none")
+        own = losses[batch.targets_BT[:, 1:]].mean()
+        found.append((module.task_loss - own).item())
+        assert abs(losses.mean() - own) > 1e-3  # the mean of all tokens is another number
+        real(self, trainer, module, outputs, batch, at)
+
+    real = MaskLogging.on_train_batch_end
+    monkeypatch.setattr(MaskLogging, "on_train_batch_end", look)
+    source = "{path: chat.jsonl, prompt_key: q, response_key: a}"
+    options = [f"--data.{split}={{chat: {source}}}" for split in ("train", "validation", "test")]
+    options += ["--data.block_size=16", "--trainer.precision=bf16-mixed", "--masks.every_n_steps=1"]
+    options += ["--model.calibration.samples=16", "--model.distillation.weight=0.5"]
+    cli("fit", "--strategy=maskllm", *options, steps=2, data=False)
+    result = json.loads((cli.runs()[0] / "result.json").read_text())
+    gaps = [look["soft_hard_gap"] for look in result["history"]["masks"]]
+    assert gaps == pytest.approx(found, abs=1e-6)

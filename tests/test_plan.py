@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsify.batch_run import BatchRun
 from sparsify.calibration import Calibration
@@ -21,7 +22,7 @@ from sparsify.plan import DryRun, Estimate, Plan, PlanSettings, dry_run, estimat
 from sparsify.plan.estimate import BASE, BUCKETS, CPU_BASE
 from sparsify.plan.ledger import Ledger, Peak
 from sparsify.registry import make_strategy
-from tests.conftest import tiny_llama
+from tests.conftest import SIZES, tiny_llama
 
 PATTERN = NMPattern(2, 4)
 B, T = 4, 16
@@ -257,6 +258,32 @@ def test_settings_out_of_range() -> None:
         PlanSettings("dense", batch_size=0)
     with pytest.raises(SparsifyError, match="nobody to share with; give --devices 2"):
         PlanSettings("dense", shard=True)
+
+
+@pytest.mark.parametrize("strategy", ["wanda", "maskllm", "sr_ste"])
+def test_a_mixture_of_experts_in_float32(strategy: str, tmp_path: Path) -> None:
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    seen = dry_run(settings(tmp_path, strategy))
+    model = MixtralForCausalLM(config)
+    assert seen.weights == size(model.parameters())
+    found = make_plan(settings(tmp_path, strategy))
+    assert found.fits
+
+
+def test_grouped_products_have_the_shapes_of_real_ones() -> None:
+    offsets = torch.tensor([2, 5, 8], dtype=torch.int32)
+    for a, b, offs in (
+        ((8, 16), (3, 16, 32), offsets),
+        ((8, 16), (16, 32), offsets),
+        ((3, 8, 16), (3, 16, 32), None),
+        ((3, 8, 16), (16, 32), offsets),
+    ):
+        real = torch._grouped_mm(torch.zeros(a), torch.zeros(b), offs=offs)
+        with Ledger():
+            fake = torch._grouped_mm(torch.empty(a), torch.empty(b), offs=offs)
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.data.files import file_shards
 from sparsify.data.hub import hub_shards
+from sparsify.data.objects import ObjectShard
 from sparsify.data.sources import BadRows, BadRowsPolicy, Shard, Source, Unusable
 from sparsify.errors import SparsifyError
 
@@ -40,6 +41,8 @@ def open_source(source: Source, stream: bool = False) -> Sequence[Shard]:
     Raises:
         SparsifyError: It cannot be found or opened.
     """
+    if source.in_memory:
+        return [ObjectShard(source)]
     return hub_shards(source, stream) if source.hub else file_shards(source)
 
 
@@ -99,7 +102,7 @@ class Judge:
         self._tokenizer = tokenizer
         if source.messages_key is not None and not getattr(tokenizer, "chat_template", None):
             raise SparsifyError(
-                f"{source.path} has messages, and the tokenizer has no chat template to write "
+                f"{source.label} has messages, and the tokenizer has no chat template to write "
                 "them: use an instruction model's tokenizer, or set tokenizer.chat_template"
             )
 
@@ -133,7 +136,12 @@ class Judge:
             return Unusable("row is not an object")
         for key in source.keys:
             if key not in row:
-                return Unusable(f"no key {key!r}")
+                there = ", ".join(repr(other) for other in list(row)[:8]) or "none"
+                return Unusable(
+                    f"no key {key!r}",
+                    f"; its keys are {there}: name the right one by text_key, prompt_key and "
+                    "response_key, or messages_key, in {path: FILE, text_key: KEY} as the source",
+                )
         if source.messages_key is not None:
             return self._conversation(row[source.messages_key])
         texts: list[str] = []

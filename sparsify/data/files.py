@@ -1,10 +1,11 @@
 """Rows of text, JSON-lines and Parquet files."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from sparsify.data.sources import (
 )
 from sparsify.errors import SparsifyError
 
+LONGEST = 2**29  # characters of a row: what unpacks to more is no text, or belongs in several rows
 ROWS_A_READ = 1024  # of a Parquet row group, whose decoded text may be larger than memory
 
 
@@ -72,9 +74,9 @@ def _read(file: Path, source: Source) -> Iterator[tuple[int, object]]:
             return
         with _open(file) as lines:
             if _kind(file) in TEXT_SUFFIXES:
-                yield 1, {source.text_key: lines.read()}
+                yield 1, {source.text_key: _bounded(lines.read(LONGEST + 1), file, 1)}
             else:
-                yield from _json_lines(lines)
+                yield from _json_lines(lines, file)
     except UnicodeDecodeError as error:
         raise SparsifyError(
             f"{file} is not UTF-8 ({error.reason} at byte {error.start} of a chunk); text must "
@@ -87,7 +89,37 @@ def _read(file: Path, source: Source) -> Iterator[tuple[int, object]]:
         ) from error
 
 
-def _json_lines(lines: IO[str]) -> Iterator[tuple[int, object]]:
+def _bounded(text: str, file: Path, row: int) -> str:
+    """The text of a row, unless it is longer than a row may be."""
+    if len(text) > LONGEST:
+        raise SparsifyError(
+            f"{file}:{row} is longer than {LONGEST} characters; a row is held in memory, and must "
+            "be shorter: split it into several rows or files"
+        )
+    return text
+
+
+def _lines(lines: IO[str], file: Path) -> Iterator[str]:
+    number = 0
+    while line := lines.readline(LONGEST + 1):
+        number += 1
+        yield _bounded(line, file, number)
+
+
+def _json_lines(given: IO[str], file: Path) -> Iterator[tuple[int, object]]:
+    lines = _lines(given, file)
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        whole = first + _bounded(given.read(LONGEST + 1), file, 1)
+        try:
+            rows = json.loads(whole)
+        except (ValueError, RecursionError):
+            rows = None
+        if isinstance(rows, list):  # one JSON array: its elements are the rows
+            yield from enumerate(rows, 1)
+            return
+        lines, first = iter(io.StringIO(whole)), ""
+    lines = chain([first] if first else [], lines)
     blank: int | None = None
     for number, line in enumerate(lines, 1):
         if blank is not None:
@@ -137,6 +169,12 @@ def _files(path: str) -> list[Path]:
         f"{PARQUET_SUFFIX}"
     )
     known = (*zipped, PARQUET_SUFFIX)
+    if not _exists(root):
+        shown = path if len(path) <= 200 else repr(path[:80] + "...")
+        raise SparsifyError(
+            f"{shown} does not exist; a source must be a file or a folder: correct the path, or "
+            "give texts themselves, in Python, by a name as {'mine': ['first text', ...]}"
+        )
     if root.is_dir():
         # posix form: the same order, and so the same data, on every system
         files = sorted(
@@ -146,13 +184,21 @@ def _files(path: str) -> list[Path]:
         if not files:
             raise SparsifyError(f"{path} has no text file; {rule}: add one or name another folder")
         return files
-    if not root.exists():
+    if not root.is_file():
         raise SparsifyError(
-            f"{path} does not exist; a source must be a file or a folder: correct the path"
+            f"{path} is a device, a pipe or a socket; a source is read more than once and must be "
+            "a file or a folder: save it to a file"
         )
     if _kind(root) not in known:
         raise SparsifyError(f"{path} is not a known kind of text; {rule}: rename or convert it")
     return [root]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than a path can be, or with a zero byte
+        return False
 
 
 def _open(file: Path) -> IO[str]:

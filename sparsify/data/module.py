@@ -3,12 +3,13 @@
 Shapes: B batch, T tokens of a block.
 """
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,13 +30,17 @@ from sparsify.data.blend import (
     check_weights,
 )
 from sparsify.data.documents import Judge, open_source, read_documents
+from sparsify.data.objects import part_of, rows_of
 from sparsify.data.packing import PackedText, Packer, pack, to_batch, unmarked
 from sparsify.data.sources import BadRows, BadRowsPolicy, Source, source_stem
 from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks, StreamLoader
 from sparsify.errors import SparsifyError
 from sparsify.trainer import data_parallel
 
-Sources = str | list[str] | dict[str, str | Source] | None
+if TYPE_CHECKING:
+    Sources = Any  # Python's own objects too
+else:  # what the command line takes
+    Sources = str | list[str] | dict[str, str | Source] | None
 Split = Literal["train", "validation", "test"]
 
 EMBEDDED_NAMES = ("shakespeare", "bible", "python")
@@ -419,6 +424,8 @@ def _embedded(split: Split) -> dict[str, Source]:
 
 def _located(source: Source, split: Split) -> Source:
     """With the file of the package's own text where a path such as ``embedded:python`` names it."""
+    if source.in_memory:
+        return source
     kind, _, name = source.path.partition(":")
     if kind != EMBEDDED:
         return source
@@ -429,18 +436,30 @@ def _located(source: Source, split: Split) -> Source:
     return replace(source, path=str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
 
 
-def _named(split: Split, sources: Sources) -> dict[str, Source]:
+def _source(split: Split, given: Any) -> Source:
+    """A source of a path, of an object with rows, or as it is."""
+    source = given if isinstance(given, Source) else Source(part_of(split, given))
+    return replace(source, path=rows_of(split, source.path)) if source.in_memory else source
+
+
+def _named(split: Split, sources: Any) -> dict[str, Source]:
     if sources is None:
         return {}
-    if not sources:
+    sources = os.fspath(sources) if isinstance(sources, os.PathLike) else part_of(split, sources)
+    if isinstance(sources, list | tuple):
+        sources = [os.fspath(s) if isinstance(s, os.PathLike) else s for s in sources]
+    if isinstance(sources, str | list | Mapping) and not sources:
         raise SparsifyError(
             f"{split} is {sources!r}; a split that is given must have a source: name a file or "
             "folder, or leave it out"
         )
     if isinstance(sources, Mapping):
-        given = {n: Source(s) if isinstance(s, str) else s for n, s in sources.items()}
-        return {name: _located(source, split) for name, source in given.items()}
+        return {name: _located(_source(split, s), split) for name, s in sources.items()}
+    if isinstance(sources, Source):
+        return {split: _located(_source(split, sources), split)}
     paths = [sources] if isinstance(sources, str) else sources
+    if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
+        return {split: _source(split, paths)}  # rows: a list of strings is a list of paths
     names = [source_stem(path.removeprefix(f"{EMBEDDED}:")) for path in paths]
     counts = Counter(names)
     named: dict[str, Source] = {}

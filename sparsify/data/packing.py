@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.batch import TokenBatch
 from sparsify.data.documents import Document, Instruction
+from sparsify.data.pieces import LONGEST, pieces
 from sparsify.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
@@ -91,13 +92,28 @@ class Packer:
         Raises:
             SparsifyError: The tokenizer does not tell which token stands for which text.
         """
-        for document in self._encode(documents):
-            if self.documents:
-                self.ids.append(self._separator if self._last >= 0 else ~self._separator)
-            self.ids.extend(document)
-            if self.ids:
-                self._last = self.ids[-1]
-            self.documents += 1
+        for group in _calls(documents):
+            if len(group) == 1 and isinstance(group[0], str):
+                where = f"{self._name}, document {self.documents + 1}"
+                parts = pieces(group[0], lambda texts: list(self._encode(texts)), where)
+                self._append(ids for part in parts for ids in self._packed([part]))
+            else:
+                for ids in self._packed(group):
+                    self._append([ids])
+
+    def _packed(self, documents: Sequence[Document]) -> list["array[int]"]:
+        """Their ids; what the tokenizer made is freed before `ids` grows."""
+        return [array("i", ids) for ids in self._encode(documents)]
+
+    def _append(self, pieces: Iterable["array[int]"]) -> None:
+        """Appends one document, given in pieces."""
+        if self.documents:
+            self.ids.append(self._separator if self._last >= 0 else ~self._separator)
+        for ids in pieces:
+            self.ids.extend(ids)
+        if self.ids:
+            self._last = self.ids[-1]
+        self.documents += 1
 
     def take(self, count: int) -> Tensor:
         """Removes the first ids: int32 [count]."""
@@ -124,13 +140,22 @@ class Packer:
                 "for which text, and prompts are told from responses by it: use a fast tokenizer"
             )
         # verbose=False: a document may be longer than the model's context, it is cut later
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=marked,
-            verbose=False,
-        )
+        try:
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=marked,
+                verbose=False,
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                raise
+            raise SparsifyError(
+                f"{self._name}: the tokenizer failed at documents {self.documents + 1} to "
+                f"{self.documents + len(texts)} ({error}); it must take every text: look at these "
+                "documents, or take another version of the package tokenizers"
+            ) from error
         if not marked:
             yield from encoded["input_ids"]
             return
@@ -218,6 +243,21 @@ def _log(name: str, packed: PackedText) -> None:
         len(packed.blocks),
         packed.dropped,
     )
+
+
+def _calls(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Runs of documents that are tokenised together: no more characters than a long one has."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        length = len(document.text if isinstance(document, Instruction) else document)
+        if group and size + length > LONGEST:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += length
+    if group:
+        yield group
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -2,9 +2,10 @@
 
 import importlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,7 +31,8 @@ class Source:
         path: A file, or a folder that is read recursively in sorted order. Plain text (.txt, .text,
             .md) is one document a file; JSON lines (.jsonl, .json) and Parquet (.parquet) are one
             document a row. Text and JSON lines may end in .gz. ``hf://`` and a name is a data set
-            of the Hugging Face hub, or a local folder in the hub's layout.
+            of the Hugging Face hub, or a local folder in the hub's layout. In Python also a
+            `datasets.Dataset`, or any iterable of rows or texts.
         weight: Share of this source in a training epoch, relative to the other sources' weights.
             None gives every block once an epoch. Has no effect outside training.
         text_key: Key of the text in each row.
@@ -62,10 +64,24 @@ class Source:
     messages_key: str | None = None
     joined: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):
+            self.path = os.fspath(self.path)
+
     @property
     def hub(self) -> bool:
         """Whether the path names a data set, not a file or folder."""
-        return self.path.startswith(HUB)
+        return not self.in_memory and self.path.startswith(HUB)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are those of a Python object."""
+        return not isinstance(self.path, str)
+
+    @property
+    def label(self) -> str:
+        """The path, or the kind of the object, for messages and records."""
+        return f"python {type(self.path).__name__}" if self.in_memory else self.path
 
     @property
     def endless(self) -> bool:
@@ -117,10 +133,12 @@ class Source:
         if not self.hub and (self.config is not None or self.split != "train"):
             given = f"config {self.config!r} and split {self.split!r}"
             rule = f"files have neither, only a path that begins with {HUB}"
-            refuse(f"it has {given} and the path {self.path}; {rule}", "correct the path")
+            refuse(f"it has {given} and the path {self.label}; {rule}", "correct the path")
 
     def describe(self) -> dict[str, Any]:
         """Where the text is from, free of absolute paths."""
+        if self.in_memory:
+            return {"file": self.label}
         if not self.hub:
             return {"file": Path(self.path).name}
         name = self.path.removeprefix(HUB)
@@ -129,7 +147,7 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """All that decides what is read, in plain values free of absolute paths."""
-        return asdict(self) | {"path": self.describe()["file"]}
+        return asdict(replace(self, path=self.describe()["file"]))
 
 
 class Rows(Protocol):

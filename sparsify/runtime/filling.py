@@ -1,7 +1,8 @@
 """Fill the weights of an empty model from an exported folder, one by one.
 
 Each is read, checked, moved and compressed before the next: host and device never hold more than
-the sparse model and one dense layer.
+the sparse model and one dense layer; of files with other names than the model's, such as those of
+experts that are stored one by one, the host holds the dense model.
 
 Shapes: O out, I in, T tokens.
 """
@@ -18,6 +19,7 @@ from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import Backend
+from sparsify.runtime.converted import ConvertedWeights
 from sparsify.stored import StoredWeights
 
 TOLERANCE = 0.02
@@ -56,9 +58,10 @@ def fill(
         _put(model, name, buffer.to(device))
     names = {name: same for same in names_by_parameter(model).values() for name in same}
     expected = dict(model.state_dict(keep_vars=True))
-    weights = StoredWeights(folder)
-    weights.check()
-    _check_names(weights, set(expected), names)
+    stored_weights = StoredWeights(folder)
+    stored_weights.check()
+    same = _same_names(stored_weights, set(expected), names)
+    weights = stored_weights if same else ConvertedWeights(folder)
     for name in weights:
         stored, like = weights.get(name), expected[name]
         if stored.shape != like.shape:
@@ -76,21 +79,12 @@ def fill(
         _compress_whole(model, name.rpartition(".")[0], backends)
 
 
-def _check_names(
+def _same_names(
     weights: StoredWeights, expected: set[str], names: Mapping[str, Sequence[str]]
-) -> None:
+) -> bool:
     found = set(weights)
-    missing = {name for name in expected if found.isdisjoint(names.get(name, [name]))}
-    for wrong, what in (
-        (missing, "hold no tensor of the name"),
-        (found - expected, "hold a tensor that the model lacks,"),
-    ):
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise SparsifyError(
-                f"the files in {weights.folder} {what} {min(wrong)}{more}; export the model again "
-                "with this version of Transformers"
-            )
+    missing = any(found.isdisjoint(names.get(name, [name])) for name in expected)
+    return not missing and found <= expected
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -1,12 +1,17 @@
 import hashlib
 import logging
 import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.data.packing import pack
+from sparsify.data import packing
+from sparsify.data.documents import Document
+from sparsify.data.packing import Packer, pack
+from sparsify.data.pieces import pieces
 from sparsify.errors import SparsifyError
 from tests.data.conftest import words
 
@@ -69,3 +74,65 @@ def test_tokenizer_without_end_of_text(tokenizer: PreTrainedTokenizerFast) -> No
         SparsifyError, match="x: the tokenizer's eos_token is None; .*set tokenizer"
     ):
         pack([words(0, 20)], tokenizer, 5, "x")
+
+
+@pytest.mark.parametrize("text", [words(0, 3000), words(0, 3000).replace(" ", "\n"), "w1" * 900])
+def test_a_long_document_is_tokenised_in_pieces_to_the_same_tokens(
+    text: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Packer._encode
+    longest = 0
+
+    def encode(self: Packer, documents: Sequence[Document]) -> Iterator[list[int]]:
+        nonlocal longest
+        longest = max(longest, sum(len(document) for document in documents))
+        return real(self, documents)
+
+    whole = pack([text, "w5 w6"], tokenizer, 2, "whole") if " " in text or "\n" in text else None
+    monkeypatch.setattr(packing, "LONGEST", 500)
+    monkeypatch.setattr("sparsify.data.pieces.LONGEST", 500)
+    monkeypatch.setattr("sparsify.data.pieces.CONTEXT", 50)
+    monkeypatch.setattr(Packer, "_encode", encode)
+    pieces = pack([text, "w5 w6"], tokenizer, 2, "pieces")
+    assert longest <= 500
+    assert pieces.documents == 2
+    if whole is not None:  # a word without end cannot be cut
+        assert pieces.sha256 == whole.sha256
+
+
+def test_a_panic_of_the_tokenizer_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3's."""
+
+    class Panics:
+        eos_token_id = 0
+        is_fast = True
+
+        def __call__(self, *args: Any, **options: Any) -> None:
+            raise PanicException("capacity overflow")
+
+    with pytest.raises(SparsifyError, match="documents 1 to 2 .capacity overflow"):
+        Packer(Panics(), "mine").add(["a", "b"])
+
+
+def test_a_long_document_is_cut_where_its_tokens_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sparsify.data.pieces.LONGEST", 64)
+
+    def glued(texts: list[str]) -> list[list[int]]:  # two words at "b b" are one token
+        return [[len(part) for part in text.replace("b b", "b_b").split()] for text in texts]
+
+    text = "aa aa " * 6 + "b b b b b b b b b b b b b b b b b b b b b b b b b b b b b b" + " aa" * 9
+    parts = list(pieces(text, glued, "mine, document 1"))
+    assert "".join(parts) == text
+    assert len(parts) > 1
+    assert [n for part in glued(parts) for n in part] == glued([text])[0]
+    assert not caplog.records
+    hopeless = "b " * 200
+    assert (
+        "".join(pieces(hopeless, lambda ts: [[0, *t.encode()] for t in ts], "mine, document 2"))
+        == hopeless
+    )
+    [warning] = caplog.messages
+    assert "mine, document 2: the document is cut at character" in warning

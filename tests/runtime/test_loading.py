@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 from transformers import pipeline as make_pipeline
 
@@ -190,6 +191,28 @@ def _cut(tensors: dict[str, Tensor]) -> None:
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"][:8].clone()
 
 
+def test_experts_that_are_stored_one_by_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = Qwen3MoeConfig(
+        **SIZES, head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    )
+    out = tmp_path / "out"
+    export(masked_module(AutoModelForCausalLM.from_config(config).eval(), tokenizer), out, {})
+    assert any("experts.3.up_proj" in name for name in StoredWeights(out))
+    wanted = AutoModelForCausalLM.from_pretrained(out)(input_ids=TOKENS).logits
+    model = runtime.load(out, **SPARSE, backends=[FakeBackend()])
+    assert torch.equal(model(input_ids=TOKENS).logits, wanted)
+    tensors = load_file(out / SINGLE)
+    for name in [name for name in tensors if ".0.mlp.experts." in name and "up_proj" in name]:
+        del tensors[name]
+    save_file(tensors, out / SINGLE, {"format": "pt"})
+    content = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(content | {"transformers_version": "5.0.0"}))
+    with pytest.raises(SparsifyError, match=r"experts.*5\.0\.0 wrote .* install transformers==5"):
+        runtime.load(out, device="cpu")
+
+
 @pytest.mark.parametrize("choose", ["dense", "sparse"])
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -198,8 +221,8 @@ def _cut(tensors: dict[str, Tensor]) -> None:
             _fill_group,
             f"{UP}: sparsity_manifest.json says 2:4, but its weight has groups with more",
         ),
-        (_rename, f"hold no tensor of the name {UP}.weight; export"),
-        (_add, "hold a tensor that the model lacks, model.other.weight; export"),
+        (_rename, f"hold no tensor of the name {UP}.weight; .*export the model again"),
+        (_add, "the model lacks, model.other.weight; .*export the model again"),
         (_cut, rf"{UP}.weight is stored as \(8, 32\), but the configuration says \(64, 32\)"),
     ],
 )
