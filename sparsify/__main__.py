@@ -1,5 +1,5 @@
 """``python -m sparsify``."""
 
-from sparsify.cli import main
+from sparsify.main import main
 
 main()

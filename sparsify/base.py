@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,12 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sparsify.choices import EMBEDDED as EMBEDDED
+from sparsify.choices import Dtype as Dtype
 from sparsify.errors import SparsifyError
 
-EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _location(name_or_path: str) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _load_errors(what: str, name_or_path: str) -> Iterator[None]:
     except ImportError as error:
         raise SparsifyError(
             f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}); for "
-            "GGUF files: pip install 'sparsify[gguf]'"
+            "GGUF files: pip install 'sparsify-llm[gguf]'"
         ) from error
     # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
     # know.

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any, cast
 
 import yaml
@@ -11,14 +10,13 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sparsify.commands.table import TRAINER_COMMANDS
 from sparsify.data import TextDataModule
-from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
 from sparsify.short_forms import RUNS, expand
-from sparsify.tools import ABOUT, COMMANDS, run
 from sparsify.trainer import Trainer, leave_process_group
 
 TRAINER_DEFAULTS = {
@@ -43,16 +41,6 @@ import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wa
 which shards weights and masks over the devices.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
 run hold wherever the command line says nothing else."""
-_ABOUT = {
-    "fit": "Learn or compute the masks, then test and export the sparse model.",
-    "validate": "Measure perplexity on the validation text.",
-    "test": "Measure perplexity on the test text.",
-    "export": "Test a checkpoint and write its model as a Hugging Face folder.",
-    "sensitivity": (
-        "Measure on the validation text how much each decoder block loses by its masks. A strategy "
-        "that learns is measured by its starting masks unless --ckpt_path is given."
-    ),
-}
 _HELP = {
     "prog": "sparsify",
     "description": "Learn, evaluate and export N:M sparse masks for Hugging Face language models.",
@@ -64,7 +52,7 @@ _HELP = {
                 "[--config FILE] [options]"
             ),
         }
-        for name, about in _ABOUT.items()
+        for name, about in TRAINER_COMMANDS.items()
     },
 }
 
@@ -116,14 +104,6 @@ class SparsifyCLI(LightningCLI):
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        commands = cast(Any, parser)._subcommands_action._choices_actions
-        for command in commands:
-            command.help = _ABOUT[command.dest]
-        # Listed among the others, though another parser reads them.
-        commands += [type(commands[0])(name, [], about) for name, about in ABOUT.items()]
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
         the other processes of a run with these.
@@ -161,39 +141,28 @@ class SparsifyCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Exit status 1 if a folder that was verified is not sound; 2 and one message for input that a
-    user can mend; 130, as of any interrupted command, after Ctrl-C.
-    """
+def run(words: list[str]) -> int:
+    """Run a command that has a Trainer: its exit status."""
     quiet()
-    sys.path.insert(0, os.getcwd())  # a strategy may lie in a file of the current folder
-    words = sys.argv[1:] if args is None else list(args)
-    try:
-        if words and words[0] in COMMANDS:
-            sys.exit(run(words))
-        sys.argv[1:] = words
-        cli = SparsifyCLI(
-            SparseCausalLM,
-            TextDataModule,
-            trainer_class=Trainer,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            parser_kwargs=_HELP,
-        )
-    except SparsifyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.path.append(os.getcwd())  # a strategy may lie in a file of the current folder
+    sys.argv[1:] = words
+    cli = SparsifyCLI(
+        SparseCausalLM,
+        TextDataModule,
+        trainer_class=Trainer,
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
+        parser_kwargs=_HELP,
+    )
     leave_process_group()
-    callbacks = cast(Any, cli.trainer).callbacks
-    if any(getattr(callback, "stopped", False) for callback in callbacks):
-        sys.exit(130)
+    return exit_status(cli.trainer)
 
 
-if __name__ == "__main__":
-    main()
+def exit_status(trainer: LightningTrainer) -> int:
+    """Of a run that has ended: 130, as of any interrupted command, after Ctrl-C."""
+    callbacks = cast(Any, trainer).callbacks
+    return 130 if any(getattr(callback, "stopped", False) for callback in callbacks) else 0

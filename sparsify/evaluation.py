@@ -12,7 +12,6 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.version import version
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"

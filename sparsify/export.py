@@ -24,7 +24,8 @@ from sparsify.evaluation import write_json
 from sparsify.inject import base_parameters, layer_patterns, masked_layers
 from sparsify.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.masked_linear import MaskedConv1D, MaskedLinear
-from sparsify.masks.file import FILE_NAME, write_masks
+from sparsify.masks.file import write_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.module import SparseCausalLM
 from sparsify.replace import partial_folder, replace_folder
 from sparsify.stored import StoredWeights

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from sparsify.pattern import NMPattern
 from tests.conftest import Cli

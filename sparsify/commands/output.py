@@ -1,5 +1,9 @@
 """How commands print, and what they refuse to overwrite."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -32,3 +36,13 @@ def say(content: Any) -> None:
     """Print text or a table."""
     # Text as it is: paths are not to be wrapped, nor brackets read as markup.
     Console().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End quietly where whoever reads our output has seen enough, as ``head`` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

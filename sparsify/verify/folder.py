@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, Manifest, parse_manifest
-from sparsify.masks.file import FILE_NAME, MaskFile, read_masks
+from sparsify.masks.file import MaskFile, read_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.pattern import NMPattern
 from sparsify.runtime.device_check import cuda_check
 from sparsify.stored import StoredWeights, read_json

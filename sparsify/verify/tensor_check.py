@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsify.base import hash_tensor
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, Layer, Manifest
-from sparsify.masks.file import FILE_NAME
+from sparsify.masks.index import FILE_NAME
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import TWO_FOUR, eligible
 from sparsify.runtime.device_check import DeviceCheck

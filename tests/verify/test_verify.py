@@ -25,7 +25,8 @@ from sparsify.base import hash_tensor
 from sparsify.export import export
 from sparsify.inject import masked_layers
 from sparsify.manifest import MANIFEST
-from sparsify.masks.file import FILE_NAME, write_masks
+from sparsify.masks.file import write_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.magnitude import Magnitude
