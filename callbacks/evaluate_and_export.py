@@ -60,6 +60,7 @@ class EvaluateAndExport(Callback):
         if stopped or trainer.fast_dev_run:
             return
         find(trainer, Throughput).stop()  # whose own turn may come later
+        pl_module.check_finite()  # whose own turn comes later too
         checkpoint, unsaved = _save(trainer)
         try:
             if self.enabled:

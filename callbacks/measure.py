@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsify.batch import split_batch
 from sparsify.evaluation import PerplexityMeter, Score
+from sparsify.finite import finite_scores
 from sparsify.progress import tracked
 
 
@@ -19,8 +20,9 @@ def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) 
             batch = batch.to(pl_module.device)
             with trainer.precision_plugin.val_step_context():
                 losses_BT = pl_module.window_losses(batch)
-            meter.update(name, losses_BT, split_batch(batch)[1])
-    return meter.scores() if batches else {}
+            tokens_BT, targets_BT = split_batch(batch)
+            meter.update(name, losses_BT, targets_BT, tokens_BT)
+    return finite_scores(meter, pl_module) if batches else {}
 
 
 def measure_test(trainer: Any, pl_module: Any) -> dict[str, Score]:

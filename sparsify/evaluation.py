@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from sparsify.version import version
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"
+MAX_LOSS = 700.0  # nats a token; exp(710) is above all float64
 
 
 def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -65,6 +66,39 @@ class Score:
     targets: int
 
 
+class NotFinite(SparsifyError):
+    """A score that is not finite, and so none.
+
+    Attributes:
+        tokens_T: the first window whose loss is not finite, where that is known.
+    """
+
+    def __init__(self, message: str, tokens_T: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.tokens_T = tokens_T
+
+
+class _FirstOdd:
+    """The first window of a text whose loss is not finite, found without a synchronisation."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self.number: Tensor | None = None  # counted from 1; 0 as long as there is none
+        self.tokens_T: Tensor | None = None
+
+    def update(self, losses_B: Tensor, tokens_BT: Tensor | None) -> None:
+        odd_B = ~losses_B.isfinite()
+        first = odd_B.int().argmax()
+        if self.number is None:
+            self.number = torch.zeros_like(first)
+        news = odd_B.any() & (self.number == 0)
+        self.number = torch.where(news, first + self._seen + 1, self.number)
+        if tokens_BT is not None:
+            before = tokens_BT[0] if self.tokens_T is None else self.tokens_T
+            self.tokens_T = torch.where(news, tokens_BT[first], before)
+        self._seen += len(losses_B)
+
+
 class PerplexityMeter:
     """Collects window losses of named texts on the device; only :meth:`scores` synchronises."""
 
@@ -76,20 +110,35 @@ class PerplexityMeter:
         # Tensors where they depend on what the targets are.
         self._targets: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
         self._windows: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
+        self._odd = {name: _FirstOdd() for name in self.names}
 
-    def update(self, name: str, losses_BT: Tensor, targets_BT: Tensor | None = None) -> None:
-        """Add the windows of one batch, from :func:`token_losses`; those without target do not
-        count.
+    def update(
+        self,
+        name: str,
+        losses_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        tokens_BT: Tensor | None = None,
+    ) -> None:
+        """Add the windows of one batch; those without target do not count.
+
+        Args:
+            name: of the text.
+            losses_BT: from :func:`token_losses`.
+            targets_BT: bool, which tokens are targets; None where all are.
+            tokens_BT: the windows themselves, to name one whose loss is not finite.
         """
         if targets_BT is None:
-            self._sums[name] = self._sums[name] + losses_BT.double().mean(1).sum()
+            losses_B = losses_BT.double().mean(1)
+            self._sums[name] = self._sums[name] + losses_B.sum()
             self._windows[name] += losses_BT.shape[0]
             self._targets[name] += losses_BT.numel()
+            self._odd[name].update(losses_B, tokens_BT)
             return
         predicted = targets_BT[:, 1:]
         counts = predicted.sum(1)
-        sums = losses_BT.double().masked_fill(~predicted, 0).sum(1)
-        self._sums[name] = self._sums[name] + (sums / counts.clamp(min=1)).sum()
+        losses_B = losses_BT.double().masked_fill(~predicted, 0).sum(1) / counts.clamp(min=1)
+        self._sums[name] = self._sums[name] + losses_B.sum()
+        self._odd[name].update(losses_B, tokens_BT)
         self._windows[name] = self._windows[name] + (counts > 0).sum()
         self._targets[name] = self._targets[name] + counts.sum()
 
@@ -97,6 +146,7 @@ class PerplexityMeter:
         """The score of every text, and over all windows as ``overall``.
 
         Raises:
+            NotFinite: a score is not finite; the text and the first such window are named.
             SparsifyError: no token of a text is a target.
         """
         result = {}
@@ -107,13 +157,27 @@ class PerplexityMeter:
                     f"{name}: none of its windows has a target of the loss, and perplexity is of "
                     "targets: add text whose responses are long enough, or remove it"
                 )
-            loss = self._sums[name].item() / windows
-            result[name] = Score(loss, math.exp(loss), windows, targets)
+            result[name] = self._score(name, windows, targets)
         windows = sum(score.windows for score in result.values())
         loss = sum(score.loss * score.windows for score in result.values()) / windows
         targets = sum(score.targets for score in result.values())
         result[OVERALL] = Score(loss, math.exp(loss), windows, targets)
         return result
+
+    def _score(self, name: str, windows: int, targets: int) -> Score:
+        loss, odd = self._sums[name].item() / windows, self._odd[name]
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"{name}: the loss of window {int(cast(Tensor, odd.number))} is not finite, so "
+                "there is no perplexity",
+                odd.tokens_T,
+            )
+        if loss > MAX_LOSS:
+            raise NotFinite(
+                f"{name}: a loss of {loss:.4g} nats a token is above {MAX_LOSS:.0f}, where its "
+                "exponential, the perplexity, is no finite number any more; look at the base model"
+            )
+        return Score(loss, math.exp(loss), windows, targets)
 
 
 def score_metrics(split: str, scores: Mapping[str, Score]) -> dict[str, float]:
@@ -154,8 +218,30 @@ def pattern_text(run: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part."""
+    """Write indented JSON so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        SparsifyError: a number in it is not finite, for which JSON has no word; it is named.
+    """
+    if (odd := _not_finite(content)) is not None:
+        raise SparsifyError(
+            f"{path.name} was not written: {odd} is not finite; this is a fault of what computed "
+            "it: please report it with the command"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _not_finite(content: Any, where: str = "") -> str | None:
+    """Where in nested plain values a number is not finite; None if all are."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return where.removeprefix(".")
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, Mapping):
+        parts = content.items()
+    elif isinstance(content, list | tuple):
+        parts = enumerate(content)
+    found = (_not_finite(part, f"{where}.{key}") for key, part in parts)
+    return next((odd for odd in found if odd is not None), None)

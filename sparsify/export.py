@@ -27,6 +27,7 @@ from sparsify.masked_linear import MaskedConv1D, MaskedLinear
 from sparsify.masks.file import write_masks
 from sparsify.masks.index import FILE_NAME
 from sparsify.module import SparseCausalLM
+from sparsify.read_back import Measured, check_read_back, measured_logits, windows_to_compare
 from sparsify.replace import partial_folder, replace_folder
 from sparsify.stored import StoredWeights
 
@@ -68,15 +69,18 @@ def export(
         overwrite: replace an earlier export.
 
     Raises:
-        SparsifyError: the place is taken, the disk is full, or weights changed that must not.
+        SparsifyError: the place is taken, the disk is full, weights changed that must not, or the
+            folder, read back as plain Transformers, does not compute what the module does.
     """
     with together():
         if rank_zero():
             check_target(folder, overwrite)
     whole_model = _gather(module)
+    tokens_BT = windows_to_compare(module)
+    measured = Measured(tokens_BT, measured_logits(module, tokens_BT))
     with together():
         if rank_zero():
-            _write(module, folder, whole_model, record, overwrite)
+            _write(module, folder, whole_model, measured, record, overwrite)
 
 
 class _Whole(NamedTuple):
@@ -107,6 +111,7 @@ def _write(
     module: SparseCausalLM,
     folder: Path,
     whole_model: _Whole,
+    measured: Measured,
     record: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
@@ -136,6 +141,7 @@ def _write(
                 )
             content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
             write_json(partial / MANIFEST, content | dict(record))
+            check_read_back(partial, module, type(plain), weights, measured)
             # Whoever serves the model may be another user; some of these were made private.
             for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)

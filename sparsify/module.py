@@ -10,7 +10,8 @@ Shapes: B windows, T tokens.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,7 +37,7 @@ from sparsify.distributed.masked_gather import check_gather, shard_gathering_mas
 from sparsify.distributed.together import from_rank_zero
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import PerplexityMeter, Score, score_metrics, token_losses
-from sparsify.finite import FiniteWatch
+from sparsify.finite import FiniteWatch, check_learned, finite_scores
 from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
 from sparsify.masked_linear import MaskScope
 from sparsify.masker import Draw, Masking
@@ -314,7 +315,12 @@ class SparseCausalLM(LightningModule):
         self.strategy.before_step(masked_layers(self.lm))
 
     def on_train_end(self) -> None:
-        self._finite.check(self.trainer)  # the last steps may lie between two logs
+        self.check_finite()  # the last steps may lie between two logs
+
+    def check_finite(self) -> None:
+        """Stop the run on every rank if its loss or what it has learned is not finite on one."""
+        self._finite.check(self.trainer)
+        check_learned(self, self.trainer)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -353,6 +359,15 @@ class SparseCausalLM(LightningModule):
         with torch.no_grad(), self.scope.use(masking):
             return token_losses(self.lm(input_ids=tokens_BT, use_cache=False).logits, tokens_BT)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The hard mask and the precision under which scores are measured, without a graph."""
+        precision = nullcontext()
+        if self._trainer is not None:
+            precision = cast(Any, self.trainer).precision_plugin.val_step_context()
+        with torch.no_grad(), precision, self.scope.use("hard"):
+            yield
+
     def on_validation_epoch_start(self) -> None:
         self._meter = PerplexityMeter(
             cast(Any, self.trainer).datamodule.validation_names, self.device
@@ -362,12 +377,12 @@ class SparseCausalLM(LightningModule):
         self, batch: Tensor | TokenBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         meter = cast(PerplexityMeter, self._meter)
-        name, targets_BT = meter.names[dataloader_idx], split_batch(batch)[1]
-        meter.update(name, self.window_losses(batch), targets_BT)
+        name, (tokens_BT, targets_BT) = meter.names[dataloader_idx], split_batch(batch)
+        meter.update(name, self.window_losses(batch), targets_BT, tokens_BT)
 
     def on_validation_epoch_end(self) -> None:
         self.validated_at = self.trainer.global_step
-        self._log_scores("val", cast(PerplexityMeter, self._meter).scores())
+        self._log_scores("val")
 
     def on_test_epoch_start(self) -> None:
         self._meter = PerplexityMeter(cast(Any, self.trainer).datamodule.test_names, self.device)
@@ -378,11 +393,11 @@ class SparseCausalLM(LightningModule):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test", cast(PerplexityMeter, self._meter).scores())
+        self._log_scores("test")
 
-    def _log_scores(self, split: str, scores: dict[str, Score]) -> None:
-        self.scores = scores
-        for name, value in score_metrics(split, scores).items():
+    def _log_scores(self, split: str) -> None:
+        self.scores: dict[str, Score] = finite_scores(cast(PerplexityMeter, self._meter), self)
+        for name, value in score_metrics(split, self.scores).items():
             self.log(name, value, prog_bar=name == f"{split}/perplexity")
 
     # -- checkpoints: what is learned, and the name of the base ------------------------------------
@@ -395,7 +410,7 @@ class SparseCausalLM(LightningModule):
         return kept - {f"model.{name}" for name in base_parameters(self.lm, all_names=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._finite.check(self.trainer)
+        self.check_finite()
         kept = self.saved_keys()
         checkpoint["state_dict"] = {
             key: value for key, value in checkpoint["state_dict"].items() if key in kept

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.evaluation import OVERALL, PerplexityMeter, make_result, token_losses, write_json
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import (
+    OVERALL,
+    NotFinite,
+    PerplexityMeter,
+    make_result,
+    token_losses,
+    write_json,
+)
 
 
 def slow_losses(logits: torch.Tensor, tokens: torch.Tensor) -> list[list[float]]:
@@ -58,10 +66,36 @@ def test_the_mean_of_many_windows_keeps_its_digits() -> None:
     assert meter.scores()["text"].loss == pytest.approx(torch.tensor(3.1).item(), rel=1e-12)
 
 
-def test_a_window_that_is_not_finite_is_not_left_out() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_that_is_not_finite_is_named(value: float, masked: bool) -> None:
+    meter = PerplexityMeter(["fine", "text"], torch.device("cpu"))
+    tokens = torch.arange(12).view(4, 3)
+    targets = torch.ones(2, 3, dtype=torch.bool) if masked else None
+    meter.update("fine", torch.ones(1, 2), None, tokens[:1])
+    meter.update("text", torch.ones(2, 2), targets, tokens[:2])
+    meter.update("text", torch.tensor([[1.0, 2.0], [1.0, value]]), targets, tokens[2:])
+    meter.update("text", torch.tensor([[value, value], [1.0, 1.0]]), targets, tokens[:2])
+    with pytest.raises(NotFinite, match="text: the loss of window 4 is not finite") as error:
+        meter.scores()
+    assert error.value.tokens_T is not None
+    assert error.value.tokens_T.tolist() == [9, 10, 11]
+
+
+def test_a_perplexity_above_all_floats_is_refused() -> None:
     meter = PerplexityMeter(["text"], torch.device("cpu"))
-    meter.update("text", torch.tensor([[1.0, 2.0], [1.0, float("nan")]]))
-    assert math.isnan(meter.scores()["text"].loss)
+    meter.update("text", torch.full((1, 2), 710.0))
+    with pytest.raises(NotFinite, match=r"a loss of 710 nats a token is above 700"):
+        meter.scores()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(SparsifyError, match=r"result.json was not written: a.b.1 is not finite"):
+        write_json(path, {"c": [1.0], "a": {"b": (0, value)}})
+    assert json.loads(path.read_text()) == {"old": 1}
 
 
 def test_a_result_is_plain_json(tmp_path: Path) -> None:

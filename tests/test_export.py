@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from sparsify import NMPattern, SparseCausalLM, SparsifyError
-from sparsify.base import hash_parameters, hash_tensor
+from sparsify.base import hash_parameters
 from sparsify.export import check_target, export
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.manifest import MANIFEST, read_manifest
@@ -225,25 +226,78 @@ def test_the_manifest_hashes_what_is_stored(
     assert names == stored.keys() | manifest["stored_as"].keys()
 
 
-def test_hashes_are_of_the_values_in_memory_not_of_the_files(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SAVE = PreTrainedModel.save_pretrained
+
+
+def _tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        change(stored)
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def _config(**settings: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return spoil
+
+
+def _lose_head(folder: Path) -> None:
+    _tensors(lambda stored: stored.pop("lm_head.weight"))(folder)
+    _config(tie_word_embeddings=True)(folder)
+
+
+def _next_float(stored: dict[str, Tensor]) -> None:
+    weight = stored["model.layers.1.mlp.up_proj.weight"]
+    weight[3] = torch.nextafter(weight[3], torch.full_like(weight[3], 9.0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_tensors(_next_float), "it reads other values for model.layers.1.mlp.up_proj.weight;"),
+        (_lose_head, "it reads other values for lm_head.weight;"),
+        (_config(rms_norm_eps=1e-3), "in its config, rms_norm_eps differ"),
+        (_tensors(lambda s: s.pop("model.norm.weight")), "has missing keys: model.norm.weight"),
+        (_tensors(lambda s: s.update(odd=torch.ones(2))), "has unexpected keys: odd"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be read back"),
+    ],
+)
+def test_a_folder_that_computes_something_else_is_refused(
+    spoil: Callable[[Path], None],
+    says: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save = PreTrainedModel.save_pretrained
-
     def save_badly(self: PreTrainedModel, folder: Path) -> None:
-        save(self, folder)
-        path = folder / "model.safetensors"
-        stored = load_file(path)
-        stored["lm_head.weight"][0, 0] += 1
-        save_file(stored, path)
+        SAVE(self, folder)
+        spoil(folder)
 
+    module = masked_module(tiny_llama(), tokenizer)
+    export(module, tmp_path / "former", {})
+    former = files(tmp_path / "former")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
-    export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {})
-    monkeypatch.undo()
-    hashes = read_manifest(tmp_path / "out")["tensors"]
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    wrong = [name for name, tensor in stored.items() if hash_tensor(tensor) != hashes[name]]
-    assert wrong == ["lm_head.weight"]
+    for place in ("new", "former"):
+        with pytest.raises(SparsifyError, match="nothing was exported") as error:
+            export(module, tmp_path / place, {}, overwrite=True)
+        assert says in str(error.value)
+    assert files(tmp_path / "former") == former
+    assert [path.name for path in tmp_path.iterdir()] == ["former"]
+
+
+def test_a_setting_that_the_model_object_alone_has_is_found(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    module = masked_module(model, tokenizer)
+    model.model.norm.variance_epsilon = 0.1
+    with pytest.raises(SparsifyError, match="so the model object computes otherwise"):
+        export(module, tmp_path / "out", {})
 
 
 def test_the_folder_holds_its_masks_and_its_tokenizer(
