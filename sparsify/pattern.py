@@ -51,7 +51,7 @@ class NMPattern:
         """
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", str(text))
         if match is None:
             raise SparsifyError(
                 f"pattern {text!r}: expected two integers as 'N:M' "

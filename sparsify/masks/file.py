@@ -67,6 +67,9 @@ class MaskFile(Mapping[str, Tensor]):
         entry = self.index.layers[name]
         return entry.pattern.unrank(self.ranks(name).view(entry.shape[0], -1))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.layers  # Mapping's own would decode the mask
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.index.layers)
 
