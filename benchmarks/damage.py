@@ -32,7 +32,7 @@ from kept_runs import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import SparsifyError
-from sparsify.cli import main as sparsify
+from sparsify.main import main as sparsify
 from sparsify.compare import compare
 from sparsify.compare.loading import load_runs
 from sparsify.masks.file import read_masks

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from lightning.pytorch import Callback
 
 from sparsify.base import hash_parameters
 from sparsify.masks.file import read_masks
+from sparsify.version import version
 
 STEPS, SAVED_EVERY, VALIDATED_EVERY = 12, 3, 4
 # By phase: how often it begins in a whole run, kills in it, and the longest delay of one, seconds.

@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparsify.calibration import Calibration
 from sparsify.plan import PlanSettings, make_plan
+from sparsify.version import version
 
 STRATEGIES = ("maskllm", "maskpro", "sparsegpt")
 MALLOC = {

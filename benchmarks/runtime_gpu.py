@@ -22,7 +22,6 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from sparsify.inject import decoder_blocks
 from sparsify.runtime.backends import BACKENDS
 from sparsify.runtime.measure import LayerKind, measure
 from sparsify.runtime.timings import describe_machine
+from sparsify.version import version
 
 PATTERN = NMPattern(2, 4)
 LLAMA_2_7B = LlamaConfig(

@@ -91,7 +91,7 @@ def _plot(found: Sensitivity, title: str, path: Path, out: Any) -> None:
     try:
         plot_sensitivity(found, title, path)
     except ImportError:
-        out.print(r"no figure, as Matplotlib is missing: pip install 'sparsify\[plot]'")
+        out.print(r"no figure, as Matplotlib is missing: pip install 'sparsify-llm\[plot]'")
     else:
         out.print(f"figure in {path}", soft_wrap=True)
 

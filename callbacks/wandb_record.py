@@ -17,7 +17,8 @@ from sparsify.callbacks.evaluate_and_export import EvaluateAndExport
 from sparsify.data.module import Split
 from sparsify.evaluation import pattern_text
 from sparsify.manifest import MANIFEST, read_manifest
-from sparsify.masks.file import FILE_NAME, read_masks
+from sparsify.masks.file import read_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.names import block_number, place
 from sparsify.prior import SavedMasks
 from sparsify.record import describe_protocol

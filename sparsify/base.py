@@ -5,7 +5,7 @@ it.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,14 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sparsify.choices import EMBEDDED as EMBEDDED
+from sparsify.choices import Dtype as Dtype
 from sparsify.load_checks import check_loaded, correct_tie
 from sparsify.load_errors import check_plain, load_errors
 from sparsify.model_files import check_model_files
 
-EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _location(name_or_path: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
 
 import sys
-from collections.abc import Sequence
 from typing import Any, cast
 
 import yaml
@@ -14,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from sparsify.checkpoint_files import full_disk
 from sparsify import yaml_text
+from sparsify.commands.table import TRAINER_COMMANDS
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
@@ -23,8 +23,6 @@ from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins
 from sparsify.secrets import holds_redacted, redacted
 from sparsify.short_forms import RUNS, expand
-from sparsify.signals import asked, stoppable
-from sparsify.tools import ABOUT, COMMANDS, run
 from sparsify.trainer import Trainer, leave_process_group
 
 TRAINER_DEFAULTS = {
@@ -49,16 +47,6 @@ import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wa
 which shards weights and masks over the devices.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
 run hold wherever the command line says nothing else."""
-_ABOUT = {
-    "fit": "Learn or compute the masks, then test and export the sparse model.",
-    "validate": "Measure perplexity on the validation text.",
-    "test": "Measure perplexity on the test text.",
-    "export": "Test a checkpoint and write its model as a Hugging Face folder.",
-    "sensitivity": (
-        "Measure on the validation text how much each decoder block loses by its masks. A strategy "
-        "that learns is measured by its starting masks unless --ckpt_path is given."
-    ),
-}
 _HELP = {
     "prog": "sparsify",
     "description": "Learn, evaluate and export N:M sparse masks for Hugging Face language models.",
@@ -70,7 +58,7 @@ _HELP = {
                 "[--config FILE] [options]"
             ),
         }
-        for name, about in _ABOUT.items()
+        for name, about in TRAINER_COMMANDS.items()
     },
 }
 
@@ -139,14 +127,6 @@ class SparsifyCLI(LightningCLI):
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        commands = cast(Any, parser)._subcommands_action._choices_actions
-        for command in commands:
-            command.help = _ABOUT[command.dest]
-        # Listed among the others, though another parser reads them.
-        commands += [type(commands[0])(name, [], about) for name, about in ABOUT.items()]
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
         the other processes of a run with these.
@@ -190,18 +170,15 @@ class SparsifyCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
+def run(words: list[str]) -> None:
+    """Run a command that has a Trainer.
 
-    Exit status 1 if a folder that was verified is not sound; 2 and one message for input that a
-    user can mend; 130 after Ctrl-C, and 143 after SIGTERM or SIGUSR1, unless all was done.
+    Raises:
+        SparsifyError: it cannot be done, or not with these settings.
     """
-    words = sys.argv[1:] if args is None else list(args)
-    with quiet(), stoppable():
+    sys.argv[1:] = words
+    with quiet():
         try:
-            if words and words[0] in COMMANDS:
-                sys.exit(run(words))
-            sys.argv[1:] = words
             SparsifyCLI(
                 SparseCausalLM,
                 TextDataModule,
@@ -215,23 +192,12 @@ def main(args: Sequence[str] | None = None) -> None:
                 parser_class=Parser,
                 parser_kwargs=_HELP,
             )
-        except (SparsifyError, MisconfigurationException) as error:
-            if asked() is not None:
-                raise  # a rank that waited for one that was stopped
-            message = str(error)
-            if isinstance(error, MisconfigurationException):  # Lightning's is of settings too
-                message = "the trainer refuses its settings: " + " ".join(message.split())
-            print(printable(f"error: {message}"), file=sys.stderr)
-            sys.exit(2)
+        except MisconfigurationException as error:  # Lightning's, of settings
+            message = " ".join(str(error).split())
+            raise SparsifyError(f"the trainer refuses its settings: {message}") from error
         except OSError as error:
             if full_disk(error) is None:
                 raise
             where = error.filename or "a file of the run"
-            text = f"error: {error.strerror}: {where} was not written; free space"
-            print(printable(text), file=sys.stderr)
-            sys.exit(2)
+            raise SparsifyError(f"{error.strerror}: {where} was not written; free space") from error
         leave_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -40,7 +40,7 @@ def make_workspace(project: str, entity: str, name: str) -> Any:
     except ImportError as error:
         raise SparsifyError(
             f"sparsify dashboard needs {error.name}, which is not installed; "
-            "pip install 'sparsify[wandb]'"
+            "pip install 'sparsify-llm[wandb]'"
         ) from error
     return ws.Workspace(
         entity=entity,

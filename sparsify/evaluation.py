@@ -12,7 +12,6 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.secrets import redacted
+from sparsify.version import version
 
 RESULT_SCHEMA = "sparsify.result/1"
 OVERALL = "overall"

@@ -21,10 +21,12 @@ from sparsify.distributed.rows import hard_mask, shipped, whole
 from sparsify.distributed.together import rank_zero, together
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import write_json
+from sparsify.file_hashes import file_hashes
 from sparsify.inject import base_parameters, layer_patterns, masked_layers
 from sparsify.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.masked_linear import MaskedConv1D, MaskedLinear
-from sparsify.masks.file import FILE_NAME, write_masks
+from sparsify.masks.file import write_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.module import SparseCausalLM
 from sparsify.read_back import Measured, check_read_back, measured_logits, windows_to_compare
 from sparsify.replace import partial_folder, replace_folder
@@ -119,6 +121,7 @@ def _write(
                     mask_lineage(module),
                 )
             content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
+            content["files"] = file_hashes(partial, but=MANIFEST)
             write_json(partial / MANIFEST, content | dict(record))
             check_read_back(partial, module, type(plain), weights, measured)
             # Whoever serves the model may be another user; some of these were made private.

@@ -14,6 +14,7 @@ import torch
 
 from sparsify.base import Dtype
 from sparsify.errors import SparsifyError
+from sparsify.file_hashes import cut, parse_hashes, short
 from sparsify.pattern import NMPattern
 from sparsify.stored import read_json
 
@@ -23,6 +24,9 @@ MANIFEST_SCHEMA = "sparsify.manifest/1"
 OUT_IN, IN_OUT = "out_in", "in_out"
 
 T = TypeVar("T")
+
+# Rows or columns of a weight; what is larger is damage, and nothing to compute with.
+_MOST = 2**40
 
 # What each kind of ``SparsityStrategy.weights`` does to the base's values that ship.
 _CHANGES = {
@@ -61,6 +65,8 @@ class Manifest:
         problems: what is wrong with the manifest itself.
         layers: the masked layers by qualified name.
         tensors: the hash of each tensor in the files.
+        files: the hash of each file beside the manifest, by its path in the folder; None where the
+            manifest tells none, as those of version 0.1.0.
         stored_as: Parameters that the files hold under another name, or in parts (None).
         dtype: the type of the stored weights.
         base_hash: the hash of the base model's Parameters.
@@ -73,6 +79,7 @@ class Manifest:
     problems: list[str] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] | None = None
     stored_as: dict[str, str | None] = field(default_factory=dict)
     dtype: str = ""
     base_hash: str = ""
@@ -122,7 +129,7 @@ def parse_manifest(content: Any) -> Manifest:
         return found
     if content.get("schema") != MANIFEST_SCHEMA:
         found.problems.append(
-            f"{MANIFEST}: its schema is {content.get('schema')!r}, and this version reads "
+            f"{MANIFEST}: its schema is {short(content.get('schema'))}, and this version reads "
             f"{MANIFEST_SCHEMA!r}; export again"
         )
 
@@ -132,11 +139,14 @@ def parse_manifest(content: Any) -> Manifest:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, kind):
             return value
-        stated = "is missing" if value is None else f"is {value!r}"
+        stated = "is missing" if value is None else f"is {short(value)}"
         found.problems.append(f"{MANIFEST}: {'.'.join(path)} {stated}; it must be a {_NAMES[kind]}")
         return None
 
     found.tensors = _of_strings(read(dict, "tensors") or {}, "tensors", found.problems)
+    if "files" in content:
+        found.files, wrong = parse_hashes(read(dict, "files") or {})
+        found.problems += [f"{MANIFEST}: files of {problem}" for problem in wrong]
     found.stored_as = {
         str(name): None if other is None else str(other)
         for name, other in (read(dict, "stored_as") or {}).items()
@@ -149,7 +159,7 @@ def parse_manifest(content: Any) -> Manifest:
         try:
             found.layers[name] = _layer(found, name, entry)
         except (SparsifyError, KeyError, TypeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            reason = f"no {error}" if isinstance(error, KeyError) else cut(str(error), 200)
             found.problems.append(f"{MANIFEST}: the entry of {name} is damaged ({reason})")
     _check_dense(found, read(dict, "dense") or {})
     run = content.get("run")
@@ -163,7 +173,7 @@ _NAMES: dict[type, str] = {dict: "JSON object", str: "string"}
 
 def _of_strings(entries: dict[str, Any], what: str, problems: list[str]) -> dict[str, str]:
     problems += [
-        f"{MANIFEST}: {what} of {name} is {value!r}; it must be a SHA-256 in hexadecimal"
+        f"{MANIFEST}: {what} of {name} is {short(value)}; it must be a SHA-256 in hexadecimal"
         for name, value in entries.items()
         if not isinstance(value, str)
     ]
@@ -172,7 +182,9 @@ def _of_strings(entries: dict[str, Any], what: str, problems: list[str]) -> dict
 
 def _dtype(name: str | None, problems: list[str]) -> str:
     if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
-        problems.append(f"{MANIFEST}: dtype {name!r} is no type of PyTorch, such as 'bfloat16'")
+        problems.append(
+            f"{MANIFEST}: dtype {short(name)} is no type of PyTorch, such as 'bfloat16'"
+        )
         return ""
     return name or ""
 
@@ -182,7 +194,9 @@ def _base_dtype(name: str | None, problems: list[str]) -> str:
     if name in known:
         return str(name)
     if name is not None:
-        problems.append(f"{MANIFEST}: base.dtype is {name!r}; it must be one of {', '.join(known)}")
+        problems.append(
+            f"{MANIFEST}: base.dtype is {short(name)}; it must be one of {', '.join(known)}"
+        )
     return "float32"
 
 
@@ -191,7 +205,8 @@ def _read_changes(found: Manifest, weights: str | None) -> None:
         return
     if weights not in _CHANGES:
         found.problems.append(
-            f"{MANIFEST}: strategy.weights is {weights!r}; it must be one of {', '.join(_CHANGES)}"
+            f"{MANIFEST}: strategy.weights is {short(weights)}; it must be one of "
+            f"{', '.join(_CHANGES)}"
         )
         return
     found.weights, found.changes = weights, _CHANGES[weights]
@@ -199,10 +214,10 @@ def _read_changes(found: Manifest, weights: str | None) -> None:
 
 def _layer(found: Manifest, name: str, entry: Any) -> Layer:
     rows, columns = entry["shape"]
-    if not all(isinstance(size, int) and size > 0 for size in (rows, columns)):
-        raise ValueError(f"shape {entry['shape']!r} is not [out_features, in_features]")
+    if not all(type(size) is int and 0 < size <= _MOST for size in (rows, columns)):
+        raise ValueError(f"shape {short(entry['shape'])} is not [out_features, in_features]")
     if entry["layout"] not in (OUT_IN, IN_OUT):
-        raise ValueError(f"layout {entry['layout']!r} is neither {OUT_IN!r} nor {IN_OUT!r}")
+        raise ValueError(f"layout {short(entry['layout'])} is neither {OUT_IN!r} nor {IN_OUT!r}")
     pattern = NMPattern.parse(str(entry["pattern"]))
     if columns % pattern.m:
         raise ValueError(f"in_features={columns} is not a multiple of m={pattern.m}")
@@ -237,6 +252,6 @@ def _check_sparsity(found: Manifest, stated: Any) -> None:
     most = zeros / sum(sizes) if sizes else 0.0
     if not isinstance(stated, int | float) or not (0 < stated <= most + 1e-9 or stated == most):
         found.problems.append(
-            f"{MANIFEST}: run.sparsity is {stated!r}; the layers' patterns make {most:.4f} of the "
-            "masked weights zero, and of all of the blocks' weights no more"
+            f"{MANIFEST}: run.sparsity is {short(stated)}; the layers' patterns make {most:.4f} of "
+            "the masked weights zero, and of all of the blocks' weights no more"
         )

@@ -1,4 +1,4 @@
-"""An exported folder as an ONNX graph for TensorRT; needs the packages of ``sparsify[onnx]``.
+"""An exported folder as an ONNX graph for TensorRT; needs the packages of ``sparsify-llm[onnx]``.
 
 TensorRT runs a product on sparse tensor cores if its weight is a constant that keeps at most 2 of
 every 4 values along the axis that is summed over. How a weight comes into the graph is up to the
@@ -97,7 +97,7 @@ def _require_packages() -> None:
     except ImportError as error:
         raise SparsifyError(
             f"an ONNX graph needs a package that is not installed ({error}): "
-            "pip install 'sparsify[onnx]'"
+            "pip install 'sparsify-llm[onnx]'"
         ) from error
 
 

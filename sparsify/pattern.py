@@ -1,15 +1,22 @@
-"""N:M patterns: at most N nonzero weights in every group of M consecutive inputs of a row."""
+"""N:M patterns: at most N nonzero weights in every group of M consecutive inputs of a row.
+
+PyTorch is imported where tensors are made, so that a pattern can be read without waiting for it.
+"""
+
+from __future__ import annotations
 
 import itertools
 import math
 import re
 from dataclasses import dataclass
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sparsify.errors import SparsifyError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_M = 16
 
@@ -36,7 +43,7 @@ class NMPattern:
             )
 
     @classmethod
-    def parse(cls, text: "str | NMPattern") -> "NMPattern":
+    def parse(cls, text: str | NMPattern) -> NMPattern:
         """Read ``'N:M'``.
 
         Raises:
@@ -44,7 +51,7 @@ class NMPattern:
         """
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", str(text))
         if match is None:
             raise SparsifyError(
                 f"pattern {text!r}: expected two integers as 'N:M' "
@@ -83,6 +90,8 @@ class NMPattern:
         Returns:
             bool ``[O, I]`` with exactly ``n`` True in every group.
         """
+        import torch
+
         # Every pair is compared once, and a position is kept if fewer than n beat it: for groups of
         # 16 or less this is several times faster than sorting them.
         scores_OI = scores_OI.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -107,6 +116,8 @@ class NMPattern:
         Raises:
             SparsifyError: a group does not hold exactly ``n`` kept weights.
         """
+        import torch
+
         groups = self.groups(mask_OI.to(torch.bool)).view(torch.uint8)
         dtype = torch.uint8 if self.m <= 8 else torch.int32
         bits = torch.zeros(groups.shape[:-1], dtype=dtype, device=groups.device)
@@ -130,6 +141,8 @@ class NMPattern:
     @property
     def rank_dtype(self) -> torch.dtype:
         """The smallest integer type that holds every rank."""
+        import torch
+
         return torch.uint8 if self.candidates <= 256 else torch.int16
 
     def holds(self, weight_OI: Tensor) -> bool:
@@ -139,6 +152,8 @@ class NMPattern:
 
 @cache
 def _table(n: int, m: int) -> Tensor:
+    import torch
+
     kept = torch.tensor(list(itertools.combinations(range(m), n)))
     return torch.zeros(len(kept), m, dtype=torch.bool).scatter_(1, kept, True)
 
@@ -146,6 +161,8 @@ def _table(n: int, m: int) -> Tensor:
 @cache
 def _rank_of_bits(n: int, m: int) -> Tensor:
     """Rank by the candidate's bits (bit i = position i); -1 for sets of another size."""
+    import torch
+
     ranks = torch.full((2**m,), -1, dtype=torch.int16)
     bits = (_table(n, m).int() << torch.arange(m, dtype=torch.int32)).sum(-1)
     ranks[bits] = torch.arange(len(bits), dtype=torch.int16)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.masker import Masker
-from sparsify.masks.file import SUFFIX, find_file, read_masks
+from sparsify.masks.file import read_masks
+from sparsify.masks.index import SUFFIX, find_file
 from sparsify.pattern import NMPattern
 from sparsify.registry import STRATEGIES, make_strategy, plugins
 from sparsify.strategy import Block, LayerResult, SparsityStrategy

@@ -18,6 +18,10 @@ INDEX = "model.safetensors.index.json"
 class StoredWeights:
     """The tensors of a folder's safetensors files, by name; each is read when it is asked for.
 
+    Args:
+        folder: where the files are.
+        may_lack: take a folder that holds none as a damaged one.
+
     Attributes:
         folder: where the files are.
         damaged: what is wrong with the files themselves, one sentence each.
@@ -28,17 +32,23 @@ class StoredWeights:
         SparsifyError: the path is no folder, or it holds no safetensors files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        present = {path.name for path in _weight_files(folder)}
+    def __init__(self, folder: Path, may_lack: bool = False) -> None:
         self.folder = folder
         self.damaged: list[str] = []
+        try:
+            present = {path.name for path in _weight_files(folder)}
+        except SparsifyError as error:
+            if not may_lack:
+                raise
+            present = set()
+            self.damaged.append(str(error))
         self._file_of: dict[str, Path] = {}
         listed: dict[str, str] = {}
         if (folder / INDEX).is_file():
             listed = self._index()
             files = set(listed.values()) or present
-        elif SINGLE in present:
-            files = {SINGLE}
+        elif SINGLE in present or not present:
+            files = present & {SINGLE}
         else:
             files = present
             self.damaged.append(f"without {INDEX} a loader reads {SINGLE} alone, and there is none")
@@ -93,6 +103,9 @@ class StoredWeights:
             raise SparsifyError(f"{path.name}: {name} is not readable ({error})") from error
 
     def _open(self, path: Path) -> None:
+        if not path.is_file():  # a pipe would be waited for
+            self.damaged.append(f"{path.name}: not a regular file")
+            return
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())

@@ -1,69 +1,71 @@
-"""The commands that need no Trainer: plain functions, whose docstrings are their help."""
+"""Runs the commands that need no Trainer: plain functions, whose docstrings are their help."""
 
-import os
-import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
 
 from sparsify import yaml_text
-from sparsify.commands import masks
-from sparsify.commands.compare import compare, join_runs
-from sparsify.commands.dashboard import dashboard
-from sparsify.commands.evaluate import evaluate
-from sparsify.commands.exports import onnx, verify
-from sparsify.commands.plan import plan
+from sparsify.commands.compare import join_runs
+from sparsify.commands.table import Tool
 from sparsify.errors import SparsifyError
-
-COMMANDS: Any = {
-    "compare": compare,
-    "verify": verify,
-    "eval": evaluate,
-    "plan": plan,
-    "onnx": onnx,
-    "dashboard": dashboard,
-    "mask": {
-        "_help": "Show, compare, convert and pack masks.",
-        "show": masks.show,
-        "import": masks.import_masks,
-        "export": masks.export_masks,
-        "diff": masks.diff,
-        "delta": masks.delta,
-        "join": masks.join,
-    },
-}
-ABOUT = {
-    "compare": "Compare finished runs: which is best at which cost, and how sure that is.",
-    "verify": "Check that an exported folder is what it says.",
-    "eval": "Score an exported folder and its dense model on tasks of lm-evaluation-harness.",
-    "plan": "Predict the memory of a run, and find settings that fit.",
-    "onnx": "Write an exported folder as an ONNX graph for TensorRT.",
-    "dashboard": "Create a Weights & Biases workspace that compares runs.",
-    "mask": "Show, compare, convert and pack masks.",
-}
-
 
 FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run")
 
 
-def run(words: list[str]) -> int:
-    """Run one of the commands: its exit status."""
+def run(name: str, tool: Tool, words: list[str]) -> int:
+    """Run a command.
+
+    Args:
+        name: of the command, such as ``mask show``.
+        tool: where it is.
+        words: what follows its name.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        SparsifyError: what the words say cannot be done.
+    """
     # Nothing is instantiated where any value may stand.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     # Flags as those of fit: what says nothing says true.
-    following = [*words[1:], "--"]
+    following = [*words, "--"][1:]
     words = [
         f"{word}=true" if word in FLAGS and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)
     ]
-    if words[0] == "compare":
-        words = ["compare", *join_runs(words[1:])]
+    if name == "compare":
+        words = join_runs(words)
+    function = find_function(tool)
     try:
-        mode = yaml_text.MODE
-        found = auto_cli(COMMANDS, words, as_positional=True, prog="sparsify", parser_mode=mode)
-        return found or 0
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with _quiet(tool, words):
+            return (
+                auto_cli(
+                    function,
+                    words,
+                    as_positional=True,
+                    prog=f"sparsify {name}",
+                    parser_mode=yaml_text.MODE,
+                )
+                or 0
+            )
     except OSError as error:
         raise SparsifyError(f"{error.filename or 'a file'}: {error.strerror}") from error
+
+
+def _quiet(tool: Tool, words: list[str]) -> AbstractContextManager[None]:
+    if not tool.loads_models or {"-h", "--help"} & {*words}:
+        return nullcontext()
+    from sparsify.quiet import quiet
+
+    return quiet()
+
+
+def find_function(tool: Tool) -> Callable[..., Any]:
+    """The function of a command; only now is its module imported."""
+    module, _, function = tool.function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), function)
+    return found

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.trainer import Trainer
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times

@@ -248,7 +248,7 @@ def test_without_the_package_the_error_names_it(
         raise ImportError("Please install gguf>=0.10 to load a GGUF checkpoint")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
-    with pytest.raises(SparsifyError, match=r"tiny.gguf' needs .*gguf>=0.10.*sparsify\[gguf\]"):
+    with pytest.raises(SparsifyError, match=r"tiny.gguf' needs .*gguf>=0.10.*sparsify-llm\[gguf\]"):
         load_model(str(path))
 
 

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparsify.cli import main
 from sparsify.errors import SparsifyError
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from sparsify.pattern import NMPattern
 from sparsify.short_forms import expand

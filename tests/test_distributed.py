@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsify.cli import main
 from sparsify.export import MANIFEST
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from tests.assets.shard_run import SAVED_AT, STEPS, UNDER, WORDS, case
 from tests.conftest import Cli

@@ -1,5 +1,6 @@
 """The documentation builds, refers to no other host, and says what the code says."""
 
+import contextlib
 import inspect
 import json
 import logging
@@ -16,7 +17,9 @@ import jsonargparse
 import pytest
 
 from sparsify import SparsifyError, tools
-from sparsify.cli import Parser, SparsifyCLI, main
+from sparsify.cli import Parser, SparsifyCLI
+from sparsify.commands.table import TOOLS
+from sparsify.main import main
 from sparsify.registry import STRATEGIES, find_strategy, plugins
 from sparsify.short_forms import expand
 from tests.browser import browser, open_page
@@ -239,6 +242,10 @@ class _Built(Exception):
     pass
 
 
+class _Read(Exception):
+    pass
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The page's strategies as the modules that it names."""
@@ -270,12 +277,17 @@ def parser() -> Parser:
     return found
 
 
+def _read(function: Any, args: list[str], **options: Any) -> None:
+    jsonargparse.auto_parser(function, as_positional=options["as_positional"]).parse_args(args)
+    raise _Read
+
+
 def _parse(words: list[str], parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a command as it would be read to be run."""
-    if words[0] in tools.COMMANDS:
-        built = jsonargparse.auto_parser(tools.COMMANDS, as_positional=True)
-        monkeypatch.setattr(tools, "auto_cli", lambda _, args, **__: built.parse_args(args) and 0)
-        tools.run(words)
+    if words[0] in TOOLS:
+        monkeypatch.setattr(tools, "auto_cli", _read)
+        with contextlib.suppress(_Read):
+            main(words)
         return
     if "--ckpt_path" in words:  # there is no checkpoint to read; any settings do
         at = words.index("--ckpt_path")

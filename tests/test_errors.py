@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.cli import main
 from sparsify.evaluation import write_json
+from sparsify.main import main
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategy import Run
 from tests.conftest import Cli, tiny_llama

@@ -25,7 +25,8 @@ from sparsify.base import hash_parameters
 from sparsify.export import check_target, export
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.manifest import MANIFEST, read_manifest
-from sparsify.masks.file import FILE_NAME, read_masks
+from sparsify.masks.file import read_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.record import sparsity
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude

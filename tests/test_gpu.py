@@ -12,7 +12,7 @@ from sparsify.evaluation import token_losses
 from sparsify.export import export
 from sparsify.inject import inject, select
 from sparsify.masker import Draw
-from sparsify.masks.file import FILE_NAME
+from sparsify.masks.index import FILE_NAME
 from sparsify.module import SparseCausalLM
 from sparsify.registry import make_strategy
 from sparsify.runtime.backends import BACKENDS, Backend

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from tests.conftest import Cli
 

@@ -206,7 +206,7 @@ def test_a_missing_package_is_named(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SparsifyError, match=rf"{package}.*: pip install 'sparsify\[onnx\]'"):
+    with pytest.raises(SparsifyError, match=rf"{package}.*: pip install 'sparsify-llm\[onnx\]'"):
         export_onnx(tmp_path, tmp_path / "model.onnx")
 
 

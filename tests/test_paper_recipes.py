@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from sparsify.cli import main
+from sparsify.main import main
 from tests.conftest import EOS, SIZES, Cli
 from tests.test_recipes import PAPERS
 

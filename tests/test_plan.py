@@ -12,10 +12,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsify.batch_run import BatchRun
 from sparsify.calibration import Calibration
-from sparsify.cli import main
 from sparsify.distillation import Distillation
 from sparsify.errors import SparsifyError
 from sparsify.inject import base_parameters, inject, masked_layers, select
+from sparsify.main import main
 from sparsify.masker import Draw
 from sparsify.pattern import NMPattern
 from sparsify.plan import DryRun, Estimate, Plan, PlanSettings, dry_run, estimate, make_plan

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsify.cli import main
 from sparsify.data import Source, TextDataModule
+from sparsify.main import main
 from sparsify.registry import STRATEGIES, plugins
 from tests.conftest import Cli
 

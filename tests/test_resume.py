@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from tests.conftest import Cli
 

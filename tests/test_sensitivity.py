@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsify.cli import main
 from sparsify.evaluation import Score
 from sparsify.inject import masked_layers
+from sparsify.main import main
 from sparsify.sensitivity import kept_dense, measure_sensitivity
 from tests.conftest import SIZES, Cli
 from tests.test_inject import TOKENS, mask_by_magnitude
@@ -158,7 +158,7 @@ def test_without_matplotlib_there_is_a_hint(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     cli(*COMMAND, "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=true")
-    assert "pip install 'sparsify[plot]'" in capsys.readouterr().out
+    assert "pip install 'sparsify-llm[plot]'" in capsys.readouterr().out
     run = cli.runs()[0]
     assert found(run)["blocks"]
     assert not (run / "sensitivity.png").exists()

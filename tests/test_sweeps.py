@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.registry import STRATEGIES, plugins
 
 SWEEPS = sorted((Path(str(files("sparsify.configs"))) / "sweeps").glob("*.yaml"))

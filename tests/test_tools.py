@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify import SparsifyError, runtime
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.masks import read_masks, write_masks
-from sparsify.tools import ABOUT, COMMANDS
 from tests.conftest import Cli
 
 Tool = Callable[..., tuple[int, str]]
@@ -176,14 +175,6 @@ def test_a_graph_is_written(out: Path, tool: Tool) -> None:
     assert Path("m.onnx").is_file()
     assert Path("m.onnx.data").is_file()
     assert tool("onnx", "out", "m.onnx")[0] == 2
-
-
-def test_help_lists_all_commands(tool: Tool) -> None:
-    status, text = tool("--help")
-    assert status == 0
-    assert ABOUT.keys() == COMMANDS.keys()
-    for about in ABOUT.values():
-        assert about.split()[-1] in text
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", '"x"', '{"layers": {"x": {}}}'])

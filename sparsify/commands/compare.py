@@ -3,14 +3,11 @@
 from json import dumps
 from pathlib import Path
 
-from rich.console import Console
-
 from sparsify.commands.output import Format, say, say_json, say_written
-from sparsify.compare import compare as compare_runs
 from sparsify.errors import SparsifyError
 
 
-def compare(
+def compare_runs(
     runs: list[Path],
     html: Path | None = None,
     format: Format = "table",
@@ -27,13 +24,17 @@ def compare(
         format: table or json.
         title: the report's heading.
     """
+    from rich.console import Console
+
+    from sparsify.compare import compare
+
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise SparsifyError(f"--html {html}: a report replaces this file; name one that ends .html")
     if html is not None and html.is_symlink():
         raise SparsifyError(
             f"--html {html}: it is a link, and what it points to would be replaced; name a file"
         )
-    found = compare_runs(runs)
+    found = compare(runs)
     if format == "json":
         say_json(found.to_dict())
     else:
@@ -46,7 +47,7 @@ def compare(
         except ImportError as error:
             raise SparsifyError(
                 f"--html needs a package that is not installed ({error}): "
-                "pip install 'sparsify[plot]'"
+                "pip install 'sparsify-llm[plot]'"
             ) from error
         html.write_text(render(found, title), encoding="utf-8")
         if format != "json":

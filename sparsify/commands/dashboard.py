@@ -1,10 +1,9 @@
 """``sparsify dashboard``."""
 
 from sparsify.commands.output import say, say_json
-from sparsify.dashboard import describe_workspace, make_workspace, save_workspace
 
 
-def dashboard(
+def create_dashboard(
     project: str = "sparsify",
     entity: str | None = None,
     name: str = "Sparse models",
@@ -18,6 +17,8 @@ def dashboard(
         name: the workspace's title.
         dry_run: print what would be sent, without an account or network.
     """
+    from sparsify.dashboard import describe_workspace, make_workspace, save_workspace
+
     workspace = make_workspace(project, entity or "", name)
     if dry_run:
         say_json(describe_workspace(workspace))

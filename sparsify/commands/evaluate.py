@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from sparsify.base import Dtype
+from sparsify.choices import PAPER_TASKS, Device, Dtype
 from sparsify.commands.output import Format, check_free, say, say_json, say_written
-from sparsify.downstream import PAPER_TASKS, Settings, find_export, notes, table
-from sparsify.downstream import evaluate as measure
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import write_json
 
 
 def evaluate(
@@ -20,7 +17,7 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | Literal["auto"] = 8,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     dtype: Dtype = "auto",
     out: Path | None = None,
     format: Format = "table",
@@ -44,6 +41,10 @@ def evaluate(
             FOLDER.downstream.json beside an export elsewhere.
         format: table or json.
     """
+    from sparsify.downstream import Settings, find_export, notes, table
+    from sparsify.downstream import evaluate as measure
+    from sparsify.evaluation import write_json
+
     export = find_export(folder)
     out = _place(export) if out is None else out
     if export.resolve() in out.resolve().parents:

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 from sparsify.commands.output import Format, say, say_json, say_written
-from sparsify.onnx_export import export_onnx
-from sparsify.verify import verify as check_folder
 
 
-def verify(
+def verify_folder(
     folder: Path,
     base: str | None = None,
     pattern: str | None = None,
@@ -24,7 +22,9 @@ def verify(
         device: cuda runs every layer's sparse product too, and times it.
         format: table or json.
     """
-    report = check_folder(folder, base, pattern, device)
+    from sparsify.verify import verify
+
+    report = verify(folder, base, pattern, device)
     if format == "json":
         say_json(report.to_dict())
     else:
@@ -46,6 +46,8 @@ def onnx(
         dtype: of the weights.
         format: table or json: what was found in the graph.
     """
+    from sparsify.onnx_export import export_onnx
+
     report = export_onnx(folder, file, dtype)
     if format == "json":
         say_json(report.describe())

@@ -1,28 +1,19 @@
-"""``sparsify mask``: show, compare, convert and pack masks."""
+"""``sparsify mask``: compare, convert and pack masks."""
 
 from collections.abc import Iterator
-from json import dumps
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 
-from sparsify.base import Dtype, load_skeleton
+from sparsify.base import load_skeleton
+from sparsify.choices import Dtype
 from sparsify.commands.output import Format, check_free, say, say_json, say_written
 from sparsify.errors import SparsifyError
 from sparsify.masks.diff import MaskDiff
 from sparsify.masks.diff import diff as diff_of
 from sparsify.masks.diff_matrix import DiffMatrix, diff_matrix
-from sparsify.masks.file import (
-    SUFFIX,
-    MaskFile,
-    MaskWriter,
-    find_file,
-    open_index,
-    read_masks,
-    write_masks,
-)
+from sparsify.masks.file import MaskFile, MaskWriter, read_masks, write_masks
+from sparsify.masks.index import SUFFIX
 from sparsify.masks.interop import (
     apply_masks,
     check_layers,
@@ -33,38 +24,7 @@ from sparsify.masks.interop import (
     stored_shapes,
     write_npz,
 )
-from sparsify.names import family
 from sparsify.pattern import NMPattern
-
-
-def show(file: Path) -> None:
-    """Say what a mask file, or the one in an exported folder, holds.
-
-    Args:
-        file: the file or folder.
-    """
-    index, path = open_index(file), find_file(file)
-    weights = sum(entry.shape[0] * entry.shape[1] for entry in index.layers.values())
-    bits = 8 * path.stat().st_size / max(weights, 1)
-    say(f"{path}: {len(index.layers)} layers, {bits:.4f} bits a weight")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("layer")
-    for column in ("n", "shape", "pattern", *(["groups changed"] if index.prior else [])):
-        table.add_column(column, justify="right")
-    rows: dict[tuple[str, str, str], list[float]] = {}
-    for name, entry in index.layers.items():
-        key = family(name), "{} x {}".format(*entry.shape), str(entry.pattern)
-        share = 1.0 if entry.changed is None else entry.changed / entry.groups
-        rows.setdefault(key, []).append(share)
-    for (layer, shape, pattern), shares in rows.items():
-        changed = [f"{min(shares):.2%} to {max(shares):.2%}"] if index.prior else []
-        table.add_row(layer, str(len(shares)), shape, pattern, *changed)
-    say(table)
-    say(f"digest   {index.digest}")
-    if index.prior:
-        say(f"changes  {index.prior}")
-    say(f"base     {index.base_hash or 'not known'}")
-    say(f"lineage  {dumps(index.lineage)}")
 
 
 def import_masks(
@@ -203,7 +163,7 @@ def diff(
         except ImportError as error:
             raise SparsifyError(
                 f"--plot needs a package that is not installed ({error}): "
-                "pip install 'sparsify[plot]'"
+                "pip install 'sparsify-llm[plot]'"
             ) from error
         except ValueError as error:
             raise SparsifyError(f"--plot {plot}: {error}") from error

@@ -1,5 +1,9 @@
 """How commands print, and what they refuse to overwrite."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -31,3 +35,13 @@ def say(content: Any) -> None:
     """Print text or a table, without the control characters that files may hold."""
     # Text as it is: paths are not to be wrapped, nor brackets read as markup.
     SafeConsole().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End quietly where whoever reads our output has seen enough, as ``head`` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

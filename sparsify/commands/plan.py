@@ -1,18 +1,19 @@
 """``sparsify plan``."""
 
+import os
+import sys
 from typing import Any
 
-from sparsify.base import EMBEDDED, Dtype
 from sparsify.calibration import Calibration
+from sparsify.choices import EMBEDDED, Device, Dtype, Precision
 from sparsify.commands.output import Format, say, say_json
 from sparsify.distillation import Distillation
 from sparsify.errors import SparsifyError
 from sparsify.plan import PlanSettings, make_plan, to_dict, to_table
-from sparsify.plan.settings import Device, Precision
 from sparsify.registry import STRATEGIES, plugins
 
 
-def plan(
+def plan_run(
     strategy: str | None = None,
     model: str = EMBEDDED,
     pattern: str = "2:4",
@@ -51,6 +52,7 @@ def plan(
         memory: GiB of a device; if the settings do not fit, others are tried.
         format: table or json.
     """
+    sys.path.append(os.getcwd())  # a strategy may lie in a file of the current folder
     if strategy is None:
         names = ", ".join(plugins(STRATEGIES))
         raise SparsifyError(f"sparsify plan needs --strategy NAME; there are {names}")

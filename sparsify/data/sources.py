@@ -238,7 +238,7 @@ def optional(package: str, path: str) -> Any:
     except ModuleNotFoundError as error:
         raise SparsifyError(
             f"{path} needs the package {package.partition('.')[0]}, which is not installed: "
-            "pip install 'sparsify[datasets]'"
+            "pip install 'sparsify-llm[datasets]'"
         ) from error
 
 

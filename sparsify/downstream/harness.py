@@ -82,7 +82,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     except ImportError as error:
         raise SparsifyError(
             f"sparsify eval needs a package that is not installed ({error}): "
-            "pip install 'sparsify[eval]'"
+            "pip install 'sparsify-llm[eval]'"
         ) from error
     if include_path is None:
         return TaskManager()

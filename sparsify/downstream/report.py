@@ -5,7 +5,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from rich.table import Table
 from sparsify.downstream.compare import Estimate, Metric, difference, mean
 from sparsify.downstream.harness import TaskScores
 from sparsify.manifest import MANIFEST
-from sparsify.masks.file import FILE_NAME, open_index
+from sparsify.masks.index import FILE_NAME, open_index
+from sparsify.version import version
 
 DOWNSTREAM_SCHEMA = "sparsify.downstream/1"
 PACKAGES = ("sparsify", "lm_eval", "transformers", "torch", "datasets")

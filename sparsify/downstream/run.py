@@ -9,23 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from transformers import PreTrainedModel
 
-from sparsify.base import EMBEDDED, Dtype, load_model, load_tokenizer
+from sparsify.base import load_model, load_tokenizer
+from sparsify.choices import EMBEDDED, PAPER_TASKS, Dtype
 from sparsify.downstream.harness import BatchSize, Model, TaskScores, find_tasks
 from sparsify.downstream.report import make_report
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
 from sparsify.verify.base_check import wrong_base
 
-# Fang et al. 2024 (arXiv 2409.17481), table 1: accuracy without examples in context.
-PAPER_TASKS = (
-    "hellaswag",
-    "race",
-    "piqa",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-)
 NO_BASE = "none"
 
 Scores = dict[str, TaskScores]

@@ -12,32 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WORD_BITS = 62  # words are computed in int64
+from sparsify.masks.sizes import bitmap_bytes, code_bytes, low_width, positions_bytes, word_size
+
 WORDS_A_BLOCK = 8  # a block of so many words is a whole number of bytes
 TABLE_SIZE = 2**16
-
-
-@cache
-def word_size(base: int) -> tuple[int, int]:
-    """(bits, digits) of a word: 8 to 62 bits, the fewest bits a digit, and the shortest of equals.
-
-    Args:
-        base: 2 to 2**62.
-    """
-    sizes = []
-    for digits in range(1, WORD_BITS + 1):
-        bits = max(8, (base**digits - 1).bit_length())
-        if bits <= WORD_BITS:
-            sizes.append((bits, digits))
-    return min(sizes, key=lambda size: (size[0] / size[1], size[0]))
-
-
-def code_bytes(count: int, base: int) -> int:
-    """How many bytes :func:`encode` makes of so many digits."""
-    if base == 1:
-        return 0
-    bits, digits = word_size(base)
-    return -(-(-(-count // digits) * bits) // 8)
 
 
 def encode(digits: Tensor, base: int) -> Tensor:
@@ -89,14 +67,6 @@ def digit_dtype(base: int) -> torch.dtype:
     return torch.int16 if base <= 2**15 else torch.int64
 
 
-def positions_bytes(count: int, universe: int) -> int:
-    """How many bytes :func:`encode_positions` makes of so many positions."""
-    if count == 0:
-        return 0
-    low_bits = _low_bits(count, universe)
-    return code_bytes(count, 2**low_bits) + _bitmap_bytes(count, universe)
-
-
 def encode_positions(positions: Tensor, universe: int) -> Tensor:
     """Pack increasing integers below ``universe`` as an Elias-Fano code: uint8.
 
@@ -107,8 +77,8 @@ def encode_positions(positions: Tensor, universe: int) -> Tensor:
     count = len(positions)
     if count == 0:
         return torch.empty(0, dtype=torch.uint8)
-    low_bits = _low_bits(count, universe)
-    bitmap = torch.zeros(8 * _bitmap_bytes(count, universe), dtype=torch.uint8)
+    low_bits = low_width(count, universe)
+    bitmap = torch.zeros(8 * bitmap_bytes(count, universe), dtype=torch.uint8)
     bitmap[(positions >> low_bits) + torch.arange(count)] = 1
     weights = 2 ** torch.arange(8, dtype=torch.uint8)
     packed = (bitmap.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
@@ -125,7 +95,7 @@ def decode_positions(code: Tensor, count: int, universe: int) -> Tensor:
         raise ValueError(f"{len(code)} bytes for {count} positions of {universe}")
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
-    low_bits = _low_bits(count, universe)
+    low_bits = low_width(count, universe)
     split = code_bytes(count, 2**low_bits)
     low = decode(code[:split], count, 2**low_bits).long()
     bits = (code[split:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
@@ -136,14 +106,6 @@ def decode_positions(code: Tensor, count: int, universe: int) -> Tensor:
     if positions[-1] >= universe or (positions.diff() <= 0).any():
         raise ValueError("positions that do not increase, or lie beyond the end")
     return positions
-
-
-def _low_bits(count: int, universe: int) -> int:
-    return (universe // count).bit_length() - 1
-
-
-def _bitmap_bytes(count: int, universe: int) -> int:
-    return -(-(count + (universe >> _low_bits(count, universe)) + 1) // 8)
 
 
 @cache

@@ -3,19 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsify.masks.codes import (
-    code_bytes,
-    decode,
-    decode_positions,
-    encode,
-    encode_positions,
-    positions_bytes,
-)
-
-
-def delta_bytes(changed: int, groups: int, candidates: int) -> int:
-    """How many bytes :func:`encode_delta` makes."""
-    return positions_bytes(changed, groups) + code_bytes(changed, candidates - 1)
+from sparsify.masks.codes import decode, decode_positions, encode, encode_positions
+from sparsify.masks.sizes import positions_bytes
 
 
 def encode_delta(former: Tensor, ranks: Tensor, candidates: int) -> tuple[int, Tensor]:

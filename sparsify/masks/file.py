@@ -21,12 +21,9 @@ from torch import Tensor
 from sparsify.errors import SparsifyError
 from sparsify.masks.codes import decode, encode
 from sparsify.masks.delta import decode_delta, encode_delta
-from sparsify.masks.index import MAGIC, Index, LayerEntry, read_index
+from sparsify.masks.index import MAGIC, Index, LayerEntry, find_file, open_index, unreadable
 from sparsify.pattern import NMPattern
 from sparsify.replace import whole_file
-
-SUFFIX = ".nmask"
-FILE_NAME = f"masks{SUFFIX}"
 
 
 class MaskFile(Mapping[str, Tensor]):
@@ -69,6 +66,9 @@ class MaskFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.index.layers[name]
         return entry.pattern.unrank(self.ranks(name).view(entry.shape[0], -1))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.layers  # Mapping's own would decode the mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.index.layers)
@@ -119,7 +119,7 @@ class MaskFile(Mapping[str, Tensor]):
             )
         for name, entry in self.index.layers.items():
             if entry.changed is not None and not entry.same_layer(prior.index.layers.get(name)):
-                raise _unreadable(self.path, f"{name} changes a layer that its prior lacks")
+                raise unreadable(self.path, f"{name} changes a layer that its prior lacks")
         return prior
 
 
@@ -210,30 +210,6 @@ def write_masks(
 def read_masks(path: Path, prior: MaskFile | None = None) -> MaskFile:
     """Open a mask file, or the one in an exported folder; arguments as of :class:`MaskFile`."""
     return MaskFile(path, prior)
-
-
-def open_index(path: Path) -> Index:
-    """What a mask file, or the one in an exported folder, says of itself; of a delta file too.
-
-    Raises:
-        SparsifyError: it is missing, no mask file, of another version, or damaged.
-    """
-    path = find_file(path)
-    try:
-        return read_index(path)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-
-
-def find_file(path: Path) -> Path:
-    """The mask file itself, where an exported folder is named."""
-    return path / FILE_NAME if path.is_dir() else path
-
-
-def _unreadable(path: Path, reason: object) -> SparsifyError:
-    return SparsifyError(
-        f"{path}: not a readable mask file ({reason}); `sparsify export` writes {FILE_NAME}"
-    )
 
 
 def _hash_code(code: Tensor) -> str:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.masks.codes import code_bytes
-from sparsify.masks.delta import delta_bytes
+from sparsify.errors import SparsifyError
+from sparsify.masks.sizes import code_bytes, delta_bytes
 from sparsify.pattern import NMPattern
 
+SUFFIX = ".nmask"
+FILE_NAME = f"masks{SUFFIX}"
 VERSION = 2
 _NAME = b"nmask\x00"
 MAGIC = _NAME + VERSION.to_bytes(2, "big")
@@ -125,6 +127,31 @@ class Index:
         index = json.dumps(content, separators=(",", ":")).encode()
         length = len(index).to_bytes(8, "little")
         return index + hashlib.sha256(index).digest() + length + MAGIC
+
+
+def open_index(path: Path) -> Index:
+    """What a mask file, or the one in an exported folder, says of itself; of a delta file too.
+
+    Raises:
+        SparsifyError: it is missing, no mask file, of another version, or damaged.
+    """
+    path = find_file(path)
+    try:
+        return read_index(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise unreadable(path, error) from error
+
+
+def find_file(path: Path) -> Path:
+    """The mask file itself, where an exported folder is named."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def unreadable(path: Path, reason: object) -> SparsifyError:
+    """The error of a file that is no mask file, or no whole one."""
+    return SparsifyError(
+        f"{path}: not a readable mask file ({reason}); `sparsify export` writes {FILE_NAME}"
+    )
 
 
 def read_index(path: Path) -> Index:

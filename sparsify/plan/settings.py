@@ -1,15 +1,12 @@
 """What a run is planned for."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from sparsify.base import EMBEDDED, Dtype
 from sparsify.calibration import Calibration
+from sparsify.choices import EMBEDDED, Device, Dtype, Precision
 from sparsify.distillation import Distillation
 from sparsify.errors import SparsifyError
-
-Precision = Literal["32-true", "bf16-mixed"]
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)

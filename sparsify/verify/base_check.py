@@ -69,6 +69,10 @@ class BaseCheck:
             if name not in self._values
         ]
 
+    def knows(self, tensor: str) -> bool:
+        """Whether the base has a Parameter for a tensor of this name in the files."""
+        return tensor in self._values
+
     def compare(
         self, tensor: str, values: Tensor, kept: Tensor | None = None, sparse: bool = False
     ) -> str | None:

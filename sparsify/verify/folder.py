@@ -3,17 +3,21 @@
 Every tensor is read once, checked by itself, and forgotten.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, Manifest, parse_manifest
-from sparsify.masks.file import FILE_NAME, MaskFile, read_masks
+from sparsify.masks.file import MaskFile, read_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.pattern import NMPattern
 from sparsify.runtime.device_check import cuda_check
 from sparsify.stored import StoredWeights, read_json
 from sparsify.verify.base_check import BaseCheck
 from sparsify.verify.blocks import matrices_of_blocks
-from sparsify.verify.report import Report
+from sparsify.verify.files import check_files
+from sparsify.verify.report import BaseReport, Report, unchecked
 from sparsify.verify.tensor_check import TensorCheck
 from sparsify.verify.text_files import check_text_files
 
@@ -42,31 +46,51 @@ def verify(
     folder = Path(folder)
     asked = None if pattern is None else NMPattern.parse(pattern)
     check = None if device == "cpu" else cuda_check(device)
-    weights = StoredWeights(folder)
+    # Where a manifest says what should be there, what is not is a problem among others.
+    weights = StoredWeights(folder, may_lack=(folder / MANIFEST).exists())
     report = Report(
         str(folder), list(weights.damaged), device=None if check is None else check.report
     )
     manifest = _manifest(folder, asked, report)
-    # Somebody else's weights may well come without a tokenizer.
-    (report.problems if manifest else report.notes).extend(check_text_files(folder))
-    (report.problems if manifest else report.notes).extend(
+    known = manifest or Manifest()
+    # Somebody else's weights may well come without a tokenizer, or with others beside them.
+    found = report.problems if manifest else report.notes
+    with _goes_on(report, "configuration and tokenizer"):
+        found += check_text_files(folder, known.files or ())
+    found += [
         f"{name} is none of the files that a loader reads; some servers read every such file: "
         "remove it"
         for name in weights.others
-    )
-    known = manifest or Manifest()
+    ]
+    with _goes_on(report, "the folder's files"):
+        wrong, notes = check_files(folder, known.files)
+        found += wrong
+        report.notes += notes
     layers = known.layers
     if asked is not None and not layers:
-        layers = matrices_of_blocks(folder, weights, asked)
+        with _goes_on(report, "the decoder blocks"):
+            layers = matrices_of_blocks(folder, weights, asked)
     base_check = None if base is None else BaseCheck(base, manifest, weights)
     if base_check is not None:
+        report.base = BaseReport(str(base))
         report.problems += base_check.problems
         report.notes += base_check.notes
-    verifier = TensorCheck(known, asked, _masks(folder, known, report), base_check, check)
-    verifier.run(weights, layers, report)
+    masks = None
+    with _goes_on(report, FILE_NAME):
+        masks = _masks(folder, known, report)
+    TensorCheck(known, asked, masks, base_check, check).run(weights, layers, report)
     if not known.layers and asked is not None and not any(row.pattern for row in report.layers):
         report.problems.append(f"no matrix of the decoder blocks holds {asked}")
     return report
+
+
+@contextmanager
+def _goes_on(report: Report, what: str) -> Iterator[None]:
+    """Report whatever fails in one check as a problem, so that the next one is made."""
+    try:
+        yield
+    except Exception as error:
+        report.problems.append(unchecked(what, error))
 
 
 def _manifest(folder: Path, asked: NMPattern | None, report: Report) -> Manifest | None:
@@ -79,11 +103,22 @@ def _manifest(folder: Path, asked: NMPattern | None, report: Report) -> Manifest
         report.notes.append(f"there is no {MANIFEST}: only the pattern and the files are checked")
         return None
     try:
-        manifest = parse_manifest(read_json(folder / MANIFEST))
+        content = read_json(folder / MANIFEST)
     except SparsifyError as error:
         report.problems.append(str(error))
         return Manifest()
+    manifest = parse_manifest(content)
     report.problems += manifest.problems
+    stated = content if isinstance(content, dict) else {}
+    if claims := [name for name in ("run", "protocol", "scores") if name in stated]:
+        report.notes.append(
+            f"{MANIFEST}: {', '.join(claims)} are its writer's claims, and are not checked"
+        )
+    if manifest.files is None:
+        report.notes.append(
+            f"{MANIFEST} lists no files, as those of older exports: configuration and tokenizer "
+            "may have changed since; export again to have them checked"
+        )
     if manifest.changes != "nothing":
         report.notes.append(
             f"changed by the strategy ({manifest.weights}): {manifest.changes}; these are compared "
@@ -96,11 +131,7 @@ def _masks(folder: Path, manifest: Manifest, report: Report) -> MaskFile | None:
     """The stored masks, None where there are none to compare with."""
     if not manifest.layers and not (manifest.tensors and (folder / FILE_NAME).exists()):
         return None
-    try:
-        masks = read_masks(folder)
-    except SparsifyError as error:
-        report.problems.append(str(error))
-        return None
+    masks = read_masks(folder)
     if manifest.base_hash and masks.base_hash != manifest.base_hash:
         report.problems.append(
             f"{FILE_NAME} is for base {masks.base_hash[:12]}, and {MANIFEST} says "

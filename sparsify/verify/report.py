@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.errors import SparsifyError
 from sparsify.names import family
 from sparsify.runtime.device_check import DeviceReport, Product
 
@@ -48,6 +49,37 @@ class LayerReport:
 
 
 @dataclass
+class BaseReport:
+    """What was compared with the dense model.
+
+    Attributes:
+        base: as it was named.
+        kept: layers whose kept weights were compared.
+        whole: other tensors, compared in every value.
+        left: what was not compared, by the reason.
+    """
+
+    base: str
+    kept: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    left: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        done = [
+            f"{what} of {len(names)} {unit}"
+            for what, names, unit in (
+                ("kept weights", self.kept, "layers"),
+                ("all values", self.whole, "other tensors"),
+            )
+            if names
+        ]
+        text = f"compared with {self.base}: {' and '.join(done) or 'nothing'}"
+        for reason, names in self.left.items():
+            text += f"; NOT compared: {len(names)} tensors ({reason})"
+        return text
+
+
+@dataclass
 class Report:
     """What was found in a folder.
 
@@ -56,6 +88,7 @@ class Report:
         problems: those of no single layer: files, manifest, dense tensors.
         notes: the same.
         layers: the layers in the order of the manifest, or of the files.
+        base: what was compared with the dense model, if one was given.
         device: products and times on an accelerator, if it was asked for them.
     """
 
@@ -63,6 +96,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
+    base: BaseReport | None = None
     device: DeviceReport | None = None
 
     @property
@@ -76,12 +110,15 @@ class Report:
         return len(self.problems) + sum(len(layer.problems) for layer in self.layers)
 
     def summary(self) -> str:
-        """One line that begins with ``ok`` or the number of problems."""
+        """One line that begins with ``ok`` or the number of problems, and ends with what was
+        compared with a base model, where one was given.
+        """
         verdict = "ok" if self.ok else f"{self.count} problem{'s' * (self.count > 1)}"
         sparse = [layer for layer in self.layers if layer.pattern]
         patterns = sorted({str(layer.pattern) for layer in sparse})
         of = f" of {', '.join(patterns)}" if patterns else ""
-        return f"{verdict}: {self.folder}, {len(sparse)} sparse layers{of}"
+        against = "" if self.base is None else f"; {self.base}"
+        return f"{verdict}: {self.folder}, {len(sparse)} sparse layers{of}{against}"
 
     def table(self) -> RenderableType:
         """The summary, every problem, the layers by family, and the notes, for the console."""
@@ -142,6 +179,14 @@ class Report:
                 "backends": first.backend_text if first.pattern else "",
                 "problems": str(sum(len(layer.problems) for layer in group) or ""),
             }
+
+
+def unchecked(what: str, error: Exception) -> str:
+    """The problem that a check could not be made to its end, so that the others go on."""
+    if isinstance(error, SparsifyError):
+        return str(error)
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{what}: not checked to the end ({type(error).__name__}: {reason})"
 
 
 def _range(shares: list[float]) -> str:

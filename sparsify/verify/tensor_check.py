@@ -3,7 +3,8 @@
 Shapes: O out, I in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from sparsify.base import hash_tensor
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST, Layer, Manifest
-from sparsify.masks.file import FILE_NAME
+from sparsify.masks.index import FILE_NAME
 from sparsify.pattern import NMPattern
 from sparsify.runtime.backends import TWO_FOUR, eligible
 from sparsify.runtime.device_check import DeviceCheck
@@ -25,7 +26,7 @@ from sparsify.verify.layer_check import (
     not_finite,
     plainly_dense,
 )
-from sparsify.verify.report import LayerReport, Report
+from sparsify.verify.report import BaseReport, LayerReport, Report, unchecked
 
 
 class TensorCheck:
@@ -49,9 +50,11 @@ class TensorCheck:
     ) -> None:
         self._manifest, self._asked, self._masks = manifest, asked, masks
         self._base, self._device = base, device
+        self._against: BaseReport | None = None
 
     def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
         """Check every tensor, whatever the others were like."""
+        self._against = report.base
         rows = {
             name: LayerReport(name, layer.shape, str(layer.pattern))
             for name, layer in layers.items()
@@ -67,18 +70,26 @@ class TensorCheck:
             if tensor not in weights and tensor not in owners:
                 report.problems.append(f"{tensor} is in no readable file, and {MANIFEST} lists it")
         for tensor in weights:
+            mine = [(rows[name], layers[name]) for name in owners.get(tensor, [])]
             try:
-                values = weights.get(tensor)
-            except SparsifyError as error:
-                report.problems.append(str(error))
-                continue
-            found = self._check_stored(tensor, values)
-            for name in owners.get(tensor, []):
-                rows[name].problems += found
-                self._check_layer(rows[name], layers[name], values)
-            if tensor not in owners:
-                found += self._check_dense(tensor, values)
-                report.problems += [f"{tensor}: {problem}" for problem in found]
+                self._check_tensor(tensor, weights.get(tensor), mine, report)
+            except Exception as error:  # of a type or a size that nobody foresaw
+                report.problems.append(unchecked(tensor, error))
+
+    def _check_tensor(
+        self,
+        tensor: str,
+        values: Tensor,
+        owners: Sequence[tuple[LayerReport, Layer]],
+        report: Report,
+    ) -> None:
+        found = self._check_stored(tensor, values)
+        for row, layer in owners:
+            row.problems += found
+            self._check_layer(row, layer, values)
+        if not owners:
+            found += self._check_dense(tensor, values)
+            report.problems += [f"{tensor}: {problem}" for problem in found]
 
     def _check_stored(self, tensor: str, values: Tensor) -> list[str]:
         problems = [problem] if (problem := not_finite(values)) else []
@@ -91,10 +102,30 @@ class TensorCheck:
         return problems
 
     def _check_dense(self, tensor: str, values: Tensor) -> list[str]:
-        if self._base is None or self._manifest.changes == "all weights":
+        if not self._compares(tensor, self._manifest.changes == "all weights", layer=None):
             return []
-        problem = self._base.compare(tensor, values)
+        problem = cast(BaseCheck, self._base).compare(tensor, values)
         return [problem] if problem else []
+
+    def _compares(self, tensor: str, changed: bool, layer: str | None) -> bool:
+        """Whether a tensor is to be compared with the base's, for the report.
+
+        Args:
+            tensor: its name in the files.
+            changed: whether the manifest says that the strategy changed what would be compared.
+            layer: the layer whose kept weights would be; None for all values of the tensor.
+        """
+        if self._base is None or self._against is None:
+            return False
+        if changed:
+            reason = f"{MANIFEST} says that the strategy changed them: {self._manifest.weights}"
+        elif not self._base.knows(tensor):
+            reason = "the base has no Parameter of their name"
+        else:
+            (self._against.whole if layer is None else self._against.kept).append(layer or tensor)
+            return True
+        self._against.left.setdefault(reason, []).append(tensor)
+        return False
 
     def _check_layer(self, row: LayerReport, layer: Layer, values: Tensor) -> None:
         weight_OI = values.T if layer.transposed and values.ndim == 2 else values
@@ -113,9 +144,10 @@ class TensorCheck:
         self._check_dtype(row, values.dtype)
         mask_OI = self._mask(row, layer)
         self._check_rules(row, layer, weight_OI, mask_OI)
-        if self._base is not None and self._manifest.changes == "nothing":
+        if self._compares(str(layer.tensor), self._manifest.changes != "nothing", row.name):
             kept = None if mask_OI is None else mask_OI.T if layer.transposed else mask_OI
-            problem = self._base.compare(str(layer.tensor), values, kept, sparse=True)
+            base = cast(BaseCheck, self._base)
+            problem = base.compare(str(layer.tensor), values, kept, sparse=True)
             row.problems += [problem] if problem else []
         self._check_backends(row, layer, weight_OI)
 

@@ -27,7 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 from sparsify import SparseCausalLM, replace
 from sparsify.export import export
 from sparsify.manifest import MANIFEST
-from sparsify.masks.file import FILE_NAME, MaskWriter
+from sparsify.masks.file import MaskWriter
+from sparsify.masks.index import FILE_NAME
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.test_export import masked_module
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import sparsify.export
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.module import SparseCausalLM
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.checkpoint_files import DiskFull, WholeFileIO
-from sparsify.cli import main
 from sparsify.errors import SparsifyError
+from sparsify.main import main
 from sparsify.newest_checkpoint import newest_whole
 from tests.callbacks.fake_trainer import FakeTrainer, saved_step
 from tests.conftest import Cli

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 
 from sparsify import signals
 from sparsify.calibration import Layerwise
-from sparsify.cli import main
+from sparsify.main import main
 from sparsify.masks.file import read_masks
 from sparsify.module import SparseCausalLM
 from sparsify.registry import CALLBACK_ORDER, CALLBACKS, plugins

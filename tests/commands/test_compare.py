@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.cli import main
 from sparsify.commands.compare import join_runs
+from sparsify.main import main
 from tests.compare.made import MAGNITUDE, MASKLLM, PROTOCOL, result, write
 
 Tool = Callable[..., tuple[int, str]]
@@ -126,7 +126,7 @@ def test_a_report_is_written_and_replaced(tool: Tool) -> None:
         (("a", "--html", "a/version_0/result.json"), "name one that ends .html"),
         (("a", "--html", "no/r.html"), "no/r.html: No such file or directory"),
         (("gone",), "gone does not exist"),
-        ((), "compare.runs"),
+        ((), "arguments are required: runs"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], message: str, tool: Tool) -> None:
@@ -151,7 +151,7 @@ def test_without_matplotlib_the_extra_is_named(tool: Tool, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, text = tool("a", "--html=r.html")
     assert status == 2
-    assert "pip install 'sparsify[plot]'" in text
+    assert "pip install 'sparsify-llm[plot]'" in text
     assert tool("a")[0] == 0
 
 

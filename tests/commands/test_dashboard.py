@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from sparsify.cli import main
+from sparsify.main import main
 
 # wandb-workspaces 0.4 on Pydantic 2.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
@@ -146,4 +146,4 @@ def test_without_the_package_the_message_names_the_extra(
     monkeypatch.delitem(sys.modules, "wandb_workspaces.workspaces", raising=False)
     status, _, err = run(capsys, "--dry_run")
     assert status == 2
-    assert err.endswith("which is not installed; pip install 'sparsify[wandb]'\n")
+    assert err.endswith("which is not installed; pip install 'sparsify-llm[wandb]'\n")

@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ import lm_eval.tasks
 import pytest
 from transformers import LlamaForCausalLM
 
-from sparsify.cli import main
 from sparsify.commands.evaluate import evaluate
 from sparsify.downstream import run
 from sparsify.downstream.quiet import quiet_harness
+from sparsify.main import main
 from sparsify.masks import read_masks
 from sparsify.verify import verify
+from sparsify.version import version
 from tests.conftest import Cli
 from tests.downstream.tasks import QUESTIONS, write_tasks
 
@@ -380,7 +380,7 @@ def test_a_missing_harness_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     status, _, error = eval_(*words, "--tasks=choose")
-    assert (status, "pip install 'sparsify[eval]'" in error) == (2, True)
+    assert (status, "pip install 'sparsify-llm[eval]'" in error) == (2, True)
 
 
 def test_a_task_that_the_harness_refuses_is_a_message(words: list[str], eval_: Eval) -> None:

@@ -73,7 +73,7 @@ def test_errors_list_what_there_is(hub: str, streaming: bool) -> None:
 
 def test_missing_package(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    rule = r"needs the package datasets, .* pip install 'sparsify\[datasets\]'"
+    rule = r"needs the package datasets, .* pip install 'sparsify-llm\[datasets\]'"
     with pytest.raises(SparsifyError, match=rule):
         read(hub, config="en")
 

@@ -66,6 +66,8 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SparsifyError, match=r"is not a known kind of text; .* in \.parquet"):
         read(tmp_path / "c.csv")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    rule = r"needs the package pyarrow, which is not installed: pip install 'sparsify\[datasets\]'"
+    rule = (
+        r"needs the package pyarrow, which is not installed: pip install 'sparsify-llm\[datasets\]'"
+    )
     with pytest.raises(SparsifyError, match=rule):
         read(path, text_key="body")

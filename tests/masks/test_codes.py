@@ -18,7 +18,8 @@ from sparsify.masks.codes import (
     positions_bytes,
     word_size,
 )
-from sparsify.masks.delta import decode_delta, delta_bytes, encode_delta
+from sparsify.masks.delta import decode_delta, encode_delta
+from sparsify.masks.sizes import delta_bytes
 
 #: candidates of patterns up to 8:16, and other numbers
 BASES = [1, 2, 3, 4, 5, 6, 16, 28, 70, 252, 256, 257, 286, 12870, 2**15 + 1, 2**31]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify import NMPattern, SparsifyError
-from sparsify.masks.file import FILE_NAME, MaskFile, read_masks, write_masks
-from sparsify.masks.index import MAGIC
+from sparsify.masks.file import MaskFile, read_masks, write_masks
+from sparsify.masks.index import FILE_NAME, MAGIC
 from tests.masks.damage import reindexed
 
 TWO_FOUR = NMPattern(2, 4)

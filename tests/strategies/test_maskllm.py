@@ -21,7 +21,8 @@ from sparsify.batch_run import BatchRun
 from sparsify.calibration import Calibration
 from sparsify.export import export
 from sparsify.inject import base_parameters, hard_masks, masked_layers
-from sparsify.masks.file import FILE_NAME, write_masks
+from sparsify.masks.file import write_masks
+from sparsify.masks.index import FILE_NAME
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT

@@ -1,0 +1,72 @@
+"""The hashes of a folder's files: made when it is written, and read as somebody left them."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+_PIECE = 2**20
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SHOWN = 80
+
+
+def file_hashes(folder: Path, but: str) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path from there, sorted.
+
+    Args:
+        folder: the folder.
+        but: the path of the file that will hold the hashes.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {
+        name: hash_file(path)
+        for name, path in sorted(paths.items())
+        if path.is_file() and name != but
+    }
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, which is read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def parse_hashes(entries: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Understand what :func:`file_hashes` may have made.
+
+    Returns:
+        The hashes of paths that stay in the folder, and what is wrong with the others.
+    """
+    files, problems = {}, []
+    for name, value in entries.items():
+        if not _stays(name):
+            problems.append(f"{short(name)} is no path of a file within the folder")
+        elif not isinstance(value, str) or not _SHA256.fullmatch(value):
+            problems.append(f"{short(name)} is {short(value)}; it must be a SHA-256 in hexadecimal")
+        else:
+            files[name] = value
+    return files, problems
+
+
+def _stays(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = str(path) == name and name.isprintable()
+    return plain and not path.is_absolute() and not {".", ".."} & {*path.parts, name}
+
+
+def short(value: Any) -> str:
+    """A value that somebody else wrote, as far as a message can show it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of thousands of digits"
+    return cut(text, _SHOWN)
+
+
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer."""
+    return text if len(text) <= length else f"{text[:length]}..."
