@@ -32,9 +32,9 @@ from kept_runs import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import SparsifyError
-from sparsify.main import main as sparsify
 from sparsify.compare import compare
 from sparsify.compare.loading import load_runs
+from sparsify.main import main as sparsify
 from sparsify.masks.file import read_masks
 from sparsify.verify import verify
 

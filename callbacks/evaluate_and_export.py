@@ -19,12 +19,12 @@ from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
 from sparsify.callbacks.throughput import Throughput, cost
 from sparsify.checkpoint_files import DiskFull, full_disk
-from sparsify.distributed.together import together
 from sparsify.devices import cpu_name, device_name
+from sparsify.distributed.together import together
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
-from sparsify.printable import SafeConsole
 from sparsify.export import export
+from sparsify.printable import SafeConsole
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder

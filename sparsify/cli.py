@@ -1,7 +1,7 @@
 """The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -11,13 +11,12 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from sparsify.checkpoint_files import full_disk
 from sparsify import yaml_text
+from sparsify.checkpoint_files import full_disk
 from sparsify.commands.table import TRAINER_COMMANDS
 from sparsify.data import TextDataModule
 from sparsify.errors import SparsifyError
 from sparsify.module import ADAMW, SparseCausalLM
-from sparsify.printable import printable
 from sparsify.progress import Progress
 from sparsify.quiet import quiet
 from sparsify.registry import CALLBACKS, STRATEGIES, plugins

@@ -193,6 +193,8 @@ def test_other_trainers_keep_lightnings_ddp() -> None:
         assert type(Own(strategy=name, **settings).strategy) is DDP
     assert StrategyRegistry["ddp"]["strategy"] is DDPStrategy
     assert type(Trainer(strategy="ddp", **settings).strategy) is DDPStrategy
+
+
 def test_a_class_or_a_name_in_place_of_an_object_is_refused(model, tokenizer, text: Path) -> None:
     data = text / "train.txt"
     for strategy, given, words, message in (

@@ -22,7 +22,7 @@ from transformers import (
 
 from sparsify import NMPattern, SparseCausalLM, SparsifyError
 from sparsify.base import hash_parameters
-from sparsify.export import check_target, export
+from sparsify.export import export
 from sparsify.inject import hard_masks, masked_layers
 from sparsify.manifest import MANIFEST, read_manifest
 from sparsify.masks.file import read_masks
