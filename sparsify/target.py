@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.manifest import MANIFEST
-from sparsify.masks.file import FILE_NAME
+from sparsify.masks.index import FILE_NAME
 
 # What exports wrote whose manifest does not list its files.
 _KNOWN = {

@@ -23,9 +23,10 @@ from rich.text import Text
 
 from sparsify.base import load_model, load_skeleton, load_tokenizer
 from sparsify.checkpoint_settings import settings_of
-from sparsify.cli import Parser, SparsifyCLI, main
+from sparsify.cli import Parser, SparsifyCLI
 from sparsify.commands.output import say
 from sparsify.errors import SparsifyError
+from sparsify.main import main
 from sparsify.manifest import MANIFEST
 from sparsify.module import SparseCausalLM
 from sparsify.printable import is_printable, printable
