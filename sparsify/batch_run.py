@@ -85,8 +85,9 @@ def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
         # Transformers checkpoints a block only in training mode.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-            recompute = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = _without_dropout(module, recompute)
+            block: Any = module
+            recompute = block._gradient_checkpointing_func
+            block._gradient_checkpointing_func = _without_dropout(module, recompute)
 
 
 def _without_dropout(module: nn.Module, recompute: Callable[..., Any]) -> Callable[..., Any]:

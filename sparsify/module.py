@@ -168,7 +168,9 @@ class SparseCausalLM(LightningModule):
         return module
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "SparseCausalLM":
+    def load_from_checkpoint(  # type: ignore[override]  # its other options pass through
+        cls, checkpoint_path: Any, **options: Any
+    ) -> "SparseCausalLM":
         """As Lightning's, but of the file's settings only those that make this class are used:
         Lightning calls a function that they may name.
         """

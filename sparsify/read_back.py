@@ -37,7 +37,7 @@ def windows_to_compare(module: Any) -> Tensor:
     data = None if module._trainer is None else cast(Any, module.trainer).datamodule
     if data is not None and data.test_names:
         tokens_BT = split_batch(next(iter(data.test_dataloader()[0])))[0][:WINDOWS]
-        return cast(Tensor, tokens_BT.to(module.device))
+        return tokens_BT.to(module.device)
     generator = torch.Generator().manual_seed(0)
     ids = module.lm.get_input_embeddings().num_embeddings
     return torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator).to(module.device)
@@ -96,8 +96,8 @@ def check_read_back(
 def _load(
     folder: Path, like: PreTrainedModel, plain_class: type[PreTrainedModel]
 ) -> PreTrainedModel:
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(like.config), None) is plain_class
-    loader: Any = AutoModelForCausalLM if known else plain_class
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(like.config), None)
+    loader: Any = AutoModelForCausalLM if known is plain_class else plain_class
     try:
         model, info = loader.from_pretrained(
             str(folder),

@@ -90,7 +90,7 @@ def _path(optimizer: Optimizer) -> str:
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Each group's settings, as far as a checkpoint can hold them."""
-    plain = bool | int | float | str | tuple | None
+    plain = (bool, int, float, str, tuple, type(None))
     return [
         {key: value for key, value in group.items() if isinstance(value, plain)}
         for group in optimizer.param_groups

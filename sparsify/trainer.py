@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.strategies import (

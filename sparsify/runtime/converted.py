@@ -28,9 +28,9 @@ class ConvertedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        loaded: Any
+        loader: Any = AutoModelForCausalLM
         try:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = loader.from_pretrained(
                 folder,
                 dtype="auto",
                 trust_remote_code=False,
