@@ -1,5 +1,6 @@
 """Why a model or tokenizer could not be loaded, each reason in one sentence."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,11 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
         fix = "; for GGUF files: pip install 'sparsify[gguf]'" if gguf else ""
         raise SparsifyError(
             f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}){fix}"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise SparsifyError(
+            f"{name_or_path!r}: its weights are a pickle that holds other things than tensors, and "
+            "reading it would run code; take the model's safetensors file"
         ) from error
     # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
     # know, and RuntimeError and TypeError for weights and configurations that do not fit.

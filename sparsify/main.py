@@ -41,6 +41,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
             print(printable(f"error: {error}"), file=sys.stderr)
             status = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = 130
     if status is not None:
         sys.exit(status)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.base import EMBEDDED, Dtype, hash_parameters, load_model, load_tokenizer, stored_dtype
 from sparsify.batch import TokenBatch, split_batch
@@ -203,6 +204,10 @@ class SparseCausalLM(LightningModule):
         if self.model is not None:
             if self._modes is not None:
                 self._modes.enter()
+                if self.gradient_checkpointing:  # which blocks do in training mode alone
+                    for part in self.model.modules():
+                        if isinstance(part, GradientCheckpointingLayer):
+                            part.training = True
             return
         check_precision(None if self._trainer is None else self.trainer.precision)
         # In main memory, where Lightning would have it all on the device at once: calibration takes
