@@ -397,7 +397,7 @@ def test_a_quantised_checkpoint_is_named(method: str, tmp_path: Path) -> None:
     name = saved(tmp_path, tiny_llama(), quantization_config=quantised)
     with pytest.raises(
         SparsifyError, match=rf"quantization_config '{method}'; .*before it was quantised"
-    ) as e:
+    ):
         load_model(name)
 
 
