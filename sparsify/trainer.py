@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -44,6 +45,12 @@ class Trainer(LightningTrainer):
     Args:
         strategy: how the processes of a run share the work; ``fsdp`` is
             :class:`~sparsify.distributed.Sharded`, on CPU too.
+        limit_train_batches: how many batches of an epoch, or, with a point, which share of them.
+        limit_val_batches: the same of validation.
+        limit_test_batches: the same of the test.
+        limit_predict_batches: the same of prediction.
+        overfit_batches: how many batches, or which share, to train and validate on alone.
+        val_check_interval: batches, or a share of an epoch, between two validations.
         settings: Lightning's other arguments.
 
     Attributes:
@@ -57,9 +64,32 @@ class Trainer(LightningTrainer):
     sensing = False
     restores = False
 
-    def __init__(self, *, strategy: Strategy | str = "auto", **settings: Any) -> None:
+    # One batch is not 1.0, all of them. Lightning's own types are typing's Union[int, float], which
+    # Python takes for the same as Union[float, int]: by which of them some other module wrote
+    # first, the command line would read "1" as either. These unions keep their order.
+    def __init__(
+        self,
+        *,
+        strategy: Strategy | str = "auto",
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        **settings: Any,
+    ) -> None:
         with _own_ddp():
-            super().__init__(strategy=_own_strategy(strategy), **settings)
+            super().__init__(
+                strategy=_own_strategy(strategy),
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                overfit_batches=overfit_batches,
+                val_check_interval=val_check_interval,
+                **settings,
+            )
         if not _requeues(settings.get("plugins")):
             self._signal_connector = _Signals(self)
         use_own_launcher(self.strategy)

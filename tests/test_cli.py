@@ -189,6 +189,18 @@ def test_an_existing_export_is_only_replaced_on_request(
     assert Path("out/model.safetensors").read_bytes() != before
 
 
+def test_one_batch_is_not_all_of_them(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever modules were imported first."""
+    names = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
+    names = (*names, "limit_predict_batches", "val_check_interval")
+    for text, value in (("1", 1), ("1.0", 1.0), ("0.5", 0.5)):
+        words = [f"--trainer.{name}={text}" for name in names]
+        with pytest.raises(SystemExit, match="^0$"):
+            cli("fit", "--strategy=dense", *words, "--print_config")
+        found = yaml.safe_load(capsys.readouterr().out)["trainer"]
+        assert [(found[name], type(found[name])) for name in names] == [(value, type(value))] * 6
+
+
 def test_print_config_gives_a_config_that_runs_the_same(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
