@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsify.checks import check_objects
 from sparsify.data import TextDataModule
 from sparsify.distributed.together import rank_zero, together
 from sparsify.export import export, mask_lineage
 from sparsify.inject import fold, hard_masks, layer_patterns, masked_layers
+from sparsify.load_checks import check_model
 from sparsify.masks.file import write_masks
 from sparsify.module import SparseCausalLM
 from sparsify.progress import Progress
@@ -108,6 +110,8 @@ def sparsify(
         data = TextDataModule(train=data)
     data = copy.copy(data)  # the caller's stays without our tokenizer and Trainer
     data.tokenizer = tokenizer
+    check_model(model)
+    check_objects(model, tokenizer, strategy)
     with quiet(), _restored_on_failure(model, strategy.changes_base):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
     return Sparsified(model, module, runner)

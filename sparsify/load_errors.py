@@ -35,7 +35,7 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
         raise
     except ImportError as error:
         gguf = name_or_path.lower().endswith(".gguf")
-        fix = "; for GGUF files: pip install 'sparsify[gguf]'" if gguf else ""
+        fix = "; for GGUF files: pip install 'sparsify-llm[gguf]'" if gguf else ""
         raise SparsifyError(
             f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}){fix}"
         ) from error

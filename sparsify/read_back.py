@@ -131,11 +131,22 @@ def _reason(model: PreTrainedModel, like: PreTrainedModel, written: Mapping[str,
     ]
     if odd:
         return f"it reads other values for {_some(odd)}"
+    own = dict(like.named_buffers())
+    odd = [name for name, value in model.named_buffers() if _differs(value, own.get(name))]
+    if odd:
+        return (
+            f"the model object has other values in {_some(odd)}, which no file holds; .bfloat16() "
+            "and .half() round them too: load the model with dtype=..., or give --model.dtype"
+        )
     one, other = model.config.to_dict(), like.config.to_dict()
     settings = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
     settings = [key for key in settings if key not in ("architectures", "dtype", "_name_or_path")]
     said = f"in its config, {_some(settings)} differ" if settings else "its config is the same"
     return f"all tensors are as they were written; {said}, so the model object computes otherwise"
+
+
+def _differs(value: Tensor, other: Tensor | None) -> bool:
+    return other is None or value.dtype != other.dtype or not torch.equal(value.cpu(), other.cpu())
 
 
 def _some(names: list[str]) -> str:

@@ -301,6 +301,14 @@ def test_a_setting_that_the_model_object_alone_has_is_found(
         export(module, tmp_path / "out", {})
 
 
+def test_buffers_that_a_conversion_has_rounded_are_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    module = masked_module(tiny_llama().bfloat16(), tokenizer)
+    with pytest.raises(SparsifyError, match=r"other values in model.rotary_emb.inv_freq"):
+        export(module, tmp_path / "out", {})
+
+
 def test_the_folder_holds_its_masks_and_its_tokenizer(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

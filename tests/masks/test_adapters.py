@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from sparsify import NMPattern, SparsifyError
 from sparsify.export import export
@@ -246,7 +246,10 @@ def test_masks_of_another_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_base_is_known_in_the_type_of_the_masks(tmp_path: Path) -> None:
-    module = masked_module(tiny_llama().bfloat16(), word_tokenizer())
+    # Made in this type: .bfloat16() would round the rotary frequencies too, as no loader does.
+    base = LlamaForCausalLM._from_config(tiny_llama().config, dtype=torch.bfloat16)
+    base.load_state_dict(tiny_llama().bfloat16().state_dict())
+    module = masked_module(base, word_tokenizer())
     export(module, tmp_path / "out", {})
     for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
         adapters = MaskAdapters(model)
