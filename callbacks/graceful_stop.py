@@ -112,10 +112,7 @@ class GracefulStop(Callback):
             return
         last = find(trainer, Checkpoints).last
         if not self._begun:
-            exception.advice = (
-                "before the first step; start the same command again: blocks that were calibrated "
-                "are kept"
-            )
+            exception.advice = "before the first step; start the same command again"
         elif last is not None and "step" not in exception.advice:
             exception.advice = (
                 f"in the test or the export; go on with sparsify export --ckpt_path {last}"
