@@ -113,6 +113,8 @@ class GracefulStop(Callback):
         last = find(trainer, Checkpoints).last
         if not self._begun:
             exception.advice = "before the first step; start the same command again"
+            if pl_module.calibration.cache:
+                exception.advice += ": blocks that were calibrated are in the cache"
         elif last is not None and "step" not in exception.advice:
             exception.advice = (
                 f"in the test or the export; go on with sparsify export --ckpt_path {last}"

@@ -126,6 +126,9 @@ class SparsityStrategy(nn.Module):
 
     Attributes:
         prunes: whether layers are masked at all; the dense reference says no.
+        independent_blocks: whether ``calibrate`` finds the same for a block if it was not shown
+            those before it. Where it does, a calibration that was stopped goes on at its next
+            block; otherwise it begins again. Each class says so for itself.
         weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
             with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
             trained, the base ships; ``adapted``: never touched, but what ships is their sum with
@@ -137,6 +140,7 @@ class SparsityStrategy(nn.Module):
     """
 
     prunes: ClassVar[bool] = True
+    independent_blocks: ClassVar[bool] = False
     weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from sparsify.commands.compare import join_runs
 from sparsify.commands.table import Tool
 from sparsify.errors import SparsifyError
 
-FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run")
+FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run", "--partial")
 
 
 def run(name: str, tool: Tool, words: list[str]) -> int:

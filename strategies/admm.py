@@ -30,6 +30,8 @@ class ADMM(SparsityStrategy):
         damping: added to the diagonal of the scaled Hessian, which is one.
     """
 
+    independent_blocks = True
+
     weights: Literal["updated"] = "updated"
 
     def __init__(

@@ -33,6 +33,8 @@ class DSnoT(SparsityStrategy):
         skip: globs of layers that keep the initial mask, which is the authors' default for MLPs.
     """
 
+    independent_blocks = True
+
     def __init__(
         self,
         initial: SparsityStrategy | str = "wanda",

@@ -20,6 +20,8 @@ class GBLM(SparsityStrategy):
         alpha: weight of the gradient.
     """
 
+    independent_blocks = True
+
     def __init__(self, alpha: float = 100.0) -> None:
         super().__init__()
         self.alpha = alpha

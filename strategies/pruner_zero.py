@@ -17,6 +17,8 @@ class PrunerZero(SparsityStrategy):
     ``--data.train``, and call its WikiText perplexity what it is: a leak.
     """
 
+    independent_blocks = True
+
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:
             gradients = block.gradient_norms()

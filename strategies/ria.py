@@ -22,6 +22,8 @@ class RIA(SparsityStrategy):
         power: how much the norm of an input counts.
     """
 
+    independent_blocks = True
+
     def __init__(self, power: float = 0.5) -> None:
         super().__init__()
         self.power = power

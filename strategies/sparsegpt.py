@@ -34,6 +34,8 @@ class SparseGPT(SparsityStrategy):
             cannot be factored.
     """
 
+    independent_blocks = True
+
     weights: Literal["frozen", "updated"] = "frozen"
 
     def __init__(self, update_weights: bool = False, damping: float = 0.01) -> None:

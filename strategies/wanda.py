@@ -12,6 +12,8 @@ from sparsify.strategy import Block, LayerResult, SparsityStrategy
 class Wanda(SparsityStrategy):
     """Keeps weights of large ``|W_ij| * ||X_j||``, where X_j is input j over all tokens."""
 
+    independent_blocks = True
+
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:
             moments = block.collect(Moments)

@@ -1,34 +1,30 @@
-"""Results of calibration on disk, under the hash of all that they depend on.
+"""Where results of calibration are kept: under the hash of all that they depend on."""
 
-One folder a result, one safetensors file a layer in the order of computation, and their hashes; the
-folder gets its name when it is whole.
-"""
-
+import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
+import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsify.calibration.results import INDEX, LOCK, PARTIAL, read_index
 from sparsify.errors import SparsifyError
-from sparsify.pattern import NMPattern
-from sparsify.strategy import LayerResult, SparsityStrategy
+from sparsify.strategy import SparsityStrategy
 
 log = logging.getLogger("sparsify")
 
-INDEX = "files.json"
 ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all of the core
 
 
@@ -71,116 +67,104 @@ def text_hash(windows_ST: Tensor) -> str:
     return hashlib.sha256(windows_ST.numpy().tobytes()).hexdigest()
 
 
-class ResultWriter:
-    """Stores results layer by layer; without :meth:`finish` nothing is kept.
-
-    A disk that is full costs the cache, not the run.
-
-    Args:
-        folder: where the whole result will be.
-        patterns: of each layer.
-    """
-
-    def __init__(self, folder: Path, patterns: Mapping[str, NMPattern]) -> None:
-        self._folder, self._patterns = folder, patterns
-        self._partial: Path | None = None
-        self._hashes: dict[str, str] = {}  # by file name
-        with self._guard():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            log.warning("the calibration's result is not kept for later runs: %s", error)
-            self.close()
-
-    def add(self, name: str, result: LayerResult) -> None:
-        """Store one layer's result."""
-        if self._partial is None:
-            return
-        rank_OG = self._patterns[name].rank(result.mask)
-        tensors = {"rank_OG": rank_OG.cpu().contiguous()}
-        if result.weight is not None:
-            tensors["weight_OI"] = result.weight.cpu().contiguous()
-        path = self._partial / f"{len(self._hashes):05}.safetensors"
-        with self._guard():
-            save_file(tensors, path, {"layer": name})
-            self._hashes[path.name] = _hash(path)
-
-    def finish(self, seconds: float, device: str) -> None:
-        """Put the result, which took so long to compute on a device of this name, in its place,
-        unless another run was faster.
-        """
-        if self._partial is not None and not self._folder.exists():
-            with self._guard():
-                index = {"seconds": seconds, "device": device, "files": self._hashes}
-                (self._partial / INDEX).write_text(json.dumps(index), encoding="utf-8")
-                self._partial.rename(self._folder)
-                log.info("kept the calibration's result in %s", self._folder)
-
-    def close(self) -> None:
-        """Remove what was not finished."""
-        if self._partial is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial = None
-
-
-def read_results(
-    folder: Path, patterns: Mapping[str, NMPattern]
-) -> Iterator[tuple[str, LayerResult]]:
-    """Yield stored results in the order in which they were computed.
+def cache_limit() -> int:
+    """Bytes that the cache may hold: ``$SPARSIFY_CACHE_SIZE`` GiB, or 20.
 
     Raises:
-        SparsifyError: a file is damaged.
+        SparsifyError: it is no number above zero.
     """
+    said = os.environ.get("SPARSIFY_CACHE_SIZE", "20")
     try:
-        hashes = _read_index(folder)["files"]
-        damaged = [name for name, digest in hashes.items() if _hash(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        damaged = [str(error)]
-    if damaged:
+        limit = float(said) * 2**30
+        if not 0 < limit < math.inf:
+            raise ValueError
+    except ValueError as error:
         raise SparsifyError(
-            f"{folder}, the result of an earlier calibration, is damaged ({', '.join(damaged)})"
-        )
-    for file_name in hashes:
-        with safe_open(folder / file_name, framework="pt") as file:
-            name = file.metadata()["layer"]
-            mask_OI = patterns[name].unrank(file.get_tensor("rank_OG"))
-            updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
-            weight_OI = file.get_tensor("weight_OI") if updated else None
-        yield name, LayerResult(mask_OI, weight_OI)
+            f"SPARSIFY_CACHE_SIZE is {said!r}; it must be a number of GiB above 0, such as 20"
+        ) from error
+    return int(limit)
 
 
-def is_whole(folder: Path, patterns: Mapping[str, NMPattern]) -> bool:
-    """Whether a stored result can be used; one that is damaged is removed, with a warning: a cache
-    costs no run.
+@dataclass(frozen=True)
+class Entry:
+    """One kept result, or the finished part of one.
+
+    Attributes:
+        folder: where it is.
+        size: bytes.
+        used: when it was last written or read, seconds since the epoch.
+        about: what its index says: strategy, model, samples, seconds; empty where it is damaged.
     """
-    if not folder.exists():
+
+    folder: Path
+    size: int
+    used: float
+    about: dict[str, Any]
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is a part, which a stopped run left or a running one writes."""
+        return self.folder.suffix == PARTIAL or self.folder.name.startswith(PARTIAL)
+
+    def remove(self) -> bool:
+        """Remove it, unless a run writes it; whether it is gone."""
+        if self.partial and _in_use(self.folder):
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return not self.folder.exists()
+
+
+def entries() -> list[Entry]:
+    """All results in the cache, the one used longest ago first."""
+    root = cache_folder()
+    folders = [path for path in root.iterdir() if _is_entry(path)] if root.is_dir() else []
+    found = []
+    for folder in folders:
+        with suppress(FileNotFoundError):  # another run removes it now
+            index = folder / INDEX
+            used = (index if index.exists() else folder).stat().st_mtime
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            found.append(Entry(folder, size, used, _about(folder)))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def make_room() -> None:
+    """Remove what was used longest ago, until the rest is within :func:`cache_limit`; the newest
+    stays.
+    """
+    found = entries()
+    size, limit = sum(entry.size for entry in found), cache_limit()
+    for entry in found[:-1]:
+        if size <= limit:
+            return
+        if entry.remove():
+            size -= entry.size
+
+
+_ENTRY = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL)})?|{re.escape(PARTIAL)}-\w{{8}}")
+
+
+def _is_entry(path: Path) -> bool:
+    return bool(_ENTRY.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        index = read_index(folder)
+        return {**index["about"], "seconds": float(index["seconds"])}
+    except (OSError, SparsifyError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
         return False
     try:
-        computing_cost(folder)
-        names = [name for name, _ in read_results(folder, patterns)]
-        if sorted(names) != sorted(patterns):
-            raise SparsifyError("its layers are not the model's")
-    except Exception as error:  # a damaged file ends in many kinds
-        log.warning("%s; it is computed again", error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
-
-
-def computing_cost(folder: Path) -> tuple[float, str]:
-    """How many seconds the stored result took to compute, and on what device."""
-    index = _read_index(folder)
-    return float(index["seconds"]), str(index["device"])
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / INDEX).read_text(encoding="utf-8"))
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

@@ -19,15 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify.calibration.activations import Activations, moved
-from sparsify.calibration.cache import (
-    ResultWriter,
-    computing_cost,
-    is_whole,
-    read_results,
-    result_folder,
-    text_hash,
-)
+from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
 from sparsify.calibration.gradients import gradient_norms
+from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
 from sparsify.devices import device_name
@@ -102,7 +96,8 @@ class Layerwise:
         self._windows_ST: Tensor | None = None
         self._activations: Activations | None = None
         self._results: dict[str, LayerResult] = {}  # of the present block
-        self._done: dict[str, LayerResult] = {}  # of blocks that are finished
+        self._done: dict[str, LayerResult | None] = {}  # of finished blocks; None is stored
+        self._start_time = 0.0
         self._gradient_norms: dict[str, Tensor] | None = None
         self._writer: ResultWriter | None = None
         self._strategy: SparsityStrategy | None = None
@@ -117,7 +112,7 @@ class Layerwise:
         is None if no text was asked for.
         """
         self._strategy = strategy
-        start = time.perf_counter()
+        self._start_time = start = time.perf_counter()
         folder: Path | None = None
         try:
             with torch.no_grad(), _full_precision(), self._scope.use("dense"):
@@ -129,6 +124,7 @@ class Layerwise:
                 yield from self._finished()
             if self._writer is not None:
                 self._writer.finish(time.perf_counter() - start, device_name(self._device))
+                make_room()
         except _Known as known:
             folder = known.folder
         finally:
@@ -139,21 +135,25 @@ class Layerwise:
                 yield name, result.to(self._layers[name].weight.device)
         if self.record is not None:
             # A result that was there cost what computing it cost, or comparisons would mislead.
-            own = time.perf_counter() - start, device_name(self._device)
+            before = self._writer.seconds if self._writer is not None else 0.0
+            own = before + time.perf_counter() - start, device_name(self._device)
             seconds, device = own if folder is None else computing_cost(folder)
             self.record |= {"seconds": round(seconds, 1), "device": device}
             self.record["cached"] = folder is not None
 
-    def _finish_block(self) -> None:
-        self._done.update(self._results)
+    def _finish_block(self, stored: bool = False) -> None:
+        if self._writer is not None and self._results and not stored:
+            for name, result in self._results.items():
+                self._writer.add(name, result)
+            self._writer.commit(time.perf_counter() - self._start_time)
+        # Of many blocks that are stored, the results are not all held at once.
+        self._done.update(dict.fromkeys(self._results) if stored else self._results)
         self._results.clear()
 
     def _finished(self) -> Iterator[tuple[str, LayerResult]]:
         for name in list(self._done):
-            result = self._done.pop(name).to(self._layers[name].weight.device)
-            yield name, result
-            if self._writer is not None:
-                self._writer.add(name, result)
+            result = self._done.pop(name) or cast(ResultWriter, self._writer).read(name)
+            yield name, result.to(self._layers[name].weight.device)
 
     def _windows(self) -> Tensor:
         """The text; at the first call the result of an equal run may take the strategy's place."""
@@ -178,6 +178,7 @@ class Layerwise:
         return self._windows_ST
 
     def _look_up(self) -> None:
+        cache_limit()  # a wrong one is better told before the work
         strategy = cast(SparsityStrategy, self._strategy).calibrator()
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
         inputs: dict[str, Any] = {"base": self._base_hash, "text": self.record, "layers": patterns}
@@ -195,19 +196,29 @@ class Layerwise:
         if is_whole(folder, self._patterns):
             log.info("calibration's result of an earlier run, from %s", folder)
             raise _Known(folder)
-        self._writer = ResultWriter(folder, self._patterns)
+        about = {
+            "strategy": type(strategy).__name__,
+            "model": Path(config.get("_name_or_path") or type(self._model).__name__).name,
+            "samples": len(cast(Tensor, self._windows_ST)),
+        }
+        # Said by the class itself: one that is derived may well remember blocks.
+        goes_on = bool(vars(type(strategy)).get("independent_blocks"))
+        self._writer = ResultWriter(folder, self._patterns, about, goes_on)
 
     def _blocks(self) -> Iterator[Block]:
         left = dict(self._layers)
         for name in self._watch(self._modules):
             inside = {n: left.pop(n) for n in list(left) if n.startswith(f"{name}.")}
             module = self._modules[name]
+            stored = self._writer is not None and self._writer.holds(inside)
             with moved([module], self._device):
-                if inside:
+                if stored:
+                    self._results |= {n: cast(ResultWriter, self._writer).read(n) for n in inside}
+                elif inside:
                     yield Block(name, inside, _BlockText(self, name, inside))
                 if self._activations is not None:
                     self._activations.advance(name, self._pruned(name))
-            self._finish_block()
+            self._finish_block(stored)
         if left:
             yield Block("", left, _BlockText(self, None, left))
 

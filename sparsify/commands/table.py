@@ -63,6 +63,13 @@ TOOLS: dict[str, Tool | Group] = {
         "sparsify.commands.exports:onnx",
         loads_models=True,
     ),
+    "cache": Group(
+        "Show or clear kept results of calibration.",
+        {
+            "show": Tool("List what the cache holds.", "sparsify.commands.cache:show_cache"),
+            "clear": Tool("Remove results from the cache.", "sparsify.commands.cache:clear_cache"),
+        },
+    ),
     "dashboard": Tool(
         "Create a Weights & Biases workspace that compares runs.",
         "sparsify.commands.dashboard:create_dashboard",
