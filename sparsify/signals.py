@@ -195,9 +195,9 @@ def _end_ranks() -> None:
 
 def _leave_if_ranked(status: int) -> None:
     """At the interpreter's exit a backend's threads may abort a process of several."""
-    import torch.distributed as dist  # a heavy import, and loaded by now where it matters
-
-    if dist.is_available() and dist.is_initialized():
+    # Not imported here: the signal may have come in the midst of PyTorch's own import.
+    dist: Any = sys.modules.get("torch.distributed")
+    if hasattr(dist, "is_initialized") and dist.is_initialized():
         _leave(status)
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,3 +186,21 @@ def test_a_command_off_the_main_thread_takes_no_signals() -> None:
 
 def test_callbacks_run_in_the_declared_order() -> None:
     assert tuple(plugins(CALLBACKS)) == CALLBACK_ORDER
+
+
+@pytest.mark.parametrize("loaded", [None, types.ModuleType("torch.distributed")])
+def test_a_signal_may_come_in_the_midst_of_an_import(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loaded is None:
+        monkeypatch.delitem(sys.modules, "torch.distributed")
+    else:
+        monkeypatch.setitem(sys.modules, "torch.distributed", loaded)
+
+    def importing(name: str, *args: Any) -> Any:
+        raise AttributeError("partially initialized module")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop, signals.stoppable():
+        patch.setattr("builtins.__import__", importing)
+        raise signals.stop(signal.SIGTERM)
+    assert stop.value.code == 143
