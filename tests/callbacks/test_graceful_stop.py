@@ -200,7 +200,8 @@ def test_a_signal_may_come_in_the_midst_of_an_import(
     def importing(name: str, *args: Any) -> Any:
         raise AttributeError("partially initialized module")
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop, signals.stoppable():
+    with monkeypatch.context() as patch:
         patch.setattr("builtins.__import__", importing)
-        raise signals.stop(signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop, signals.stoppable():
+            raise signals.stop(signal.SIGTERM)
     assert stop.value.code == 143
