@@ -22,7 +22,9 @@ from sparsify.checkpoint_files import (
     step_path,
     steps_in,
 )
+from sparsify.distributed.together import together
 from sparsify.errors import SparsifyError
+from sparsify.folder_lock import FolderLock
 from sparsify.run_folder import run_folder
 
 
@@ -51,6 +53,7 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.last: Path | None = None
         self._saved_at = -1
+        self._lock: FolderLock | None = None
         self._kept: list[Path] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -59,9 +62,24 @@ class Checkpoints(Checkpoint):
                 "AsyncCheckpointIO: a checkpoint has to be on the disk before it takes its place; "
                 "leave this plugin out"
             )
+        if stage == "fit" and not trainer.fast_dev_run:
+            with together():
+                if trainer.is_global_zero:
+                    self._lock = FolderLock(run_folder(trainer))
         # Any other plugin of the user's stays.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -17,6 +17,8 @@ class FakeTrainer:
         full: while true, saving fails for want of space, halfway.
     """
 
+    fast_dev_run = True  # so that it locks no folder
+
     def __init__(self, folder: Path, sharded: bool = False) -> None:
         self.loggers: list[Any] = []
         self.default_root_dir = str(folder)
