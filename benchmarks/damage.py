@@ -23,20 +23,22 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from kept_runs import save
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify import SparsifyError
+from sparsify import NMPattern, SparsifyError
+from sparsify.calibration.results import computing_cost, is_whole, read_results
 from sparsify.compare import compare
 from sparsify.compare.loading import load_runs
 from sparsify.main import main as sparsify
 from sparsify.masks.file import read_masks
 from sparsify.verify import verify
+from sparsify.version import version
 
 REFUSED, EQUAL, CHANGED, TRACEBACK = "refused", "equal", "changed a result", "traceback"
 STEPS, SAVED_AT = 3, 2
@@ -50,6 +52,7 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.root.mkdir(parents=True, exist_ok=True)
+        os.environ["SPARSIFY_CACHE"] = str(self.root / "whole" / "cache")
         self.options = [
             "--strategy=maskllm",
             f"--model.name_or_path={self.root / 'model'}",
@@ -273,7 +276,38 @@ def exports(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any
     return read
 
 
-KINDS = {one.__name__: one for one in (checkpoints, results, masks, exports)}
+def caches(files: Files, folder: Path, draw: random.Random) -> Callable[[], Any]:
+    """A damaged entry is never used unless it holds the same masks."""
+    found = files.of("cache/*")
+    shutil.copytree(found, folder / "entry")
+    victims = sorted((folder / "entry").iterdir())
+    victim = victims[draw.randrange(len(victims))]
+    if victim.suffix == ".json" and draw.random() < 0.5:
+        damage_json(victim, draw)
+    else:
+        (cut if draw.random() < 0.3 else flip)(victim, draw)
+    patterns = {name: NMPattern(2, 4) for name, _ in stored(found)}
+
+    def told(entry: Path) -> Any:
+        masks = {name: r.mask.tolist() for name, r in read_results(entry, patterns)}
+        return masks, computing_cost(entry)
+
+    def read() -> Any:
+        if not is_whole(folder / "entry", patterns):
+            raise SparsifyError("computed again")
+        return told(folder / "entry") == told(found)
+
+    return read
+
+
+def stored(entry: Path) -> Iterator[tuple[str, Path]]:
+    """The layers of an entry of the cache, and their files."""
+    for path in sorted(entry.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield file.metadata()["layer"], path
+
+
+KINDS = {one.__name__: one for one in (checkpoints, results, masks, exports, caches)}
 
 
 def one(files: Files, kind: str, number: int, seed: int) -> dict[str, Any]:

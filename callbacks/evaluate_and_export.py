@@ -28,6 +28,8 @@ from sparsify.printable import SafeConsole
 from sparsify.progress import Progress
 from sparsify.record import describe_protocol, sparsity
 from sparsify.run_folder import run_folder
+from sparsify.seal import sealed
+from sparsify.secrets import redacted
 from sparsify.target import check_target, check_writable
 
 
@@ -152,7 +154,7 @@ def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, A
 def _unwritten(path: Path, result: dict[str, Any]) -> str | None:
     """Write a result; why that failed, where the disk is full."""
     try:
-        write_json(path, result)
+        write_json(path, sealed(redacted(result)))
     except OSError as error:
         if full_disk(error) is None:
             raise

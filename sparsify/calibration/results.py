@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsify.errors import SparsifyError
 from sparsify.pattern import NMPattern
 from sparsify.replace import flush, whole_file
+from sparsify.seal import KEY, is_altered, sealed
 from sparsify.strategy import LayerResult
 
 log = logging.getLogger("sparsify")
@@ -145,7 +146,7 @@ class ResultWriter:
         index = {"seconds": self.seconds + seconds, "device": device, "about": self._about}
         index["files"] = self._hashes
         with whole_file(partial / INDEX) as file:
-            file.write(json.dumps(index | {"sha256": _seal(index)}).encode())
+            file.write(json.dumps(sealed(index)).encode())
 
     def finish(self, seconds: float, device: str) -> None:
         """Put the result, which took so long to compute on a device of this name, in its place,
@@ -224,15 +225,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index.pop("sha256") != _seal(index):
-            raise ValueError("its hash is another")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if KEY not in index or is_altered(index):
+            raise ValueError("its hash is another, or missing")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SparsifyError(f"its {INDEX} is damaged ({error})") from error
     return index
-
-
-def _seal(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _layers(folder: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from sparsify.compare.checking import LARGEST_NUMBER, check, check_plain
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import RESULT_SCHEMA
 from sparsify.manifest import MANIFEST
+from sparsify.seal import is_altered
 from sparsify.sensitivity import SENSITIVITY_SCHEMA
 
 RESULT = "result.json"
@@ -173,6 +174,11 @@ def _read(file: Path) -> Run:
             f"run's {RESULT} or its folder"
         )
     try:
+        if is_altered(result):
+            raise SparsifyError(
+                f"{file} is not as it was written: its hash is of other content; write it again "
+                "with `sparsify export --ckpt_path FILE`, or leave this run out"
+            )
         check(result)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparsifyError(

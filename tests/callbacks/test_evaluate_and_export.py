@@ -61,7 +61,7 @@ def test_the_result_names_its_protocol_and_its_run(cli: Cli) -> None:
     [run] = cli.runs()
     result = json.loads((run / "result.json").read_text())
     assert result["schema"] == RESULT_SCHEMA
-    keys = {"schema", "date", "versions", "run", "protocol", "scores", "history", "masks"}
+    keys = {"schema", "date", "versions", "run", "protocol", "scores", "history", "masks", "sha256"}
     assert set(result) == keys
     assert {"sparsify", "torch", "lightning", "transformers", "python"} <= set(result["versions"])
     protocol = result["protocol"]

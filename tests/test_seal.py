@@ -1,0 +1,41 @@
+"""Files that tell whether they are as they were written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.compare.loading import load_runs
+from sparsify.errors import SparsifyError
+from sparsify.seal import is_altered, sealed
+from tests.conftest import Cli
+
+
+@pytest.mark.parametrize(
+    "change", [{"a": 2}, {"b": [1, 2.5]}, {"b": [1, 2.5, "y"]}, {"new": None}, {"sha256": 3}]
+)
+def test_a_change_is_noticed(change: dict[str, Any]) -> None:
+    content = sealed({"a": 1, "b": (1, 2.5, "x"), "c": {1: "key"}})
+    read = json.loads(json.dumps(content))
+    assert not is_altered(read)
+    assert not is_altered(dict(reversed(read.items())))
+    assert is_altered(read | change)
+
+
+def test_what_has_no_hash_cannot_be_told() -> None:
+    assert not is_altered({"a": 1})
+
+
+def test_a_result_with_another_number_is_refused(cli: Cli) -> None:
+    cli("fit", "--strategy=magnitude", "--output.enabled=true")
+    [path] = Path().glob("runs/*/*/result.json")
+    assert len(load_runs([path])[0]) == 1
+    content = json.loads(path.read_text())
+    content["scores"]["overall"]["loss"] -= 0.125
+    path.write_text(json.dumps(content))
+    with pytest.raises(SparsifyError, match="is not as it was written"):
+        load_runs([path])
+    del content["sha256"]  # as of results from before there was one
+    path.write_text(json.dumps(content))
+    assert len(load_runs([path])[0]) == 1
