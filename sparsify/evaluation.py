@@ -23,7 +23,8 @@ from sparsify.errors import SparsifyError
 from sparsify.secrets import redacted
 from sparsify.version import version
 
-RESULT_SCHEMA = "sparsify.result/1"
+RESULT_SCHEMA = "sparsify.result/2"
+UNSEALED_SCHEMA = "sparsify.result/1"  # of version 0.1.0, the same without a hash of its content
 OVERALL = "overall"
 MAX_LOSS = 700.0  # nats a token; exp(710) is above all float64
 

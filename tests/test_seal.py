@@ -8,6 +8,7 @@ import pytest
 
 from sparsify.compare.loading import load_runs
 from sparsify.errors import SparsifyError
+from sparsify.evaluation import UNSEALED_SCHEMA
 from sparsify.seal import is_altered, sealed
 from tests.conftest import Cli
 
@@ -36,6 +37,10 @@ def test_a_result_with_another_number_is_refused(cli: Cli) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(SparsifyError, match="is not as it was written"):
         load_runs([path])
-    del content["sha256"]  # as of results from before there was one
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SparsifyError, match="is not as it was written"):
+        load_runs([path])
+    content["schema"] = UNSEALED_SCHEMA  # as of results from before there was one
     path.write_text(json.dumps(content))
     assert len(load_runs([path])[0]) == 1

@@ -13,9 +13,9 @@ import yaml
 from sparsify.checkpoint_files import FOLDER
 from sparsify.compare.checking import LARGEST_NUMBER, check, check_plain
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import RESULT_SCHEMA
+from sparsify.evaluation import RESULT_SCHEMA, UNSEALED_SCHEMA
 from sparsify.manifest import MANIFEST
-from sparsify.seal import is_altered
+from sparsify.seal import KEY, is_altered
 from sparsify.sensitivity import SENSITIVITY_SCHEMA
 
 RESULT = "result.json"
@@ -168,16 +168,16 @@ def _read(file: Path) -> Run:
             f"{file} cannot be read ({error}); name a run's {RESULT} or its folder"
         ) from error
     schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != RESULT_SCHEMA:
+    if schema not in (RESULT_SCHEMA, UNSEALED_SCHEMA):
         raise SparsifyError(
             f"{file} is no result: its schema is {schema!r} instead of {RESULT_SCHEMA!r}; name a "
             f"run's {RESULT} or its folder"
         )
     try:
-        if is_altered(result):
+        if is_altered(result) or (schema == RESULT_SCHEMA and KEY not in result):
             raise SparsifyError(
-                f"{file} is not as it was written: its hash is of other content; write it again "
-                "with `sparsify export --ckpt_path FILE`, or leave this run out"
+                f"{file} is not as it was written: its hash is of other content, or gone; write it "
+                "again with `sparsify export --ckpt_path FILE`, or leave this run out"
             )
         check(result)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:

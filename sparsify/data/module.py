@@ -371,11 +371,28 @@ class _TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[mis
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with restoring(PLACE):
             check_same_data(state["of"], self.batch_sampler.identity())
+            _check_position(state["position"])
             super().load_state_dict(state["position"])
             # Torchdata reads the position only here, and when Lightning comes to this by itself, it
             # hides what is raised behind an error of its own.
             iter(self)
             super().load_state_dict(state["position"])
+
+
+def _check_position(position: Mapping[str, Any]) -> None:
+    """Torchdata takes whatever is true for the end of an epoch, and any number for a count.
+
+    Raises:
+        ValueError: it is not what the loader saves; a value is named.
+    """
+    if type(position["_iterator_finished"]) is not bool:
+        raise ValueError(
+            f"_iterator_finished is {position['_iterator_finished']!r}, and not a bool"
+        )
+    counts = {key: position[key] for key in ("_num_yielded", "_sampler_iter_yielded")}
+    for key, value in (counts | (position["_sampler_iter_state"] or {})).items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{key} is {value!r}, and not a count")
 
 
 class _Blocks(Dataset[Tensor | TokenBatch]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsify.compare.loading import Run
 from sparsify.compare.rows import Row, make_rows
-from sparsify.evaluation import RESULT_SCHEMA
+from sparsify.evaluation import UNSEALED_SCHEMA
 
 STRATEGIES = "sparsify.strategies"
 MASKLLM = f"{STRATEGIES}.maskllm.MaskLLM"
@@ -44,7 +44,7 @@ def result(
     learns = strategy in (MASKLLM, SRSTE)
     losses = {"a": loss + 0.1, "b": loss - 0.1, "overall": loss}
     return {
-        "schema": RESULT_SCHEMA,
+        "schema": UNSEALED_SCHEMA,
         "date": "2026-11-22T07:31:54+00:00",
         "versions": {"torch": "2.13.0"},
         "run": {

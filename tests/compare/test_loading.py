@@ -42,7 +42,7 @@ def test_the_validation_result_is_taken_where_it_is_named(tmp_path: Path) -> Non
     [
         ("{", "result.json cannot be read"),
         ("[" * 100_000, "result.json cannot be read"),
-        ("[]", "is no result: its schema is None instead of 'sparsify.result/1'"),
+        ("[]", "is no result: its schema is None instead of 'sparsify.result/2'"),
         ('{"schema": "sparsify.sensitivity/1"}', "its schema is 'sparsify.sensitivity/1'"),
         ('{"schema": "sparsify.result/1"}', "lacks what a result holds .KeyError: 'run'"),
         ('{"schema": "sparsify.result/1", "run": 3}', "lacks what a result holds"),

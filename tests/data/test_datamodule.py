@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import logging
@@ -406,3 +407,29 @@ def test_resume_with_other_data_is_an_error(
     rule = "data position is in .*'batch_size': 2.* and this run has .* must be the same to resume"
     with pytest.raises(SparsifyError, match=rule):
         fit(Recorder(tokenizer), make(corpora, tokenizer, **other), resume=path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_iterator_finished", float("inf")),
+        ("_iterator_finished", None),
+        ("_num_yielded", 1.5),
+        ("_num_yielded", True),
+        ("_sampler_iter_yielded", -1),
+        ("batch", "x"),
+        ("epoch", None),
+    ],
+)
+def test_a_position_that_is_none_is_refused(
+    key: str, value: object, corpora: dict[str, str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    loader = make(corpora, tokenizer).train_dataloader()
+    next(iter(loader))
+    state = loader.state_dict()
+    make(corpora, tokenizer).train_dataloader().load_state_dict(copy.deepcopy(state))
+    part = state["position"]
+    part = part if key in part else part["_sampler_iter_state"]
+    part[key] = value
+    with pytest.raises(SparsifyError, match=f"place in the data.*{key} is "):
+        make(corpora, tokenizer).train_dataloader().load_state_dict(state)
