@@ -64,6 +64,7 @@ from sparsify.pattern import NMPattern
 from sparsify.progress import tracked
 from sparsify.resume import OwnSchedule, keep_patience, keep_settings
 from sparsify.schedule import Schedule
+from sparsify.seal import content_hash
 from sparsify.strategy import SparsityStrategy
 from sparsify.trainer import data_parallel
 
@@ -395,7 +396,15 @@ class SparseCausalLM(LightningModule):
         if self.gathers_masked:  # base weights have gradients then, on their way to the masks
             base = set(base_parameters(self.lm).values())
             params = [p for p in params if p not in base]
-        optimizer = self.strategy.optimizer(params, masked_layers(self.lm), self.make_optimizer)
+        layers = masked_layers(self.lm)
+        try:
+            optimizer = self.strategy.optimizer(params, layers, self.make_optimizer)
+        except SparsifyError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise SparsifyError(
+                f"the optimizer refuses its settings: {error}; mend --model.optimizer.init_args"
+            ) from error
         keep_settings(optimizer, self.make_optimizer)
         steps = self.trainer.estimated_stepping_batches
         if not 1 <= steps < math.inf:
@@ -479,6 +488,8 @@ class SparseCausalLM(LightningModule):
             key: value for key, value in checkpoint["state_dict"].items() if key in kept
         }
         checkpoint["base_hash"] = self.base_hash
+        if "config" in (settings := checkpoint.get("hyper_parameters", {})):
+            checkpoint["settings_sha256"] = content_hash(settings["config"])
         checkpoint["schedule_values"] = dict(self.strategy.values)
         checkpoint["calibration"] = self.calibrated
         # Once fit has returned, Lightning has forgotten where in the data it was.

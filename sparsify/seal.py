@@ -13,17 +13,18 @@ KEY = "sha256"
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with the hash of all the rest under ``sha256``."""
-    return {**content, KEY: _hash(content)}
+    return {**content, KEY: content_hash(content)}
 
 
 def is_altered(content: Mapping[str, Any]) -> bool:
     """Whether the hash is of something else. Of what has none, as older files, it cannot be
     told.
     """
-    return KEY in content and content[KEY] != _hash(content)
+    return KEY in content and content[KEY] != content_hash(content)
 
 
-def _hash(content: Mapping[str, Any]) -> str:
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values, less one under ``sha256``, whatever their order in tables."""
     rest = {key: value for key, value in content.items() if key != KEY}
     # As it is when it has been read back: JSON has no tuples, and its keys are all text.
     plain = json.loads(json.dumps(rest))

@@ -25,6 +25,7 @@ from sparsify.registry import (
     plugins,
     strategy_name,
 )
+from sparsify.seal import content_hash
 
 LOGGERS = {
     "csv": "lightning.pytorch.loggers.CSVLogger",
@@ -170,13 +171,20 @@ def _settings(path: Path, resumes: bool, named: Collection[str]) -> dict[str, An
     """What a command takes of the settings of a checkpoint's run."""
     file = path / METADATA if path.is_dir() else path
     try:
-        config = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        config = config["hyper_parameters"]["config"]
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        config = checkpoint["hyper_parameters"]["config"]
+        written = checkpoint.get("settings_sha256", content_hash(config))  # older ones tell none
+        altered = written != content_hash(config)
     except Exception as error:
         raise SparsifyError(
             f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote; "
             "give the checkpoints/last.ckpt of a run"
         ) from error
+    if altered:
+        raise SparsifyError(
+            f"--ckpt_path {path}: the settings in it are not those that were written; resume from "
+            "another checkpoint of the run"
+        )
 
     def tell(line: str) -> None:
         print(printable(line), file=sys.stderr)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsify.compare.loading import load_runs
 from sparsify.errors import SparsifyError
@@ -44,3 +45,27 @@ def test_a_result_with_another_number_is_refused(cli: Cli) -> None:
     content["schema"] = UNSEALED_SCHEMA  # as of results from before there was one
     path.write_text(json.dumps(content))
     assert len(load_runs([path])[0]) == 1
+
+
+def test_a_checkpoint_with_other_settings_is_refused(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli("fit", "--strategy=maskllm")
+    [path] = Path().glob("runs/*/*/checkpoints/step-*.ckpt")
+    content = torch.load(path, weights_only=True)
+    del content["hyper_parameters"]["config"]["model"]["strategy"]["init_args"]["tau"]["shape"]
+    torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        cli("test", f"--ckpt_path={path}")
+    assert stop.value.code == 2
+    assert "the settings in it are not those that were written" in capsys.readouterr().err
+    del content["settings_sha256"]  # as of version 0.1.0
+    torch.save(content, path)
+    cli("test", f"--ckpt_path={path}")
+
+
+def test_settings_that_an_optimizer_refuses(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli("fit", "--strategy=maskllm", "--model.optimizer.init_args.betas=[0.9,2.0]")
+    assert stop.value.code == 2
+    assert "the optimizer refuses its settings: Invalid beta" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from sparsify.manifest import MANIFEST
 from sparsify.module import SparseCausalLM
 from sparsify.printable import is_printable, printable
 from sparsify.registry import allow_current_folder
+from sparsify.seal import content_hash
 from sparsify.secrets import REDACTED, is_secret, redacted
 from sparsify.short_forms import expand
 from sparsify.strategies.maskllm import MaskLLM
@@ -67,6 +68,8 @@ def evil(saved: dict[str, Any], place: str, value: Any) -> str:
     for key in parents:
         at = at[key]
     at[last] = value
+    # Whoever makes an evil file also makes its hash.
+    saved["settings_sha256"] = content_hash(saved["hyper_parameters"]["config"])
     torch.save(saved, "evil.ckpt")
     return "evil.ckpt"
 
