@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.base import EMBEDDED
@@ -54,7 +55,8 @@ def check_objects(model: object, tokenizer: object, strategy: object) -> None:
 
 
 def check_limits(trainer: Any, epoch_batches: Callable[[], int]) -> None:
-    """Refuse to train on no batch, which would end without a word, and to validate never.
+    """Refuse to train on no batch, which would end without a word, and to validate never; warn
+    where no step is as large as was asked for.
 
     Args:
         trainer: Lightning's.
@@ -73,6 +75,15 @@ def check_limits(trainer: Any, epoch_batches: Callable[[], int]) -> None:
                 f"val_check_interval {every} is more than the {batches} batches of an epoch; give "
                 f"at most {batches}, or --trainer.check_val_every_n_epoch null to count over epochs"
             )
+    accumulated = trainer.accumulate_grad_batches
+    if accumulated == 1 or getattr(trainer.datamodule, "endless", True):
+        return
+    if accumulated > (batches := epoch_batches()):
+        rank_zero_warn(
+            f"accumulate_grad_batches is {accumulated}, and an epoch has {batches} batches: "
+            f"Lightning ends a step with its epoch, so that each is of {batches}; add text, or "
+            "lower --trainer.accumulate_grad_batches"
+        )
 
 
 def check_text(model: str, embedded: bool, verb: str) -> None:

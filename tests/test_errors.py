@@ -276,6 +276,11 @@ def test_trainer_settings_that_lightning_refuses(fails: Fails) -> None:
     assert "limit_train_batches 0 leaves no batch" in message
 
 
+def test_a_step_that_is_longer_than_an_epoch_is_a_warning(cli: Cli) -> None:
+    with pytest.warns(UserWarning, match="accumulate_grad_batches is 999, and an epoch has 62 "):
+        cli("fit", "--strategy=maskllm", "--trainer.accumulate_grad_batches=999", steps=1)
+
+
 def test_results_lie_under_the_root_that_was_given(cli: Cli) -> None:
     cli("fit", "--strategy=magnitude", "--trainer.default_root_dir", "elsewhere")
     assert list(Path().glob("elsewhere/magnitude/version_0/result.json"))
