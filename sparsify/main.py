@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from sparsify.commands.output import reader_may_leave
 from sparsify.commands.table import TOOLS, TRAINER_COMMANDS, Group, Tool
 from sparsify.errors import SparsifyError
+from sparsify.shown_logs import shown_logs
 from sparsify.signals import asked, stoppable
 from sparsify.version import version
 
@@ -31,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after ``sparsify``; None takes those of the process.
     """
     words = sys.argv[1:] if args is None else list(args)
-    with stoppable():
+    with stoppable(), shown_logs():
         try:
             status = _run(words)
         except SparsifyError as error:

@@ -11,6 +11,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
+LIBRARIES = ("lightning.pytorch", "transformers")
 NOISE = ("💡 Tip", "Loading `train_dataloader` to estimate", "TPU available")
 WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
@@ -24,7 +25,7 @@ WARNINGS = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence them for the time of the block; then all is as before."""
-    handlers = logging.getLogger("lightning.pytorch").handlers[:]
+    handlers = [h for name in LIBRARIES for h in logging.getLogger(name).handlers]
     bars = is_progress_bar_enabled()
     with warnings.catch_warnings():
         for message in WARNINGS:
@@ -42,4 +43,6 @@ def quiet() -> Iterator[None]:
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NOISE)
+    message = record.getMessage()
+    # What Transformers reports of keys, load_checks.py says in a sentence, or refuses.
+    return not (message.startswith(NOISE) or " LOAD REPORT" in message.partition("\n")[0])
