@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ LOGGERS = {
     "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
     "wandb": "lightning.pytorch.loggers.WandbLogger",
 }
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
 RUNS = "runs"
 
 
@@ -160,6 +162,12 @@ def _logger(name: str, run_name: str, root: str) -> list[str]:
         raise SparsifyError(
             f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
             "or --trainer.logger CLASS"
+        )
+    packages = PACKAGES.get(name.lower(), ())
+    if packages and not any(map(find_spec, packages)):
+        raise SparsifyError(
+            f"--logger {name} needs the package {packages[0]}, which is not installed: "
+            f"pip install 'sparsify-llm[{name.lower()}]'"
         )
     options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={root}"]
     if name.lower() == "wandb":

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparsify import short_forms
 from sparsify.errors import SparsifyError
 from sparsify.main import main
 from sparsify.masks.file import read_masks
@@ -244,6 +245,19 @@ def test_an_unknown_logger_is_refused(cli: Cli, capsys: pytest.CaptureFixture[st
         capsys.readouterr().err
         == "error: there is no logger 'cvs'; there are csv, tensorboard, wandb, "
         "or --trainer.logger CLASS\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_logger_whose_package_is_missing(
+    name: str, cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_forms, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit, match="^2$"):
+        cli("fit", "--strategy", "dense", "--logger", name)
+    assert capsys.readouterr().err == (
+        f"error: --logger {name} needs the package {name}, which is not installed: "
+        f"pip install 'sparsify-llm[{name}]'\n"
     )
 
 

@@ -79,8 +79,8 @@ def _read(file: Path, source: Source) -> Iterator[tuple[int, object]]:
                 yield from _json_lines(lines, file)
     except UnicodeDecodeError as error:
         raise SparsifyError(
-            f"{file} is not UTF-8 ({error.reason} at byte {error.start} of a chunk); text must "
-            "be UTF-8: convert the file"
+            f"{file} is not UTF-8 ({error.reason} {error.object[error.start]:#04x}); text must be "
+            "UTF-8: convert the file, for instance with iconv"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise SparsifyError(
