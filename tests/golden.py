@@ -25,7 +25,7 @@ EMBEDDED = Path(sparsify.__file__).parent / "embedded"
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on beside the code: on another machine sums are added in another order."""
+    """What figures depend on beside the code: elsewhere sums are added in another order."""
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
