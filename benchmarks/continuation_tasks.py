@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from sparsify.base import EMBEDDED_FOLDER
+from sparsify.models.base import EMBEDDED_FOLDER
 
 CONTEXT, CONTINUATION, CHOICES = 48, 12, 4
 TASK = """\

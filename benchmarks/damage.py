@@ -33,12 +33,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import NMPattern, SparsifyError
 from sparsify.calibration.results import computing_cost, is_whole, read_results
-from sparsify.compare import compare
-from sparsify.compare.loading import load_runs
-from sparsify.main import main as sparsify
-from sparsify.masks.file import read_masks
-from sparsify.verify import verify
-from sparsify.version import version
+from sparsify.cli.main import main as sparsify
+from sparsify.common.version import version
+from sparsify.export.mask_file.file import read_masks
+from sparsify.results.compare import compare
+from sparsify.results.compare.loading import load_runs
+from sparsify.serving.verify import verify
 
 REFUSED, EQUAL, CHANGED, TRACEBACK = "refused", "equal", "changed a result", "traceback"
 STEPS, SAVED_AT = 3, 2

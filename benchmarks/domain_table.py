@@ -28,7 +28,7 @@ from rich.table import Table
 from smollm2_table import RECIPE, cut_wikitext, fetch_model
 
 DOMAINS = ("shakespeare", "bible", "python")
-SAVED = "--strategy=sparsify.prior.SavedMasks"
+SAVED = "--strategy=sparsify.calibration.prior.SavedMasks"
 PRIOR = "--model.strategy.init_args.prior"
 
 
@@ -71,7 +71,7 @@ def smollm2_runs(general: Path, args: argparse.Namespace) -> dict[str, list[str]
         "dense": ["--strategy=dense", *data],
         "general": [SAVED, f"--model.strategy.path={general}", *data],
         "one shot": [
-            "--strategy=sparsify.prior.MasksOnly",
+            "--strategy=sparsify.calibration.prior.MasksOnly",
             "--model.strategy.strategy=sparsify.strategies.sparsegpt.SparseGPT",
             "--model.strategy.strategy.update_weights=true",
             *data,

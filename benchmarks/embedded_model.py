@@ -2,7 +2,7 @@
 
 It learns the text that is shipped beside it::
 
-    python benchmarks/embedded_model.py sparsify/embedded
+    python benchmarks/embedded_model.py sparsify/models/embedded
 
 About an hour on two cores; an interrupted run continues from its last checkpoint. Matrices are
 trained with Muon and the rest with AdamW, under a learning rate that rises for 100 steps and then

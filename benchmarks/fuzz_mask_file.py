@@ -1,8 +1,9 @@
 """Fuzz the reader of mask files, guided by coverage (needs ``pip install atheris``; Linux).
 
 Inputs are whole files, or an index and codes that are given their right checksums, so that the
-fuzzer gets past them. The check is that of ``tests/masks/test_fuzz.py``: refused with a message, or
-read as what the index states. Memory is bounded, so that an allocation without end is a crash.
+fuzzer gets past them. The check is that of ``tests/export/mask_file/test_fuzz.py``: refused with a
+message, or read as what the index states. Memory is bounded, so that an allocation without end is
+a crash.
 
     python benchmarks/fuzz_mask_file.py CORPUS -max_total_time=1800 -max_len=1024
 """
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["sparsify.masks", "sparsify.pattern"]):
-    from sparsify.masks import codes, delta, file, index  # noqa: F401
+with atheris.instrument_imports(include=["sparsify.export.mask_file", "sparsify.masking.pattern"]):
+    from sparsify.export.mask_file import codes, delta, file, index  # noqa: F401
 
 import torch
 
 from sparsify import NMPattern
-from sparsify.masks.file import read_masks, write_masks
-from tests.masks.damage import signed, split
-from tests.masks.test_fuzz import check
+from sparsify.export.mask_file.file import read_masks, write_masks
+from tests.export.mask_file.damage import signed, split
+from tests.export.mask_file.test_fuzz import check
 
 TWO_FOUR = NMPattern(2, 4)
 FOLDER = Path(tempfile.mkdtemp())

@@ -28,9 +28,9 @@ import torch
 from kept_runs import save
 from lightning.pytorch import Callback
 
-from sparsify.base import hash_parameters
-from sparsify.masks.file import read_masks
-from sparsify.version import version
+from sparsify.common.version import version
+from sparsify.export.mask_file.file import read_masks
+from sparsify.models.base import hash_parameters
 
 STEPS, SAVED_EVERY, VALIDATED_EVERY = 12, 3, 4
 # By phase: how often it begins in a whole run, kills in it, and the longest delay of one, seconds.

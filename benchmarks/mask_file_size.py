@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsify import NMPattern
-from sparsify.masks.file import MaskWriter, read_masks
+from sparsify.export.mask_file.file import MaskWriter, read_masks
 
 PATTERN = NMPattern(2, 4)
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import NMPattern, TextDataModule
-from sparsify.base import load_model, load_tokenizer
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.inject import decoder_blocks, fold, inject, masked_layers, select
-from sparsify.registry import make_strategy
+from sparsify.masking.inject import decoder_blocks, fold, inject, masked_layers, select
+from sparsify.masking.registry import make_strategy
+from sparsify.models.base import load_model, load_tokenizer
 
 PATTERN = NMPattern(2, 4)
 STRATEGIES: dict[str, dict[str, Any]] = {"wanda": {}, "sparsegpt": {"update_weights": True}}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.calibration import Calibration
-from sparsify.plan import PlanSettings, make_plan
-from sparsify.version import version
+from sparsify.common.version import version
+from sparsify.training.plan import PlanSettings, make_plan
 
 STRATEGIES = ("maskllm", "maskpro", "sparsegpt")
 MALLOC = {

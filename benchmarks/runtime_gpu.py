@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from sparsify import NMPattern
-from sparsify.inject import decoder_blocks
-from sparsify.runtime.backends import BACKENDS
-from sparsify.runtime.measure import LayerKind, measure
-from sparsify.runtime.timings import describe_machine
-from sparsify.version import version
+from sparsify.common.version import version
+from sparsify.masking.inject import decoder_blocks
+from sparsify.serving.backends import BACKENDS
+from sparsify.serving.measure import LayerKind, measure
+from sparsify.serving.timings import describe_machine
 
 PATTERN = NMPattern(2, 4)
 LLAMA_2_7B = LlamaConfig(

@@ -8,7 +8,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from sparsify.checkpoint_files import (
+from sparsify.common.errors import SparsifyError
+from sparsify.common.folder_lock import FolderLock
+from sparsify.common.ranks import together
+from sparsify.common.run_folder import run_folder
+from sparsify.training.checkpoints.files import (
     FOLDER,
     LAST,
     DiskFull,
@@ -22,10 +26,6 @@ from sparsify.checkpoint_files import (
     step_path,
     steps_in,
 )
-from sparsify.distributed.together import together
-from sparsify.errors import SparsifyError
-from sparsify.folder_lock import FolderLock
-from sparsify.run_folder import run_folder
 
 
 class Checkpoints(Checkpoint):

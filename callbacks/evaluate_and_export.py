@@ -18,19 +18,19 @@ from sparsify.callbacks.history import History
 from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
 from sparsify.callbacks.throughput import Throughput, cost
-from sparsify.checkpoint_files import DiskFull, full_disk
-from sparsify.devices import cpu_name, device_name
-from sparsify.distributed.together import together
-from sparsify.errors import SparsifyError
-from sparsify.evaluation import Score, make_result, pattern_text, score_metrics, write_json
-from sparsify.export import export
-from sparsify.printable import SafeConsole
-from sparsify.progress import Progress
-from sparsify.record import describe_protocol, sparsity
-from sparsify.run_folder import run_folder
-from sparsify.seal import sealed
-from sparsify.secrets import redacted
-from sparsify.target import check_target, check_writable
+from sparsify.common.console import Progress
+from sparsify.common.errors import SparsifyError
+from sparsify.common.machine import cpu_name, device_name
+from sparsify.common.printable import SafeConsole
+from sparsify.common.ranks import together
+from sparsify.common.run_folder import run_folder
+from sparsify.common.seal import sealed
+from sparsify.common.secrets import redacted
+from sparsify.export.folder import export
+from sparsify.export.target import check_target, check_writable
+from sparsify.models.perplexity import Score, make_result, pattern_text, score_metrics, write_json
+from sparsify.results.record import describe_protocol, sparsity
+from sparsify.training.checkpoints.files import DiskFull, full_disk
 
 
 class EvaluateAndExport(Callback):

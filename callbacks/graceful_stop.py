@@ -9,9 +9,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sparsify import signals
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.find import find
+from sparsify.common import signals
 
 
 class GracefulStop(Callback):

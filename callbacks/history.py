@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from sparsify.callbacks.measure import measure_validation
 from sparsify.callbacks.throughput import cost
-from sparsify.evaluation import OVERALL, Score, score_metrics
+from sparsify.models.perplexity import OVERALL, Score, score_metrics
 
 
 class History(Callback):

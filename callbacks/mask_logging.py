@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from sparsify.batch import TokenBatch, split_batch
 from sparsify.callbacks.throughput import cost
-from sparsify.distributed.rows import mask_ranks, metrics, retained_norms
-from sparsify.errors import SparsifyError
-from sparsify.evaluation import mean_loss
-from sparsify.inject import masked_layers
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.inject import masked_layers
+from sparsify.masking.sharded_rows import mask_ranks, metrics, retained_norms
+from sparsify.models.perplexity import mean_loss
+from sparsify.models.token_batch import TokenBatch, split_batch
 
 Ranks = Mapping[str, Tensor]
 Table = dict[str, dict[str, Tensor]]

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from sparsify.batch import split_batch
-from sparsify.evaluation import PerplexityMeter, Score
-from sparsify.finite import finite_scores
-from sparsify.progress import tracked
+from sparsify.common.console import tracked
+from sparsify.models.perplexity import PerplexityMeter, Score
+from sparsify.models.token_batch import split_batch
+from sparsify.training.finite import finite_scores
 
 
 def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Score]:

@@ -10,20 +10,20 @@ from rich.table import Table
 
 from sparsify.callbacks.evaluate_and_export import console, describe_run
 from sparsify.callbacks.measure import measure
-from sparsify.errors import SparsifyError
-from sparsify.evaluation import OVERALL, Score, make_result, pattern_text, write_json
-from sparsify.progress import Progress, tracked
-from sparsify.record import describe_protocol
-from sparsify.run_folder import run_folder
-from sparsify.sensitivity import SENSITIVITY_SCHEMA, Sensitivity, measure_sensitivity
-from sparsify.sensitivity_plot import plot_sensitivity
+from sparsify.common.console import Progress, tracked
+from sparsify.common.errors import SparsifyError
+from sparsify.common.run_folder import run_folder
+from sparsify.models.perplexity import OVERALL, Score, make_result, pattern_text, write_json
+from sparsify.results.record import describe_protocol
+from sparsify.results.sensitivity import SENSITIVITY_SCHEMA, Sensitivity, measure_sensitivity
+from sparsify.results.sensitivity_plot import plot_sensitivity
 
 SPLIT = "validation"
 
 
 class MeasureSensitivity(Callback):
-    """Measures the cases of :mod:`sparsify.sensitivity` on the validation text, and writes them to
-    ``sensitivity.json`` and ``sensitivity.png`` in the run's folder.
+    """Measures the cases of :mod:`sparsify.results.sensitivity` on the validation text, and writes
+    them to ``sensitivity.json`` and ``sensitivity.png`` in the run's folder.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from sparsify.batch import TokenBatch
 from sparsify.callbacks.find import find
-from sparsify.trainer import data_parallel
+from sparsify.models.token_batch import TokenBatch
+from sparsify.training.trainer import data_parallel
 
 
 class Throughput(Callback):

@@ -6,39 +6,39 @@ PyTorch.
 
 from typing import TYPE_CHECKING
 
-from sparsify.lazy import lazy
+from sparsify.common.lazy import lazy
 
 if TYPE_CHECKING:
     from sparsify.api import Sparsified, sparsify
     from sparsify.calibration import Calibration, Hessian, Moments
+    from sparsify.common.errors import SparsifyError
     from sparsify.data import Source, TextDataModule
-    from sparsify.errors import SparsifyError
-    from sparsify.masker import Draw, FixedMasker, Masker
-    from sparsify.module import SparseCausalLM
-    from sparsify.pattern import NMPattern
-    from sparsify.schedule import Schedule
-    from sparsify.strategy import Block, LayerResult, Run, RunResult, SparsityStrategy
+    from sparsify.masking.masker import Draw, FixedMasker, Masker
+    from sparsify.masking.pattern import NMPattern
+    from sparsify.masking.schedule import Schedule
+    from sparsify.masking.strategy import Block, LayerResult, Run, RunResult, SparsityStrategy
+    from sparsify.training.module import SparseCausalLM
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
-            "Block": "sparsify.strategy",
+            "Block": "sparsify.masking.strategy",
             "Calibration": "sparsify.calibration",
-            "Draw": "sparsify.masker",
-            "FixedMasker": "sparsify.masker",
+            "Draw": "sparsify.masking.masker",
+            "FixedMasker": "sparsify.masking.masker",
             "Hessian": "sparsify.calibration",
-            "LayerResult": "sparsify.strategy",
-            "Masker": "sparsify.masker",
+            "LayerResult": "sparsify.masking.strategy",
+            "Masker": "sparsify.masking.masker",
             "Moments": "sparsify.calibration",
-            "NMPattern": "sparsify.pattern",
-            "Run": "sparsify.strategy",
-            "RunResult": "sparsify.strategy",
-            "Schedule": "sparsify.schedule",
+            "NMPattern": "sparsify.masking.pattern",
+            "Run": "sparsify.masking.strategy",
+            "RunResult": "sparsify.masking.strategy",
+            "Schedule": "sparsify.masking.schedule",
             "Source": "sparsify.data",
-            "SparseCausalLM": "sparsify.module",
+            "SparseCausalLM": "sparsify.training.module",
             "Sparsified": "sparsify.api",
-            "SparsifyError": "sparsify.errors",
-            "SparsityStrategy": "sparsify.strategy",
+            "SparsifyError": "sparsify.common.errors",
+            "SparsityStrategy": "sparsify.masking.strategy",
             "TextDataModule": "sparsify.data",
             "sparsify": "sparsify.api",
         },

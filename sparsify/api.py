@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsify.checks import check_objects
+from sparsify.common.console import Progress
+from sparsify.common.quiet import quiet
+from sparsify.common.ranks import rank_zero, together
+from sparsify.common.signals import Interrupted
 from sparsify.data import TextDataModule
-from sparsify.distributed.together import rank_zero, together
-from sparsify.export import export, mask_lineage
-from sparsify.inject import fold, hard_masks, layer_patterns, masked_layers
-from sparsify.load_checks import check_model
-from sparsify.masks.file import write_masks
-from sparsify.module import SparseCausalLM
-from sparsify.progress import Progress
-from sparsify.quiet import quiet
-from sparsify.registry import CALLBACKS, make_strategy, plugins
-from sparsify.signals import Interrupted
-from sparsify.strategy import SparsityStrategy
-from sparsify.trainer import Trainer
+from sparsify.export.folder import export, mask_lineage
+from sparsify.export.mask_file.file import write_masks
+from sparsify.masking.inject import fold, hard_masks, layer_patterns, masked_layers
+from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
+from sparsify.masking.strategy import SparsityStrategy
+from sparsify.models.load_checks import check_model
+from sparsify.training.guards import check_objects
+from sparsify.training.module import SparseCausalLM
+from sparsify.training.trainer import Trainer
 
 CALLBACK_NAMES = ("annealing", "masks", "speed")
 

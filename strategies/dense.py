@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from sparsify.strategy import SparsityStrategy
+from sparsify.masking.strategy import SparsityStrategy
 
 
 class Dense(SparsityStrategy):

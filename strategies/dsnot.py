@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration import Moments
-from sparsify.errors import SparsifyError
-from sparsify.pattern import NMPattern
-from sparsify.prior import make_prior
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.calibration.prior import make_prior
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class DSnoT(SparsityStrategy):

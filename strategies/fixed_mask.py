@@ -15,12 +15,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify import noise
-from sparsify.errors import SparsifyError
-from sparsify.masker import FixedMasker, Masker
-from sparsify.pattern import NMPattern
-from sparsify.prior import StartsFromPrior
-from sparsify.strategy import SparsityStrategy
+from sparsify.calibration.prior import StartsFromPrior
+from sparsify.common.errors import SparsifyError
+from sparsify.masking import noise
+from sparsify.masking.masker import FixedMasker, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import SparsityStrategy
 
 
 class AdaptedMasker(FixedMasker):

@@ -1,7 +1,7 @@
 """One logit a weight: masks drawn from them, their mean, and their scores.
 
 Each group's mask is drawn by N draws without replacement from the softmax of its logits
-(``sparsify.plackett_luce``).
+(``sparsify.masking.plackett_luce``).
 
 Shapes: O out, I in, G groups, M group size; where the layer is sharded, O are the rows of this
 process.
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from sparsify import noise
-from sparsify.distribution import describe_distribution
-from sparsify.masked_linear import local_rows
-from sparsify.masker import Draw, Masker
-from sparsify.pattern import NMPattern
-from sparsify.plackett_luce import MAX_SETS, mask_probabilities, mean_mask, score, sets_of
+from sparsify.masking import noise
+from sparsify.masking.certainty import describe_distribution
+from sparsify.masking.layer import local_rows
+from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.plackett_luce import MAX_SETS, mask_probabilities, mean_mask, score, sets_of
 
 # Weights whose masks and scores are made at once: some 40 MB of temporaries.
 AT_ONCE = 1 << 20

@@ -4,7 +4,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class Magnitude(SparsityStrategy):

@@ -10,14 +10,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparsify import noise
-from sparsify.distribution import describe_distribution
-from sparsify.errors import SparsifyError
-from sparsify.masker import Draw, Masker
-from sparsify.pattern import NMPattern
-from sparsify.prior import StartsFromPrior
-from sparsify.schedule import Schedule
-from sparsify.strategy import Run, SparsityStrategy
+from sparsify.calibration.prior import StartsFromPrior
+from sparsify.common.errors import SparsifyError
+from sparsify.masking import noise
+from sparsify.masking.certainty import describe_distribution
+from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.schedule import Schedule
+from sparsify.masking.strategy import Run, SparsityStrategy
 
 MAX_CANDIDATES = 128
 

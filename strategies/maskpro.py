@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify.errors import SparsifyError
-from sparsify.masked_linear import MaskedLinear
-from sparsify.masker import Draw, Masker
-from sparsify.pattern import NMPattern
-from sparsify.plackett_luce import mean_mask
-from sparsify.prior import StartsFromPrior, favour
+from sparsify.calibration.prior import StartsFromPrior, favour
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.layer import MaskedLinear
+from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.plackett_luce import mean_mask
+from sparsify.masking.strategy import Run, SparsityStrategy
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker, MeanMask
 from sparsify.strategies.policy_gradient import MovingAverage, PolicyGradient, Term, coefficients
-from sparsify.strategy import Run, SparsityStrategy
 
 # Of its group's largest weight: what is smaller counts as this, so that zeros have a logarithm.
 LEAST_SHARE = 1e-3

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify.distributed.population import gather, place
-from sparsify.masker import Draw
+from sparsify.common.population import gather, place
+from sparsify.masking.masker import Draw
 from sparsify.strategies.logit_masker import LogitMasker
 
 

@@ -16,12 +16,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import SparsifyError
-from sparsify.masked_linear import MaskedLinear, local_rows
-from sparsify.masker import Draw, Masker
-from sparsify.pattern import NMPattern
-from sparsify.prior import StartsFromPrior, favour
-from sparsify.strategy import Run, SparsityStrategy
+from sparsify.calibration.prior import StartsFromPrior, favour
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.layer import MaskedLinear, local_rows
+from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import Run, SparsityStrategy
 
 SWEEPS = 100
 TOLERANCE = 1e-8  # of a weight, absolute

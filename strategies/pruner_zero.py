@@ -5,7 +5,7 @@ Shapes: O out, I in.
 
 from collections.abc import Iterable, Iterator
 
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class PrunerZero(SparsityStrategy):

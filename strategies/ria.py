@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from sparsify.calibration import Moments
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class RIA(SparsityStrategy):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration import Hessian
-from sparsify.errors import SparsifyError
-from sparsify.pattern import NMPattern
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 COLUMNS = 128  # whose updates of later columns are done as one product
 RETRIES = 4

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsify.errors import SparsifyError
-from sparsify.masked_linear import MaskedLinear, local_rows
-from sparsify.masker import Draw, FixedMasker, Masker
-from sparsify.pattern import NMPattern
-from sparsify.prior import StartsFromPrior, favour
-from sparsify.strategy import SparsityStrategy
+from sparsify.calibration.prior import StartsFromPrior, favour
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.layer import MaskedLinear, local_rows
+from sparsify.masking.masker import Draw, FixedMasker, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import SparsityStrategy
 
 
 class MagnitudeMasker(Masker):

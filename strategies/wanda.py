@@ -6,7 +6,7 @@ Shapes: O out, I in.
 from collections.abc import Iterable, Iterator
 
 from sparsify.calibration import Moments
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class Wanda(SparsityStrategy):

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsify.main import main
-from sparsify.trainer import Trainer
+from sparsify.cli.main import main
+from sparsify.training.trainer import Trainer
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
 

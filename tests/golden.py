@@ -21,7 +21,7 @@ ONE_SHOT = ("admm", "dsnot", "gblm", "magnitude", "pruner_zero", "ria", "sparseg
 LEARNED = ("maskllm", "maskpro", "sr_ste")
 STEPS = (1, 5, 20)
 FILE = Path(__file__).parent / "assets" / "golden.json"
-EMBEDDED = Path(sparsify.__file__).parent / "embedded"
+EMBEDDED = Path(sparsify.__file__).parent / "models" / "embedded"
 
 
 def machine() -> dict[str, Any]:

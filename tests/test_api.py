@@ -184,8 +184,8 @@ def test_it_runs_off_the_main_thread(model, tokenizer, text: Path) -> None:
 def test_other_trainers_keep_lightnings_ddp() -> None:
     from lightning.pytorch import Trainer
 
-    from sparsify.distributed.ddp import DDP
-    from sparsify.trainer import Trainer as Own
+    from sparsify.training.parallel.ddp import DDP
+    from sparsify.training.trainer import Trainer as Own
 
     settings: Any = {"accelerator": "cpu", "devices": 2, "logger": False}
     settings |= {"enable_progress_bar": False, "enable_checkpointing": False}

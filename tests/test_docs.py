@@ -16,12 +16,13 @@ from typing import Any
 import jsonargparse
 import pytest
 
-from sparsify import SparsifyError, tools
-from sparsify.cli import Parser, SparsifyCLI
-from sparsify.commands.table import TOOLS
-from sparsify.main import main
-from sparsify.registry import STRATEGIES, find_strategy, plugins
-from sparsify.short_forms import expand
+from sparsify import SparsifyError
+from sparsify.cli import dispatch as tools
+from sparsify.cli.main import main
+from sparsify.cli.short_forms import expand
+from sparsify.cli.table import TOOLS
+from sparsify.cli.trainer_cli import Parser, SparsifyCLI
+from sparsify.masking.registry import STRATEGIES, find_strategy, plugins
 from tests.browser import browser, open_page
 from tests.conftest import Cli
 

@@ -6,19 +6,21 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sparsify import NMPattern, noise, runtime
+from sparsify import NMPattern
+from sparsify import serving as runtime
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.evaluation import token_losses
-from sparsify.export import export
-from sparsify.inject import inject, select
-from sparsify.masker import Draw
-from sparsify.masks.index import FILE_NAME
-from sparsify.module import SparseCausalLM
-from sparsify.registry import make_strategy
-from sparsify.runtime.backends import BACKENDS, Backend
+from sparsify.export.folder import export
+from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking import noise
+from sparsify.masking.inject import inject, select
+from sparsify.masking.masker import Draw
+from sparsify.masking.registry import make_strategy
+from sparsify.models.perplexity import token_losses
+from sparsify.serving.backends import BACKENDS, Backend
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.module import SparseCausalLM
 from tests.conftest import SIZES, Cli, tiny_llama, word_tokenizer
-from tests.test_export import masked_module
+from tests.export.test_folder import masked_module
 
 pytestmark = [
     pytest.mark.gpu,

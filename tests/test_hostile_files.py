@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.main import main
-from sparsify.manifest import MANIFEST
-from sparsify.masks import read_masks, write_masks
-from sparsify.pattern import NMPattern
-from sparsify.printable import is_printable
-from sparsify.seal import content_hash
-from sparsify.shown_logs import shown_logs
+from sparsify.cli.main import main
+from sparsify.common.printable import is_printable
+from sparsify.common.seal import content_hash
+from sparsify.common.shown_logs import shown_logs
+from sparsify.export.manifest import MANIFEST
+from sparsify.export.mask_file import read_masks, write_masks
+from sparsify.masking.pattern import NMPattern
 from tests.conftest import Cli
-from tests.downstream.tasks import write_tasks
+from tests.results.downstream.tasks import write_tasks
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m\u202egood"
 CODE = "from pathlib import Path\nPath('OWNED').touch()\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.main import main
-from sparsify.masks.file import read_masks
+from sparsify.cli.main import main
+from sparsify.export.mask_file.file import read_masks
 from tests.conftest import Cli
 
 ASSETS = Path(__file__).parent / "assets"

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from sparsify.main import main
+from sparsify.cli.main import main
 from tests.conftest import EOS, SIZES, Cli
 from tests.test_recipes import PAPERS
 
@@ -225,7 +225,7 @@ def test_settings_are_the_papers(name: str, cli: Cli, capsys: pytest.CaptureFixt
     # A model that does not fit one device is divided, and its checkpoints are not gathered.
     if trainer["devices"] > 1:
         assert trainer["strategy"] == {
-            "class_path": "sparsify.distributed.Sharded",
+            "class_path": "sparsify.training.parallel.Sharded",
             "init_args": trainer["strategy"]["init_args"] | {"save_distributed_checkpoint": True},
         }
     assert data["block_size"] == expected.block

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from sparsify.cli.main import main
 from sparsify.data import Source, TextDataModule
-from sparsify.main import main
-from sparsify.registry import STRATEGIES, plugins
+from sparsify.masking.registry import STRATEGIES, plugins
 from tests.conftest import Cli
 
 BASES = ("llama", "qwen")

@@ -21,20 +21,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.base import load_model, load_skeleton, load_tokenizer
-from sparsify.checkpoint_settings import settings_of
-from sparsify.cli import Parser, SparsifyCLI
-from sparsify.commands.output import say
-from sparsify.errors import SparsifyError
-from sparsify.main import main
-from sparsify.manifest import MANIFEST
-from sparsify.module import SparseCausalLM
-from sparsify.printable import is_printable, printable
-from sparsify.registry import allow_current_folder
-from sparsify.seal import content_hash
-from sparsify.secrets import REDACTED, is_secret, redacted
-from sparsify.short_forms import expand
+from sparsify.cli.commands.output import say
+from sparsify.cli.main import main
+from sparsify.cli.short_forms import expand
+from sparsify.cli.trainer_cli import Parser, SparsifyCLI
+from sparsify.common.errors import SparsifyError
+from sparsify.common.printable import is_printable, printable
+from sparsify.common.seal import content_hash
+from sparsify.common.secrets import REDACTED, is_secret, redacted
+from sparsify.export.manifest import MANIFEST
+from sparsify.masking.registry import allow_current_folder
+from sparsify.models.base import load_model, load_skeleton, load_tokenizer
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.checkpoints.settings import settings_of
+from sparsify.training.module import SparseCausalLM
 from tests.conftest import Cli
 
 COMMANDS = ("fit", "validate", "test", "export", "sensitivity")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsify.main import main
-from sparsify.registry import STRATEGIES, plugins
+from sparsify.cli.main import main
+from sparsify.masking.registry import STRATEGIES, plugins
 
 SWEEPS = sorted((Path(str(files("sparsify.configs"))) / "sweeps").glob("*.yaml"))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from sparsify.main import main
-from sparsify.masks import read_masks
+from sparsify.cli.main import main
+from sparsify.export.mask_file import read_masks
 
 ASSETS = Path(__file__).parent / "assets" / "version_0_1_0"
 

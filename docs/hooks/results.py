@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import SparsifyError
-from sparsify.registry import find_strategy
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.registry import find_strategy
 
 MARKER = re.compile(r"<!-- result: (\w+) -->")
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"

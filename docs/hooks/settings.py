@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
-from sparsify.registry import find_strategy
-from sparsify.schedule import Schedule
-from sparsify.strategy import SparsityStrategy
+from sparsify.masking.registry import find_strategy
+from sparsify.masking.schedule import Schedule
+from sparsify.masking.strategy import SparsityStrategy
 
 MARKER = re.compile(r"<!-- settings: (\w+) -->")
 NONE = "It has no settings of its own.\n"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify.errors import SparsifyError
+from sparsify.common.errors import SparsifyError
 
 
 class _Call(NamedTuple):

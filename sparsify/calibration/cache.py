@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.calibration.results import INDEX, LOCK, PARTIAL, read_index
-from sparsify.errors import SparsifyError
-from sparsify.strategy import SparsityStrategy
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.strategy import SparsityStrategy
 
 log = logging.getLogger("sparsify")
 

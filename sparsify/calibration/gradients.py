@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify.evaluation import token_losses
-from sparsify.masked_linear import MaskedLinear
+from sparsify.masking.layer import MaskedLinear
+from sparsify.models.perplexity import token_losses
 
 
 def gradient_norms(

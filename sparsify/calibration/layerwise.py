@@ -24,11 +24,11 @@ from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
-from sparsify.devices import device_name
-from sparsify.errors import SparsifyError
-from sparsify.inject import decoder_blocks, layer_patterns, masked_layers
-from sparsify.masked_linear import MaskedLinear, MaskScope
-from sparsify.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.common.errors import SparsifyError
+from sparsify.common.machine import device_name
+from sparsify.masking.inject import decoder_blocks, layer_patterns, masked_layers
+from sparsify.masking.layer import MaskedLinear, MaskScope
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
 

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.errors import SparsifyError
-from sparsify.pattern import NMPattern
-from sparsify.replace import flush, whole_file
-from sparsify.seal import KEY, is_altered, sealed
-from sparsify.strategy import LayerResult
+from sparsify.common.errors import SparsifyError
+from sparsify.common.replace import flush, whole_file
+from sparsify.common.seal import KEY, is_altered, sealed
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import LayerResult
 
 log = logging.getLogger("sparsify")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsify.errors import SparsifyError
+from sparsify.common.errors import SparsifyError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify.distributed.together import from_rank_zero, processes
-from sparsify.strategy import LayerResult
+from sparsify.common.ranks import from_rank_zero, processes
+from sparsify.masking.strategy import LayerResult
 
 
 class _Packed(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from sparsify.errors import SparsifyError
+from sparsify.common.errors import SparsifyError
 
 # First word after the seed, so that the two kinds of draw never share a random stream (numpy pads
 # seeds with zeros, so their lengths alone would not tell [seed, 1] from [seed, 1, 0]).

@@ -8,11 +8,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.files import file_shards
 from sparsify.data.hub import hub_shards
 from sparsify.data.objects import ObjectShard
 from sparsify.data.sources import BadRows, BadRowsPolicy, Shard, Source, Unusable
-from sparsify.errors import SparsifyError
 
 
 @dataclass(frozen=True)

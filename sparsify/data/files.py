@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.sources import (
     JSON_SUFFIXES,
     PARQUET_SUFFIX,
@@ -18,7 +19,6 @@ from sparsify.data.sources import (
     check_columns,
     optional,
 )
-from sparsify.errors import SparsifyError
 
 LONGEST = 2**29  # characters of a row: what unpacks to more is no text, or belongs in several rows
 ROWS_A_READ = 1024  # of a Parquet row group, whose decoded text may be larger than memory

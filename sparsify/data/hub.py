@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.sources import HUB, Source, check_columns, optional
-from sparsify.errors import SparsifyError
 
 
 class HubShard:

@@ -19,9 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.base import EMBEDDED, EMBEDDED_FOLDER
-from sparsify.batch import TokenBatch
-from sparsify.checkpoint_content import PLACE, restoring
+from sparsify.common.errors import SparsifyError
 from sparsify.data.blend import (
     BatchesOfRank,
     BlendSampler,
@@ -34,8 +32,10 @@ from sparsify.data.objects import part_of, rows_of
 from sparsify.data.packing import PackedText, Packer, pack, to_batch, unmarked
 from sparsify.data.sources import BadRows, BadRowsPolicy, Source, source_stem
 from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks, StreamLoader
-from sparsify.errors import SparsifyError
-from sparsify.trainer import data_parallel
+from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER
+from sparsify.models.token_batch import TokenBatch
+from sparsify.training.checkpoints.content import PLACE, restoring
+from sparsify.training.trainer import data_parallel
 
 if TYPE_CHECKING:
     Sources = Any  # Python's own objects too

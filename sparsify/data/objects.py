@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.sources import Source, check_columns
-from sparsify.errors import SparsifyError
 
 TAKEN = (
     "a path, a list of paths, a datasets.Dataset, rows such as [{'text': ...}, ...], texts by a "

@@ -20,10 +20,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.batch import TokenBatch
+from sparsify.common.errors import SparsifyError
 from sparsify.data.documents import Document, Instruction
 from sparsify.data.pieces import LONGEST, pieces
-from sparsify.errors import SparsifyError
+from sparsify.models.token_batch import TokenBatch
 
 log = logging.getLogger("sparsify")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from sparsify.errors import SparsifyError
+from sparsify.common.errors import SparsifyError
 
 log = logging.getLogger("sparsify")
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify.batch import TokenBatch
-from sparsify.checkpoint_content import PLACE, restoring
+from sparsify.common.errors import SparsifyError
 from sparsify.data.blend import PERMUTATION, check_same_data
 from sparsify.data.documents import Document, Judge
 from sparsify.data.packing import DOCUMENTS_A_CALL, Packer, to_batch
 from sparsify.data.sources import BadRows, Rows, Shard
-from sparsify.errors import SparsifyError
+from sparsify.models.token_batch import TokenBatch
+from sparsify.training.checkpoints.content import PLACE, restoring
 
 # First words after the seed, beside those of blend.py.
 CHOICE, SHARDS, BUFFER = 3, 4, 5

@@ -24,13 +24,14 @@ import safetensors.torch
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from sparsify import SparseCausalLM, replace
-from sparsify.export import export
-from sparsify.manifest import MANIFEST
-from sparsify.masks.file import MaskWriter
-from sparsify.masks.index import FILE_NAME
+from sparsify import SparseCausalLM
+from sparsify.common import replace
+from sparsify.export.folder import export
+from sparsify.export.manifest import MANIFEST
+from sparsify.export.mask_file.file import MaskWriter
+from sparsify.export.mask_file.index import FILE_NAME
 from tests.conftest import tiny_llama, word_tokenizer
-from tests.test_export import masked_module
+from tests.export.test_folder import masked_module
 
 WATCHED = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.", "tempfile.")
 Digest = dict[str, str] | None

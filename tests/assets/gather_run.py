@@ -13,16 +13,16 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.optim import SGD
 
-import sparsify.module
+import sparsify.training.module
 from sparsify import SparseCausalLM, TextDataModule
 from sparsify.callbacks.annealing import Annealing
-from sparsify.distillation import Distillation
-from sparsify.distributed.rows import whole
-from sparsify.distributed.sharded import Sharded
-from sparsify.inject import hard_masks, masked_layers
+from sparsify.masking.inject import hard_masks, masked_layers
+from sparsify.masking.sharded_rows import whole
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
-from sparsify.trainer import leave_process_group
+from sparsify.training.distillation import Distillation
+from sparsify.training.parallel.fsdp import Sharded
+from sparsify.training.trainer import leave_process_group
 from tests.assets.shard_run import odd_llama
 from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
 
@@ -117,11 +117,13 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     traffic = Traffic()
     # The plain way, but under one draw for all ranks.
-    own = sparsify.module.data_parallel
+    own = sparsify.training.module.data_parallel
     out: dict[str, Any] = {}
     for name in CASES:
         for gather in ("plain", "masked"):
-            sparsify.module.data_parallel = (lambda _: (0, 1)) if gather == "plain" else own
+            sparsify.training.module.data_parallel = (
+                (lambda _: (0, 1)) if gather == "plain" else own
+            )
             out[f"{gather} {name}"] = run(gather, name, Path(folder) / "train.txt", traffic)
     torch.save(out, Path(folder) / f"rank.{dist.get_rank()}")
     leave_process_group()

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-import sparsify.export
-from sparsify.main import main
-from sparsify.module import SparseCausalLM
+import sparsify.export.folder
+from sparsify.cli.main import main
+from sparsify.training.module import SparseCausalLM
 
 
 def _die() -> None:
@@ -50,7 +50,7 @@ def writing() -> None:
 
 def exporting() -> None:
     """With the export whole beside its place."""
-    sparsify.export.replace_folder = lambda new, place: _die()
+    sparsify.export.folder.replace_folder = lambda new, place: _die()
 
 
 def killed(moment: Callable[[], None]) -> None:

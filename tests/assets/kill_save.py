@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from sparsify import replace
 from sparsify.callbacks.checkpoints import Checkpoints
-from sparsify.checkpoint_files import damage, partial_path, step_path
-from sparsify.newest_checkpoint import newest_whole
+from sparsify.common import replace
+from sparsify.training.checkpoints.files import damage, partial_path, step_path
+from sparsify.training.checkpoints.newest import newest_whole
 from tests.assets import crash_run
 from tests.assets.crash_run import Reaper
 from tests.callbacks.fake_trainer import FakeTrainer, saved_step

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify import SparseCausalLM, TextDataModule
-from sparsify.distributed.rows import whole
-from sparsify.inject import hard_masks, masked_layers
-from sparsify.registry import make_strategy
-from sparsify.trainer import leave_process_group
+from sparsify.masking.inject import hard_masks, masked_layers
+from sparsify.masking.registry import make_strategy
+from sparsify.masking.sharded_rows import whole
+from sparsify.training.trainer import leave_process_group
 from tests.conftest import quiet_trainer, word_tokenizer
-from tests.models import FAMILIES
+from tests.tiny_models import FAMILIES
 
 # Micro-batches whose traffic is counted; every operation is slower under its eyes.
 COUNTED = range(2, 4)

@@ -21,20 +21,20 @@ from sparsify import SparseCausalLM, TextDataModule
 from sparsify.calibration import Calibration, Hessian
 from sparsify.callbacks.annealing import Annealing
 from sparsify.callbacks.mask_logging import MaskLogging
-from sparsify.distributed import Sharded
-from sparsify.distributed.rows import whole
-from sparsify.distributed.together import from_rank_zero, together
-from sparsify.errors import SparsifyError
-from sparsify.export import export
-from sparsify.inject import fold, hard_masks, masked_layers
-from sparsify.registry import make_strategy
+from sparsify.common.errors import SparsifyError
+from sparsify.common.ranks import from_rank_zero, together
+from sparsify.export.folder import export
+from sparsify.masking.inject import fold, hard_masks, masked_layers
+from sparsify.masking.registry import make_strategy
+from sparsify.masking.sharded_rows import whole
+from sparsify.masking.strategy import Block, LayerResult
 from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
-from sparsify.strategy import Block, LayerResult
-from sparsify.trainer import leave_process_group
+from sparsify.training.parallel import Sharded
+from sparsify.training.trainer import leave_process_group
 from tests.conftest import SIZES, quiet_trainer, tiny_llama, word_tokenizer
-from tests.models import tiny_gpt2
+from tests.tiny_models import tiny_gpt2
 
 # Words of train.txt: twelve batches of two blocks, which are six steps.
 WORDS, BLOCK = 24 * 16, 16

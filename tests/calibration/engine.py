@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
-from sparsify.base import hash_parameters
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.inject import base_parameters, decoder_blocks, inject, masked_layers, select
-from sparsify.overrides import Overrides
+from sparsify.masking.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.masking.overrides import Overrides
+from sparsify.models.base import hash_parameters
 
 TWO_FOUR = NMPattern(2, 4)
 TEXT = torch.randint(2, 64, (6, 16), generator=torch.Generator().manual_seed(0))

@@ -20,12 +20,12 @@ from sparsify import (
     SparseCausalLM,
     SparsityStrategy,
 )
-from sparsify.base import hash_parameters
 from sparsify.calibration import Calibration
-from sparsify.inject import base_parameters
-from sparsify.masks.file import write_masks
-from sparsify.overrides import Overrides
-from sparsify.registry import STRATEGIES, make_strategy, plugins
+from sparsify.export.mask_file.file import write_masks
+from sparsify.masking.inject import base_parameters
+from sparsify.masking.overrides import Overrides
+from sparsify.masking.registry import STRATEGIES, make_strategy, plugins
+from sparsify.models.base import hash_parameters
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dsnot import DSnoT
 from sparsify.strategies.maskllm import MaskLLM

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsify import Block, FixedMasker, LayerResult, SparsifyError, SparsityStrategy
 from sparsify.calibration import Calibration, Hessian, Layerwise, Moments
-from sparsify.inject import decoder_blocks, inject
+from sparsify.masking.inject import decoder_blocks, inject
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.pruner_zero import PrunerZero
 from sparsify.strategies.wanda import Wanda
@@ -25,7 +25,7 @@ from tests.calibration.engine import (
     count_passes,
     masked,
 )
-from tests.models import FAMILIES
+from tests.tiny_models import FAMILIES
 
 
 def by_hand(

@@ -23,7 +23,7 @@ from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.wanda import Wanda
 from tests.calibration.engine import count_passes, masked
 from tests.calibration.test_cache import assert_same
-from tests.models import FAMILIES
+from tests.tiny_models import FAMILIES
 
 MAKES: list[Callable[[], SparsityStrategy]] = [
     ADMM,

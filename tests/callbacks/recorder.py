@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparsify
 from sparsify.callbacks.annealing import Annealing
-from sparsify.inject import hard_masks
+from sparsify.masking.inject import hard_masks
 
 
 class Recorder(DummyLogger):

@@ -12,10 +12,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from sparsify.callbacks.checkpoints import Checkpoints
-from sparsify.checkpoint_files import DiskFull, WholeFileIO
-from sparsify.errors import SparsifyError
-from sparsify.main import main
-from sparsify.newest_checkpoint import newest_whole
+from sparsify.cli.main import main
+from sparsify.common.errors import SparsifyError
+from sparsify.training.checkpoints.files import DiskFull, WholeFileIO
+from sparsify.training.checkpoints.newest import newest_whole
 from tests.callbacks.fake_trainer import FakeTrainer, saved_step
 from tests.conftest import Cli
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from sparsify import signals
 from sparsify.calibration import Layerwise
-from sparsify.main import main
-from sparsify.masks.file import read_masks
-from sparsify.module import SparseCausalLM
-from sparsify.registry import CALLBACK_ORDER, CALLBACKS, plugins
+from sparsify.cli.main import main
+from sparsify.common import signals
+from sparsify.export.mask_file.file import read_masks
+from sparsify.masking.registry import CALLBACK_ORDER, CALLBACKS, plugins
+from sparsify.training.module import SparseCausalLM
 from tests.conftest import Cli
 
 STATUS = {signal.SIGINT: "^130$", signal.SIGTERM: "^143$", signal.SIGUSR1: "^143$"}

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.blend import BatchesOfRank, BlendSampler, apportion, check_weights
-from sparsify.errors import SparsifyError
 
 
 def epoch(sampler: BlendSampler, number: int) -> list[int]:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from sparsify.cli.main import main
 from sparsify.data import Source, TextDataModule
-from sparsify.main import main
 
 FOLDER = Path(str(files("sparsify.configs"))) / "data"
 EXPECTED: dict[str, dict[str, dict[str, Source]]] = {

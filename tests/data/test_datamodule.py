@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import Source, TextDataModule
-from sparsify.errors import SparsifyError
 from tests.data.conftest import words, write_jsonl
 
 

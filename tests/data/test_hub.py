@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import Source, TextDataModule
 from sparsify.data.documents import read_documents
 from sparsify.data.sources import BadRows
-from sparsify.errors import SparsifyError
 from tests.data.conftest import HUB_PARTS, words, write_jsonl, write_rows
 
 TEXTS = [text for part in HUB_PARTS for text in part]

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 from sparsify import Draw
-from sparsify.batch import TokenBatch, split_batch
-from sparsify.batch_run import BatchRun
+from sparsify.common.errors import SparsifyError
 from sparsify.data import Source, TextDataModule
 from sparsify.data.documents import Instruction, read_documents
 from sparsify.data.packing import pack, to_batch
 from sparsify.data.sources import BadRows
-from sparsify.errors import SparsifyError
-from sparsify.evaluation import PerplexityMeter, mean_loss, token_losses
-from sparsify.masked_linear import MaskScope
+from sparsify.masking.layer import MaskScope
+from sparsify.models.perplexity import PerplexityMeter, mean_loss, token_losses
+from sparsify.models.token_batch import TokenBatch, split_batch
+from sparsify.training.step import BatchRun
 from tests.conftest import tiny_llama
 from tests.data.conftest import words, write_jsonl, write_parquet, write_rows
 

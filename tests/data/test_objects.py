@@ -12,8 +12,8 @@ import pytest
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import Source, TextDataModule, files
-from sparsify.errors import SparsifyError
 from tests.data.conftest import words, write_jsonl
 
 TEXTS = [words(3 * i, 5) for i in range(6)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import packing
 from sparsify.data.documents import Document
 from sparsify.data.packing import Packer, pack
 from sparsify.data.pieces import pieces
-from sparsify.errors import SparsifyError
 from tests.data.conftest import words
 
 

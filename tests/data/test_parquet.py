@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data.documents import read_documents
 from sparsify.data.sources import BadRows, Source, source_stem
-from sparsify.errors import SparsifyError
 from tests.data.conftest import write_jsonl, write_parquet
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import Source, TextDataModule
-from sparsify.errors import SparsifyError
 from tests.data.conftest import HUB_PARTS, words, write_jsonl, write_parquet, write_rows
 from tests.data.test_datamodule import Recorder, fit
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
-from sparsify.base import EMBEDDED, EMBEDDED_FOLDER, load_model, load_tokenizer
 from sparsify.data import TextDataModule
-from sparsify.masked_linear import MaskScope, masked
+from sparsify.masking.layer import MaskScope, masked
+from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER, load_model, load_tokenizer
 
 Array = NDArray[Any]
 PATTERNS = ["2:4", "1:4", "2:8", "4:8", "3:5"]

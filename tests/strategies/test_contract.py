@@ -21,14 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import sparsify.strategies
 from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrategy, TextDataModule
-from sparsify.base import hash_parameters
-from sparsify.batch_run import BatchRun
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.callbacks.annealing import Annealing
-from sparsify.export import export
-from sparsify.inject import base_parameters, hard_masks, masked_layers
-from sparsify.masker import Masking
-from sparsify.registry import STRATEGIES, plugins
+from sparsify.export.folder import export
+from sparsify.masking.inject import base_parameters, hard_masks, masked_layers
+from sparsify.masking.masker import Masking
+from sparsify.masking.registry import STRATEGIES, plugins
+from sparsify.models.base import hash_parameters
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.dsnot import DSnoT
@@ -43,7 +42,8 @@ from sparsify.strategies.ria import RIA
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
 from sparsify.strategies.wanda import Wanda
-from sparsify.trainer import Trainer
+from sparsify.training.step import BatchRun
+from sparsify.training.trainer import Trainer
 from tests.conftest import quiet_trainer, tiny_llama
 
 

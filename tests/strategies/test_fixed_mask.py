@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsify import Draw, LayerResult, NMPattern, SparsifyError, noise
-from sparsify.base import hash_parameters
-from sparsify.export import export
-from sparsify.inject import base_parameters, fold, hard_masks, inject, masked_layers, select
-from sparsify.masked_linear import MaskedLinear, MaskScope
-from sparsify.masks.file import write_masks
+from sparsify import Draw, LayerResult, NMPattern, SparsifyError
+from sparsify.export.folder import export
+from sparsify.export.mask_file.file import write_masks
+from sparsify.masking import noise
+from sparsify.masking.inject import base_parameters, fold, hard_masks, inject, masked_layers, select
+from sparsify.masking.layer import MaskedLinear, MaskScope
+from sparsify.models.base import hash_parameters
 from sparsify.strategies.fixed_mask import AdaptedMasker, FixedMask
 from sparsify.strategies.sparsegpt import SparseGPT
 from tests.conftest import tiny_llama
-from tests.models import tiny_gpt2
 from tests.strategies.training import HandAdamW, adamw, built, rate, train
+from tests.tiny_models import tiny_gpt2
 
 TWO_FOUR = NMPattern(2, 4)
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))

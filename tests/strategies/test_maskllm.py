@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsify import Draw, LayerResult, NMPattern, Schedule, SparseCausalLM, SparsifyError, noise
-from sparsify.base import hash_parameters
-from sparsify.batch_run import BatchRun
+from sparsify import Draw, LayerResult, NMPattern, Schedule, SparseCausalLM, SparsifyError
 from sparsify.calibration import Calibration
-from sparsify.export import export
-from sparsify.inject import base_parameters, hard_masks, masked_layers
-from sparsify.masks.file import write_masks
-from sparsify.masks.index import FILE_NAME
+from sparsify.export.folder import export
+from sparsify.export.mask_file.file import write_masks
+from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking import noise
+from sparsify.masking.inject import base_parameters, hard_masks, masked_layers
+from sparsify.models.base import hash_parameters
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
+from sparsify.training.step import BatchRun
 from tests.conftest import tiny_llama
 
 TWO_FOUR = NMPattern(2, 4)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify import Draw, LayerResult, NMPattern, RunResult, SparsifyError, noise
-from sparsify.batch_run import BatchRun
-from sparsify.inject import inject, masked_layers, select
-from sparsify.masked_linear import MaskScope, masked
-from sparsify.masker import Masking
-from sparsify.plackett_luce import mask_probabilities
+from sparsify import Draw, LayerResult, NMPattern, RunResult, SparsifyError
+from sparsify.masking import noise
+from sparsify.masking.inject import inject, masked_layers, select
+from sparsify.masking.layer import MaskScope, masked
+from sparsify.masking.masker import Masking
+from sparsify.masking.plackett_luce import mask_probabilities
 from sparsify.strategies import logit_masker
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker
 from sparsify.strategies.maskpro import MaskPro
+from sparsify.training.step import BatchRun
 from tests.conftest import SIZES
 
 TWO_FOUR = NMPattern(2, 4)

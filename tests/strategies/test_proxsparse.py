@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, NMPattern, SparsifyError
-from sparsify.base import hash_parameters
-from sparsify.batch_run import BatchRun
-from sparsify.export import export
-from sparsify.inject import base_parameters, hard_masks, inject, masked_layers, select
+from sparsify.export.folder import export
+from sparsify.masking.inject import base_parameters, hard_masks, inject, masked_layers, select
+from sparsify.models.base import hash_parameters
 from sparsify.strategies import proxsparse
 from sparsify.strategies.proxsparse import ProxSparse, ProxyMasker, proximal_
 from sparsify.strategies.sparsegpt import SparseGPT
+from sparsify.training.step import BatchRun
 from tests.conftest import tiny_llama
 from tests.strategies.training import Array, adamw, built, largest, rate, sgd, train
 

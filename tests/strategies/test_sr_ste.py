@@ -13,15 +13,15 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, SparsifyError
-from sparsify.batch_run import BatchRun
-from sparsify.inject import hard_masks, inject, masked_layers, select
-from sparsify.masked_linear import MaskedLinear, MaskScope
+from sparsify.masking.inject import hard_masks, inject, masked_layers, select
+from sparsify.masking.layer import MaskedLinear, MaskScope
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE, MagnitudeMasker
+from sparsify.training.step import BatchRun
 from tests.conftest import tiny_llama
-from tests.models import tiny_gpt2
 from tests.strategies.training import HandAdamW, adamw, built, largest, rate, sgd, train
+from tests.tiny_models import tiny_gpt2
 
 TWO_FOUR = NMPattern(2, 4)
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))

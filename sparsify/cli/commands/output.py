@@ -1,0 +1,47 @@
+"""How commands print, and what they refuse to overwrite."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsify.common.errors import SparsifyError
+from sparsify.common.printable import SafeConsole
+
+Format = Literal["table", "json"]
+
+
+def check_free(out: Path) -> None:
+    """Refuse to write where something is."""
+    if out.exists() or out.is_symlink():  # a link to nothing would be written through
+        raise SparsifyError(f"{out} exists, and stays; name another file")
+
+
+def say_written(out: Path) -> None:
+    """Say that a file or folder was written."""
+    size = f" ({out.stat().st_size:,} bytes)" if out.is_file() else ""
+    say(f"wrote {out}{size}")
+
+
+def say_json(content: Any) -> None:
+    """Print plain values as indented JSON."""
+    print(dumps(content, indent=2))
+
+
+def say(content: Any) -> None:
+    """Print text or a table, without the control characters that files may hold."""
+    # Text as it is: paths are not to be wrapped, nor brackets read as markup.
+    SafeConsole().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End quietly where whoever reads our output has seen enough, as ``head`` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

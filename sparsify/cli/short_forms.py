@@ -1,0 +1,200 @@
+"""Short forms of the command line, rewritten into what the parser knows."""
+
+import json
+import os
+import sys
+from collections.abc import Collection, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sparsify.cli.named_classes import STRATEGY_FLAGS, named_classes, names_code
+from sparsify.common import yaml_text
+from sparsify.common.errors import SparsifyError
+from sparsify.common.printable import printable
+from sparsify.common.seal import content_hash
+from sparsify.masking.registry import (
+    STRATEGIES,
+    allow_current_folder,
+    find_strategy,
+    plugins,
+    strategy_name,
+)
+from sparsify.training.checkpoints.files import METADATA
+from sparsify.training.checkpoints.newest import newest_whole
+from sparsify.training.checkpoints.settings import SHARDED, settings_of
+
+LOGGERS = {
+    "csv": "lightning.pytorch.loggers.CSVLogger",
+    "tensorboard": "lightning.pytorch.loggers.TensorBoardLogger",
+    "wandb": "lightning.pytorch.loggers.WandbLogger",
+}
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
+RUNS = "runs"
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """Rewrite the short forms of a command line.
+
+    ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
+    config and no model named, the packaged config of that strategy, made for the embedded model,
+    comes first, also where it is named by its import path. ``--logger NAME`` becomes
+    ``--trainer.logger``; the default is ``csv``. ``--devices N`` becomes ``--trainer.devices``, and
+    ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path`` the settings of the checkpoint's
+    run come first, so that what is said on the command line wins. The current folder's modules can
+    be imported if the command line names a class or a config.
+
+    Raises:
+        SparsifyError: the strategy, the logger or the checkpoint is unknown.
+    """
+    if not args or args[0].startswith("-"):
+        return list(args)
+    command, rest = args[0], _split(args[1:])
+    given = {word.partition("=")[0] for word in rest}
+    asks = any(word.endswith(("-h", "help")) or "print_config" in word for word in given)
+    if not asks and not given & {*STRATEGY_FLAGS, "--config", "--ckpt_path"}:
+        raise SparsifyError(
+            f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
+            "import path) or --ckpt_path FILE"
+        )
+    if names_code(rest):
+        allow_current_folder()
+    run_name, logger, root = command, "csv", _root_in_configs(rest) or RUNS
+    before: list[str] = []
+    after: list[str] = []
+    for word in rest:
+        flag, _, value = word.partition("=")
+        if flag == "--logger":
+            logger = value
+        elif flag == "--trainer.default_root_dir":
+            root = str(Path(value).expanduser())  # results lie under it
+            after.append(f"{flag}={root}")
+        elif flag == "--devices":
+            after.append(f"--trainer.devices={value}")
+        elif word in ("--shard", "--trainer.strategy=fsdp"):
+            after.append(f"--trainer.strategy={SHARDED}")  # by its class, it has options
+        elif flag in STRATEGY_FLAGS and not value.startswith("{"):
+            cls = find_strategy(value)
+            run_name = cls.__name__
+            after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
+            if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
+                before += _packaged_config(strategy_name(cls))
+        else:
+            if flag == "--ckpt_path":
+                path = newest_whole(Path(value))
+                word = f"{flag}={path}"
+                settings = _settings(path, command == "fit", named_classes(rest))
+                if command == "fit" and not given & {*STRATEGY_FLAGS}:
+                    run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
+                before.append(f"--config={json.dumps(settings)}")
+            after.append(word)
+    if command == "fit" and not asks:
+        _check_root(Path(root))
+    return [command, *_logger(logger, run_name.lower(), root), *before, *after]
+
+
+def _root_in_configs(words: Sequence[str]) -> str | None:
+    """The ``default_root_dir`` of the last config that says one; the parser judges the rest."""
+    found: str | None = None
+    for word in words:
+        flag, _, path = word.partition("=")
+        if flag == "--config":
+            try:
+                said = yaml_text.load(Path(path).read_text(encoding="utf-8"))
+                value = said["trainer"]["default_root_dir"]
+            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+                continue
+            found = str(Path(value).expanduser()) if isinstance(value, str) else found
+    return found
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a folder that results cannot be written to, before any work is done."""
+    place = root.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise SparsifyError(
+            f"results go to {root}, and {place} is no folder that can be written to; give another "
+            "one as --trainer.default_root_dir"
+        )
+
+
+def _packaged_config(name: str) -> list[str]:
+    path = files("sparsify.configs") / f"{name}.yaml"
+    if not path.is_file():
+        return []
+    print(f"settings for the embedded model from configs/{name}.yaml", file=sys.stderr)
+    return [f"--config={path}"]
+
+
+def _split(args: Sequence[str]) -> list[str]:
+    """Join ``--flag value`` to ``--flag=value`` for the flags that :func:`expand` reads."""
+    out: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in (
+            *STRATEGY_FLAGS,
+            "--trainer.strategy",
+            "--trainer.default_root_dir",
+            "--devices",
+            "--logger",
+            "--ckpt_path",
+            "--config",
+            "-c",
+            "--model.name_or_path",
+        ):
+            value = next(words, None)
+            if value is None:
+                raise SparsifyError(f"{word} needs a value")
+            word = f"{'--config' if word == '-c' else word}={value}"
+        out.append(word)
+    return out
+
+
+def _logger(name: str, run_name: str, root: str) -> list[str]:
+    path = LOGGERS.get(name.lower())
+    if path is None:
+        raise SparsifyError(
+            f"there is no logger {name!r}; there are {', '.join(LOGGERS)}, "
+            "or --trainer.logger CLASS"
+        )
+    packages = PACKAGES.get(name.lower(), ())
+    if packages and not any(map(find_spec, packages)):
+        raise SparsifyError(
+            f"--logger {name} needs the package {packages[0]}, which is not installed: "
+            f"pip install 'sparsify-llm[{name.lower()}]'"
+        )
+    options = [f"--trainer.logger={path}", f"--trainer.logger.save_dir={root}"]
+    if name.lower() == "wandb":
+        return [*options, "--trainer.logger.project=sparsify"]
+    return [*options, f"--trainer.logger.name={run_name}"]
+
+
+def _settings(path: Path, resumes: bool, named: Collection[str]) -> dict[str, Any]:
+    """What a command takes of the settings of a checkpoint's run."""
+    file = path / METADATA if path.is_dir() else path
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        config = checkpoint["hyper_parameters"]["config"]
+        written = checkpoint.get("settings_sha256", content_hash(config))  # older ones tell none
+        altered = written != content_hash(config)
+    except Exception as error:
+        raise SparsifyError(
+            f"--ckpt_path {path}: this is not a checkpoint that sparsify wrote; "
+            "give the checkpoints/last.ckpt of a run"
+        ) from error
+    if altered:
+        raise SparsifyError(
+            f"--ckpt_path {path}: the settings in it are not those that were written; resume from "
+            "another checkpoint of the run"
+        )
+
+    def tell(line: str) -> None:
+        print(printable(line), file=sys.stderr)
+
+    return settings_of(config, resumes, named, tell)

@@ -1,0 +1,106 @@
+"""All commands: their names, what each is for, and where it is, without importing any of them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command that is one function, whose docstring is its help.
+
+    Args:
+        about: one line.
+        function: its module and name; not the name of a module of ``sparsify``, which the parser
+            would look for under it, and so import.
+        loads_models: whether it may load one, so that Transformers' messages are silenced.
+    """
+
+    about: str
+    function: str
+    loads_models: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command that has commands of its own."""
+
+    about: str
+    tools: dict[str, Tool]
+
+
+# Those with a Trainer are read and run by ``cli``.
+TRAINER_COMMANDS = {
+    "fit": "Learn or compute the masks, then test and export the sparse model.",
+    "validate": "Measure perplexity on the validation text.",
+    "test": "Measure perplexity on the test text.",
+    "export": "Test a checkpoint and write its model as a Hugging Face folder.",
+    "sensitivity": (
+        "Measure on the validation text how much each decoder block loses by its masks. A strategy "
+        "that learns is measured by its starting masks unless --ckpt_path is given."
+    ),
+}
+TOOLS: dict[str, Tool | Group] = {
+    "compare": Tool(
+        "Compare finished runs: which is best at which cost, and how sure that is.",
+        "sparsify.cli.commands.compare:compare_runs",
+    ),
+    "verify": Tool(
+        "Check that an exported folder is what it says.",
+        "sparsify.cli.commands.exports:verify_folder",
+        loads_models=True,
+    ),
+    "eval": Tool(
+        "Score an exported folder and its dense model on tasks of lm-evaluation-harness.",
+        "sparsify.cli.commands.evaluate:evaluate",
+        loads_models=True,
+    ),
+    "plan": Tool(
+        "Predict the memory of a run, and find settings that fit.",
+        "sparsify.cli.commands.plan:plan_run",
+        loads_models=True,
+    ),
+    "onnx": Tool(
+        "Write an exported folder as an ONNX graph for TensorRT.",
+        "sparsify.cli.commands.exports:onnx",
+        loads_models=True,
+    ),
+    "cache": Group(
+        "Show or clear kept results of calibration.",
+        {
+            "show": Tool("List what the cache holds.", "sparsify.cli.commands.cache:show_cache"),
+            "clear": Tool(
+                "Remove results from the cache.", "sparsify.cli.commands.cache:clear_cache"
+            ),
+        },
+    ),
+    "dashboard": Tool(
+        "Create a Weights & Biases workspace that compares runs.",
+        "sparsify.cli.commands.dashboard:create_dashboard",
+    ),
+    "mask": Group(
+        "Show, compare, convert and pack masks.",
+        {
+            "show": Tool("Say what a mask file holds.", "sparsify.cli.commands.mask_show:show"),
+            "import": Tool(
+                "Make a mask file of masks in another form.",
+                "sparsify.cli.commands.masks:import_masks",
+                loads_models=True,
+            ),
+            "export": Tool(
+                "Give masks the form that others take.",
+                "sparsify.cli.commands.masks:export_masks",
+                loads_models=True,
+            ),
+            "diff": Tool(
+                "Compare masks by block and kind of layer.", "sparsify.cli.commands.masks:diff"
+            ),
+            "delta": Tool(
+                "Write masks as changes to those of another file.",
+                "sparsify.cli.commands.masks:delta",
+            ),
+            "join": Tool(
+                "Write the masks that a delta file stands for as a file of its own.",
+                "sparsify.cli.commands.masks:join",
+            ),
+        },
+    ),
+}

@@ -1,0 +1,202 @@
+"""The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
+
+import sys
+from typing import Any
+
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from sparsify.cli.short_forms import RUNS, expand
+from sparsify.cli.table import TRAINER_COMMANDS
+from sparsify.common import yaml_text
+from sparsify.common.console import Progress
+from sparsify.common.errors import SparsifyError
+from sparsify.common.quiet import quiet
+from sparsify.common.secrets import holds_redacted, redacted
+from sparsify.data import TextDataModule
+from sparsify.masking.registry import CALLBACKS, STRATEGIES, plugins
+from sparsify.training.checkpoints.files import full_disk
+from sparsify.training.module import ADAMW, SparseCausalLM
+from sparsify.training.trainer import Trainer, leave_process_group
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": RUNS,
+    "max_steps": 2000,
+    "max_epochs": -1,
+    "enable_model_summary": False,
+    "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # the data module gives every rank its own batches
+    "num_sanity_val_steps": 0,
+    "callbacks": [],
+}
+
+# Settings of one command, not of the run that a checkpoint continues.
+OWN = ("config", "ckpt_path")
+
+_SHORT_FORMS = f"""
+
+--strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
+import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for
+--trainer.logger. --devices N stands for --trainer.devices, and --shard for --trainer.strategy fsdp,
+which shards weights and masks over the devices.
+With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
+run hold wherever the command line says nothing else."""
+_HELP = {
+    "prog": "sparsify",
+    "description": "Learn, evaluate and export N:M sparse masks for Hugging Face language models.",
+    **{
+        name: {
+            "description": about + _SHORT_FORMS,
+            "usage": (
+                f"sparsify {name} --strategy NAME [--devices N] [--shard] [--logger NAME] "
+                "[--config FILE] [options]"
+            ),
+        }
+        for name, about in TRAINER_COMMANDS.items()
+    },
+}
+
+
+# A class named where any value may stand is a value: nothing is instantiated there. This holds for
+# all parsers of the process.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's config.yaml without its secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
+        super().__init__(parser, redacted(config), **options)
+
+
+class Parser(LightningArgumentParser):
+    """Takes the path of a text or mask file as a path; Lightning's would read it as settings. Reads
+    ``pattern: 2:4`` of a config as the text that it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"parser_mode": yaml_text.MODE})
+
+    def add_lightning_class_args(
+        self,
+        lightning_class: Any,
+        nested_key: str,
+        subclass_mode: bool = False,
+        required: bool = True,
+    ) -> list[str]:
+        if issubclass(lightning_class, Callback):
+            self.callback_keys.append(nested_key)
+        names: list[str] = self.add_class_arguments(
+            lightning_class,
+            nested_key,
+            fail_untyped=False,
+            instantiate=not issubclass(lightning_class, LightningTrainer),
+        )
+        return names
+
+
+class SparsifyCLI(LightningCLI):
+    """LightningCLI with our Trainer and its commands, and the entry points' callbacks."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+            "export": {"model", "datamodule"},
+            "sensitivity": {"model", "datamodule"},
+        }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What this tool is about first: Lightning's Trainer has more options than all the rest."""
+        parser.add_lightning_class_args(SparseCausalLM, "model")
+        # The module's own default, said so that each of its arguments can be set by itself.
+        parser.set_defaults(
+            {"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": ADAMW}}
+        )
+        parser.add_lightning_class_args(TextDataModule, "data")
+        for name, point in plugins(CALLBACKS).items():
+            parser.add_lightning_class_args(point.load(), name)
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
+        the other processes of a run with these.
+        """
+        self.config = parser.parse_args(expand(sys.argv[1:]))
+        if place := holds_redacted(self.config):
+            raise SparsifyError(
+                f"{place.partition('.')[2]} was a secret and is not in the file that was written; "
+                "give it on the command line"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
+
+    def validate(self, **kwargs: Any) -> None:
+        """Without Lightning's table beside ours."""
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Without Lightning's table beside ours."""
+        self.trainer.test(verbose=False, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        # Plain values, so that a checkpoint can be read without executing anything.
+        dump = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        )
+        settings = redacted({k: v for k, v in dump.items() if k not in OWN})
+        self.model.save_hyperparameters({"config": settings})
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        if config["enable_checkpointing"] is False:
+            # Lightning takes the two together for a mistake.
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        if config["enable_progress_bar"] is not False and not any(
+            isinstance(c, ProgressBar) for c in given
+        ):
+            callbacks = [*callbacks, Progress()]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def run(words: list[str]) -> None:
+    """Run a command that has a Trainer.
+
+    Raises:
+        SparsifyError: it cannot be done, or not with these settings.
+    """
+    sys.argv[1:] = words
+    with quiet():
+        try:
+            SparsifyCLI(
+                SparseCausalLM,
+                TextDataModule,
+                trainer_class=Trainer,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                parser_kwargs=_HELP,
+            )
+        except MisconfigurationException as error:  # Lightning's, of settings
+            message = " ".join(str(error).split())
+            raise SparsifyError(f"the trainer refuses its settings: {message}") from error
+        except OSError as error:
+            if full_disk(error) is None:
+                raise
+            where = error.filename or "a file of the run"
+            raise SparsifyError(f"{error.strerror}: {where} was not written; free space") from error
+        leave_process_group()

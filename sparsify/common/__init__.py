@@ -1,0 +1,1 @@
+"""What knows nothing of masks or models: files, ranks, the terminal, the machine."""

@@ -1,0 +1,61 @@
+"""One run a folder: the lock that a run holds on the place of its checkpoints."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from sparsify.common.errors import SparsifyError
+
+NAME = ".run.lock"
+_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+
+
+class FolderLock:
+    """Held from here to :meth:`release`, or to the end of the process, however that ends.
+
+    Where the file system has no locks, nothing is held.
+
+    Args:
+        folder: of the run; it is made.
+
+    Raises:
+        SparsifyError: another run holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / NAME
+        self._handle: int | None = None
+        while self._handle is None:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(handle)
+                raise SparsifyError(
+                    f"another run is at work in {folder}, and two would remove each other's "
+                    "checkpoints; wait for it, or give another --trainer.default_root_dir"
+                ) from error
+            except OSError as error:
+                os.close(handle)
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return
+            if self._is_there(handle):
+                self._handle = handle
+            else:  # who held it has removed the file since it was opened here
+                os.close(handle)
+
+    def release(self) -> None:
+        """Let others have the folder; a second call does nothing."""
+        if self._handle is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
+
+    def _is_there(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), self._path.stat())
+        except FileNotFoundError:
+            return False

@@ -1,5 +1,0 @@
-"""Compares finished runs: which strategy is best at which cost, and how sure that is."""
-
-from sparsify.compare.comparison import Comparison, compare
-
-__all__ = ["Comparison", "compare"]

@@ -1,6 +1,0 @@
-"""Tasks of lm-evaluation-harness on an exported folder, beside its dense model."""
-
-from sparsify.downstream.report import notes, table
-from sparsify.downstream.run import Settings, evaluate, find_export
-
-__all__ = ["Settings", "evaluate", "find_export", "notes", "table"]

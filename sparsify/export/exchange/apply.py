@@ -1,0 +1,134 @@
+"""Masks of others: read here, checked, and made into a folder that any library loads.
+
+Shapes: O out, I in.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.exchange.layers import (
+    BaseHashes,
+    LayerShape,
+    check_masks,
+    find_pattern,
+    stored_shapes,
+)
+from sparsify.export.exchange.npz import read_npz, write_npz
+from sparsify.export.exchange.pt import read_pt
+from sparsify.export.exchange.zeros import LayerZeros, read_zero_pattern
+from sparsify.export.folder import export
+from sparsify.export.target import check_target
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.models.base import Dtype, load_skeleton
+from sparsify.training.module import SparseCausalLM
+
+__all__ = [
+    "GivenMasks",
+    "LayerShape",
+    "LayerZeros",
+    "apply_masks",
+    "check_layers",
+    "check_masks",
+    "find_pattern",
+    "read_npz",
+    "read_pt",
+    "read_zero_pattern",
+    "stored_shapes",
+    "write_npz",
+]
+
+
+def check_layers(
+    source: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, LayerShape]
+) -> None:
+    """Refuse masks of layers that a model lacks, or has in another shape.
+
+    Args:
+        source: whose masks they are, for the message.
+        shapes: (O, I) of the masks by layer name.
+        known: the model's layers.
+    """
+    for name, shape in shapes.items():
+        if name not in known:
+            raise SparsifyError(
+                f"{source}: {name!r} is no linear layer of the base model; they are called like "
+                f"{next(iter(known), None)!r}: give the model that the masks were made for"
+            )
+        own = (known[name].rows, known[name].columns)
+        if shape != own:
+            raise SparsifyError(
+                f"{source}: the mask of {name} is {shape} and the base model's weight {own}; give "
+                "the model that the masks were made for"
+            )
+
+
+class GivenMasks(SparsityStrategy):
+    """Masks that were made elsewhere.
+
+    Args:
+        masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        source: where they come from, for the record.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], source: str = "") -> None:
+        super().__init__()
+        self._masks = masks
+        self.source = source
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for block in blocks:
+            for name, layer in block.layers.items():
+                yield name, LayerResult(self._masks[name])
+
+
+def apply_masks(
+    base: str,
+    masks: Mapping[str, Tensor],
+    patterns: Mapping[str, NMPattern],
+    folder: Path,
+    *,
+    base_hash: str = "",
+    source: str = "",
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write the base model with its masked weights zero, as an export of a run is written.
+
+    Args:
+        base: the dense model, as :func:`sparsify.models.base.load_model` takes it.
+        masks: bool ``[O, I]`` by qualified layer name, True = kept; other layers stay dense.
+        patterns: theirs.
+        folder: the place to write to.
+        base_hash: the hash of the model that the masks were made for; empty if nobody knows.
+        source: where the masks come from, for the manifest.
+        dtype: the type in which the weights are loaded; the folder holds them in the type in which
+            the base does.
+        overwrite: replace an earlier export.
+
+    Raises:
+        SparsifyError: the place is taken, the masks are not ones of this model, or not of their
+            patterns.
+    """
+    check_target(folder, overwrite, base)
+    if not masks:
+        raise SparsifyError("there are no masks to apply; give one at least")
+    known = stored_shapes(load_skeleton(base))
+    check_layers("the masks", {name: tuple(masks[name].shape) for name in masks}, known)
+    most = Counter(patterns[name] for name in masks).most_common(1)[0][0]
+    module = SparseCausalLM(
+        GivenMasks(masks, source),
+        name_or_path=base,
+        pattern=str(most),
+        include=list(masks),
+        overrides={name: str(patterns[name]) for name in masks if patterns[name] != most},
+        dtype=dtype,
+    )
+    module.configure_model()
+    BaseHashes(module.lm).check(base_hash, "the masks")
+    module._calibrate()
+    export(module, folder, {}, overwrite)

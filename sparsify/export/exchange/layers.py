@@ -1,0 +1,162 @@
+"""The linear layers that masks belong to: how their weights are stored, what pattern a mask has,
+and whether a model is the one that masks were made for.
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.inject import base_parameters, decoder_blocks
+from sparsify.masking.layer import can_mask, linear_shape
+from sparsify.masking.pattern import MAX_M, NMPattern
+from sparsify.models.base import hash_parameters
+
+# The sizes that hardware and published masks use, then all others.
+GROUP_SIZES = tuple(sorted(range(2, MAX_M + 1), key=lambda m: (m not in (4, 8, 16), m)))
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The shape of a layer's weight.
+
+    Attributes:
+        rows: O.
+        columns: I.
+        transposed: whether the weight is stored as ``[I, O]``, as in GPT-2.
+        in_block: whether the layer is part of a decoder block.
+    """
+
+    rows: int
+    columns: int
+    transposed: bool = False
+    in_block: bool = True
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """The shape in which the weight is stored."""
+        return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+
+    def from_stored(self, values: Tensor) -> Tensor:
+        """``[O, I]`` of values in the layout of the stored weight."""
+        return values.T.contiguous() if self.transposed else values
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, LayerShape]:
+    """The plain linear layers of a model by qualified name."""
+    blocks = tuple(f"{name}." for name in decoder_blocks(model))
+    return {
+        name: LayerShape(
+            *linear_shape(layer), type(layer) is not nn.Linear, name.startswith(blocks)
+        )
+        for name, layer in model.named_modules()
+        if can_mask(layer)
+    }
+
+
+def layer_name(key: str) -> str:
+    """The layer that a stored tensor's key speaks of: ``NAME``, ``NAME.weight``, ``NAME.mask`` or
+    ``NAME.weight.mask``.
+    """
+    return key.removesuffix(".mask").removesuffix(".weight")
+
+
+def check_known(source: Path, key: str, name: str, known: Iterable[str]) -> None:
+    """Refuse the mask of a layer that the base model lacks.
+
+    Raises:
+        SparsifyError: there is no such layer.
+    """
+    if name not in known:
+        raise SparsifyError(
+            f"{source}: {key!r} names no linear layer of the base model; they are called like "
+            f"{next(iter(known), None)!r}: give the model that the masks were made for"
+        )
+
+
+def find_pattern(mask_OI: Tensor) -> NMPattern:
+    """The pattern of a mask, in groups of 4, 8, 16 or else the smallest that fit.
+
+    Raises:
+        SparsifyError: the mask keeps equally many weights in the groups of no size.
+    """
+    for m in GROUP_SIZES:
+        if mask_OI.shape[-1] % m == 0:
+            kept = mask_OI.unflatten(-1, (-1, m)).sum(-1)
+            n = int(kept.flatten()[0])
+            if 1 <= n < m and bool((kept == n).all()):
+                return NMPattern(n, m)
+    raise SparsifyError(
+        f"a mask {tuple(mask_OI.shape)} with {float(mask_OI.float().mean()):.1%} kept is N:M for "
+        f"no M up to {MAX_M}; every group must keep equally many weights"
+    )
+
+
+def check_masks(masks: Mapping[str, Tensor], patterns: NMPattern | Mapping[str, NMPattern]) -> None:
+    """Check that every mask keeps exactly N of every M weights.
+
+    Args:
+        masks: bool ``[O, I]`` by layer name, True = kept.
+        patterns: theirs, or the one that all have.
+
+    Raises:
+        SparsifyError: one does not; the message names the layer, the row and the group.
+    """
+    for name, mask_OI in masks.items():
+        pattern = patterns if isinstance(patterns, NMPattern) else patterns[name]
+        if mask_OI.dtype != torch.bool or mask_OI.ndim != 2:
+            raise SparsifyError(
+                f"{name}: its mask is {mask_OI.dtype} {tuple(mask_OI.shape)}; it must be bool "
+                "[out_features, in_features]"
+            )
+        if mask_OI.shape[1] % pattern.m:
+            raise SparsifyError(
+                f"{name}: in_features={mask_OI.shape[1]} is not a multiple of m={pattern.m}; "
+                "give the pattern that the masks have"
+            )
+        try:
+            pattern.rank(mask_OI)
+        except SparsifyError as error:
+            raise SparsifyError(f"{name}: {error}") from error
+
+
+class BaseHashes:
+    """The hashes that name a model's dense weights; each is computed when it is first needed.
+
+    The same weights have a hash for every type in which they can be loaded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[torch.dtype | None, str] = {}
+
+    def __contains__(self, base_hash: str) -> bool:
+        for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+            if dtype not in self._known:
+                self._known[dtype] = hash_parameters(base_parameters(self._model), dtype)
+            if self._known[dtype] == base_hash:
+                return True
+        return False
+
+    def check(self, base_hash: str, what: str) -> None:
+        """Refuse masks that were made for other weights.
+
+        Args:
+            base_hash: what the masks state; empty if they state none.
+            what: the masks, for the message.
+
+        Raises:
+            SparsifyError: they were made for another model.
+        """
+        if base_hash and base_hash not in self:
+            raise SparsifyError(
+                f"{what}: made for a base model with hash {base_hash[:12]}..., and this one's is "
+                f"{self._known[None][:12]}...; load the model that the masks were made for, in the "
+                "type that it had then"
+            )

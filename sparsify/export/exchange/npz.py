@@ -1,0 +1,146 @@
+"""Masks in a NumPy archive, as learned masks are published: ``mask_compressed.npz``.
+
+One entry a layer: the key is the weight's name and ``.mask``, the value ``np.packbits`` of the mask
+in the layout of the stored weight, row by row, and the last byte is padded with zeros. The file
+holds no shapes: they come from the base model.
+
+Shapes: O out, I in.
+"""
+
+import zipfile
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.common.replace import whole_file
+from sparsify.export.exchange.layers import LayerShape, check_known, layer_name
+
+MAX_HEADER = 1024  # bytes; NumPy writes 128
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def read_npz(path: Path, shapes: Mapping[str, LayerShape]) -> Iterator[tuple[str, Tensor]]:
+    """Read masks one by one; nothing is unpickled, and no more is unpacked than the shapes ask for.
+
+    Args:
+        path: the archive.
+        shapes: of the base model's layers, by qualified name.
+
+    Yields:
+        A layer's qualified name and its mask, bool ``[O, I]``, True = kept.
+
+    Raises:
+        SparsifyError: the file is damaged or no such archive, or it is not one of this model.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # as below
+        raise SparsifyError(
+            f"{path}: not a readable npz archive ({error}); name a mask_compressed.npz"
+        ) from error
+    with archive:
+        for name, entry in _entries(path, archive, shapes).items():
+            yield name, _read(path, archive, entry, shapes[name])
+
+
+def _entries(
+    path: Path, archive: zipfile.ZipFile, shapes: Mapping[str, LayerShape]
+) -> dict[str, zipfile.ZipInfo]:
+    """The archive's entries by layer name, all checked by their names and sizes."""
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        key = entry.filename.removesuffix(".npy")
+        name = layer_name(key)
+        if not key.endswith(".mask"):
+            raise SparsifyError(
+                f"{path}: {key!r} is not called like a mask; every key is a weight's name and "
+                "'.mask': name an archive that holds masks alone"
+            )
+        check_known(path, key, name, shapes)
+        if name in entries:
+            raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; one layer has one")
+        if entry.file_size > _bytes(shapes[name]) + MAX_HEADER:
+            raise _wrong(
+                path, key, shapes[name], f"it unpacks to {entry.file_size} bytes with its header"
+            )
+        # Others may unpack to any size at once.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise SparsifyError(
+                f"{path}: {key!r} is compressed by method {entry.compress_type}; NumPy's archives "
+                "are stored or deflated: write it with np.savez_compressed"
+            )
+        entries[name] = entry
+    if not entries:
+        raise SparsifyError(f"{path}: the archive holds no masks")
+    return entries
+
+
+def _read(
+    path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, shape: LayerShape
+) -> Tensor:
+    key = entry.filename.removesuffix(".npy")
+    try:
+        with archive.open(entry) as stream:
+            _check_header(path, key, stream, shape)
+            data = stream.read(_bytes(shape))
+            if len(data) < _bytes(shape) or stream.read(1):  # reading on checks the CRC too
+                raise _wrong(path, key, shape, f"its array holds {len(data)} bytes")
+    except SparsifyError:
+        raise
+    except Exception as error:  # what NumPy makes of a damaged header can raise anything
+        raise SparsifyError(
+            f"{path}: {key!r} is damaged ({error}); fetch the file again"
+        ) from error
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    count = shape.rows * shape.columns
+    if bits[count:].any():
+        raise _wrong(path, key, shape, "the bits behind the last weight are not zero")
+    mask = torch.from_numpy(bits[:count]).view(torch.bool)
+    return shape.from_stored(mask.view(shape.stored))
+
+
+def _check_header(path: Path, key: str, stream: IO[bytes], shape: LayerShape) -> None:
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"npy version {version}")
+    found, _, dtype = _HEADERS[version](stream, max_header_size=MAX_HEADER)
+    if dtype != np.uint8 or found != (_bytes(shape),):
+        raise _wrong(path, key, shape, f"it is an array {found} of {dtype}")
+
+
+def _bytes(shape: LayerShape) -> int:
+    return -(-shape.rows * shape.columns // 8)
+
+
+def _wrong(path: Path, key: str, shape: LayerShape, found: str) -> SparsifyError:
+    return SparsifyError(
+        f"{path}: {key!r}: {found}; the bits of a mask {shape.rows} x {shape.columns} are "
+        f"{_bytes(shape)} uint8: give the base model that the masks were made for"
+    )
+
+
+def write_npz(path: Path, masks: Mapping[str, Tensor], transposed: Container[str] = ()) -> None:
+    """Write masks in the same format, whole or not at all.
+
+    Args:
+        path: the archive; one that is there is replaced.
+        masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        transposed: the layers whose weight is stored as ``[I, O]``.
+    """
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name in masks:
+            mask = masks[name].T if name in transposed else masks[name]
+            # Without the time of writing: equal masks make equal files.
+            entry = zipfile.ZipInfo(f"{name}.weight.mask.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                bits = np.packbits(mask.cpu().numpy())
+                np.lib.format.write_array(stream, bits, allow_pickle=False)

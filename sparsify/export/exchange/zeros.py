@@ -1,0 +1,129 @@
+"""The masks that the zeros of a Hugging Face folder imply.
+
+Shapes: O out, I in, G groups, M group size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.exchange.layers import GROUP_SIZES, stored_shapes
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.base import load_skeleton
+from sparsify.models.stored_weights import StoredWeights
+
+# Dense weights hold few zeros, mostly numbers too small for their type.
+DENSE_ZEROS = 0.1
+
+
+@dataclass(frozen=True)
+class LayerZeros:
+    """What the zeros of one layer imply.
+
+    Attributes:
+        name: the layer's qualified name.
+        pattern: its pattern; None if the layer is dense.
+        mask: bool ``[O, I]``, True = kept; None if the layer is dense.
+        completed: groups with fewer nonzero weights than N; the lowest free positions count as kept
+            there.
+    """
+
+    name: str
+    pattern: NMPattern | None = None
+    mask: Tensor | None = None
+    completed: int = 0
+
+
+def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterator[LayerZeros]:
+    """Read the linear layers of the decoder blocks one by one.
+
+    Args:
+        folder: a causal LM in safetensors files, with exact zeros.
+        pattern: what the masked layers hold; None finds each layer's own: the fewest weights kept,
+            in groups of 4, else of 8, else of 16.
+
+    Yields:
+        Each layer, dense or masked.
+
+    Raises:
+        SparsifyError: the folder is not a readable model, no layer of it is sparse, or one is
+            sparse and holds no pattern.
+    """
+    shapes = stored_shapes(model := load_skeleton(str(folder)))
+    weights = StoredWeights(folder)
+    weights.check()
+    sparse = False
+    for name, shape in shapes.items():
+        if shape.in_block:
+            weight = weights.get(_key(weights, name, model.base_model_prefix))
+            if tuple(weight.shape) != shape.stored:
+                raise SparsifyError(
+                    f"{folder}: {name} is stored as {tuple(weight.shape)}, and config.json says "
+                    f"{shape.stored}; the folder is damaged"
+                )
+            layer = _implied(name, shape.from_stored(weight) != 0, pattern)
+            sparse |= layer.mask is not None
+            yield layer
+    if not sparse:
+        raise SparsifyError(
+            f"{folder}: fewer than {DENSE_ZEROS:.0%} of every layer's weights are zero, so none is "
+            "masked; name a folder of a sparse model"
+        )
+
+
+def _implied(name: str, nonzero_OI: Tensor, pattern: NMPattern | None) -> LayerZeros:
+    own = pattern or _pattern(nonzero_OI)
+    if own is not None and nonzero_OI.shape[1] % own.m == 0:
+        counts_OG = own.groups(nonzero_OI).sum(-1)
+        if bool((counts_OG <= own.n).all()):
+            mask = own.top(nonzero_OI.half())  # ties keep the lower position
+            return LayerZeros(name, own, mask, int((counts_OG < own.n).sum()))
+    zeros = 1 - float(nonzero_OI.float().mean())
+    if zeros < DENSE_ZEROS:
+        return LayerZeros(name)
+    raise SparsifyError(
+        f"{name}: {zeros:.0%} of its weights are zero, but {_why(nonzero_OI, own)}; a layer is "
+        f"dense or N:M along its inputs: give the pattern that it has, or prune it to one"
+    )
+
+
+def _pattern(nonzero_OI: Tensor) -> NMPattern | None:
+    """The pattern of the lowest density that these weights hold, with most groups full: zeros
+    strewn over a small layer would hold some pattern too.
+    """
+    found = []
+    for m in GROUP_SIZES[:3]:
+        if nonzero_OI.shape[1] % m == 0:
+            counts_OG = nonzero_OI.unflatten(-1, (-1, m)).sum(-1)
+            n = int(counts_OG.max())
+            if 1 <= n < m and float((counts_OG == n).float().mean()) > 0.5:
+                found.append(NMPattern(n, m))
+    return min(found, key=lambda pattern: pattern.density, default=None)
+
+
+def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
+    if pattern is None:
+        return "most groups of 4, of 8 and of 16 hold no common N"
+    if nonzero_OI.shape[1] % pattern.m:
+        return f"in_features={nonzero_OI.shape[1]} is not a multiple of m={pattern.m}"
+    counts_OG = pattern.groups(nonzero_OI).sum(-1)
+    row, group = (counts_OG > pattern.n).nonzero()[0].tolist()
+    return (
+        f"row {row}, group {group} has {int(counts_OG[row, group])} nonzero weights, more than the "
+        f"{pattern.n} of {pattern}"
+    )
+
+
+def _key(weights: StoredWeights, name: str, prefix: str) -> str:
+    """The name of a layer's weight in the files."""
+    # Some folders hold the model without its head, whose names lack the first part.
+    keys = (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."))
+    key = next((key for key in keys if key in weights), None)
+    if key is None:
+        raise SparsifyError(
+            f"{weights.folder}: there is no {keys[0]!r} in its files; the model lacks it"
+        )
+    return key

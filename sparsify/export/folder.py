@@ -1,0 +1,239 @@
+"""Write a masked model as a plain Hugging Face folder that loads anywhere.
+
+The folder holds the model with exact zeros, its tokenizer, the packed masks and
+``sparsity_manifest.json``. It is written beside its place and moved there when it is whole.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.common.file_hashes import file_hashes
+from sparsify.common.ranks import rank_zero, together
+from sparsify.common.replace import partial_folder, replace_folder
+from sparsify.export.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
+from sparsify.export.mask_file.file import write_masks
+from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.export.read_back import Measured, check_read_back, measured_logits, windows_to_compare
+from sparsify.export.target import check_target, keep_others
+from sparsify.masking.inject import base_parameters, layer_patterns, masked_layers
+from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.sharded_rows import hard_mask, shipped, whole
+from sparsify.models.base import hash_parameters, hash_tensor
+from sparsify.models.perplexity import write_json
+from sparsify.models.stored_weights import StoredWeights
+from sparsify.training.checkpoints.files import full_disk
+from sparsify.training.module import SparseCausalLM
+
+
+@torch.no_grad()
+def export(
+    module: SparseCausalLM, folder: Path, record: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Write the folder whole, or leave everything as it was.
+
+    In a run of several processes every rank must call this. Only rank 0 writes, and if it fails,
+    all do.
+
+    Args:
+        module: the model with its masks; it is not changed.
+        folder: the place to write to.
+        record: lineage, protocol and results, for the manifest.
+        overwrite: replace an earlier export.
+
+    Raises:
+        SparsifyError: the place is taken, the disk is full, weights changed that must not, or the
+            folder, read back as plain Transformers, does not compute what the module does.
+    """
+    with together():
+        if rank_zero():
+            check_target(folder, overwrite, module.name_or_path)
+    whole_model = _gather(module)
+    tokens_BT = windows_to_compare(module)
+    measured = Measured(tokens_BT, measured_logits(module, tokens_BT))
+    with together():
+        if rank_zero():
+            _write(module, folder, whole_model, measured, record, overwrite)
+
+
+class _Whole(NamedTuple):
+    """What is gathered: base weights by Parameter, masks and shipped weights by layer."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    shipped: dict[str, Tensor]
+
+
+def _gather(module: SparseCausalLM) -> _Whole:
+    """All that rank 0 writes, one tensor at a time; on the other ranks nothing is kept."""
+    model = _Whole({}, {}, {})
+    for name, parameter in base_parameters(module.lm).items():
+        weight = whole(parameter)
+        if rank_zero():
+            model.weights[name] = weight.cpu() if isinstance(parameter, DTensor) else weight
+    for name, layer in masked_layers(module.lm).items():
+        mask_OI, weight_OI = hard_mask(layer), shipped(layer)
+        if rank_zero():
+            model.masks[name] = mask_OI.cpu()
+            if weight_OI is not None:
+                model.shipped[name] = weight_OI
+    return model
+
+
+def _write(
+    module: SparseCausalLM,
+    folder: Path,
+    whole_model: _Whole,
+    measured: Measured,
+    record: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    weights, masks, _ = whole_model
+    if not module.strategy.changes_base and hash_parameters(weights) != module.base_hash:
+        raise SparsifyError(
+            "the base weights changed during the run, though the strategy says that they stay"
+        )
+    for name, layer in masked_layers(module.lm).items():
+        # A weight that two layers share is listed once.
+        if (key := f"{name}.weight") in weights:
+            weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
+    dtype = _storage_dtype(module, weights.values())
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    try:
+        with partial_folder(folder) as partial:
+            plain = _plain_model(module.lm, weights, dtype)
+            plain.save_pretrained(partial)
+            module.tokenizer.save_pretrained(partial)
+            if masks:
+                write_masks(
+                    partial / FILE_NAME,
+                    masks,
+                    layer_patterns(module.lm),
+                    module.base_hash,
+                    mask_lineage(module),
+                )
+            content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
+            content["files"] = file_hashes(partial, but=MANIFEST)
+            write_json(partial / MANIFEST, content | dict(record))
+            check_read_back(partial, module, type(plain), weights, measured)
+            # Whoever serves the model may be another user; some of these were made private.
+            for path in (partial, *partial.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            # Again: writing takes minutes, and others write too.
+            check_target(folder, overwrite, module.name_or_path)
+            keep_others(folder, partial)
+            replace_folder(partial, folder)
+    except Exception as error:
+        if full_disk(error) is None:
+            raise
+        raise SparsifyError(
+            f"the disk is full: {folder} was not written; nothing else was lost. "
+            "Free space, then run sparsify export --ckpt_path with the run's last checkpoint"
+        ) from error
+
+
+def _masked(
+    layer: MaskedLinear, stored: Tensor, mask_OI: Tensor, shipped_OI: Tensor | None
+) -> Tensor:
+    """A layer's weight as it ships, in the layout of the stored one."""
+    if shipped_OI is None:
+        weight_OI = layer.as_stored(stored)  # a transpose, or nothing: its own inverse
+        shipped_OI = torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
+    return layer.as_stored(shipped_OI)
+
+
+def mask_lineage(module: SparseCausalLM) -> dict[str, Any]:
+    """Where a module's masks come from, for a mask file."""
+    return {"base": module.base_name, "strategy": module.strategy.describe()}
+
+
+def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:
+    """The type in which the base is stored, if it holds these values exactly; else the one in which
+    they were used.
+    """
+    stored = module.stored_dtype
+    exact = all(torch.equal(w.to(stored).to(w.dtype), w) for w in weights)
+    return stored if exact else module.lm.dtype
+
+
+def _plain_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    plain_class: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        plain = plain_class(config)
+    buffers = {name: b for name, b in model.named_buffers() if name in plain.state_dict()}
+    plain.load_state_dict(weights | buffers, assign=True, strict=False)
+    plain.tie_weights()
+    if left := [name for name, p in plain.named_parameters() if p.is_meta]:
+        raise RuntimeError(
+            f"the export lacks {left}: the model shares weights in a way "
+            "that its class does not declare"
+        )
+    if model.generation_config is not None:
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def _manifest(
+    module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Any]:
+    layers = masked_layers(module.lm)
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "pattern": str(module.pattern),
+        "base": {
+            "name": module.base_name,
+            "hash": module.base_hash,
+            "dtype": _dtype_name(module.lm.dtype),
+        },
+        "strategy": module.strategy.describe(),
+        "dtype": _dtype_name(dtype),
+        "layers": {
+            name: {
+                "shape": list(mask.shape),
+                "layout": IN_OUT if isinstance(layers[name], MaskedConv1D) else OUT_IN,
+                "pattern": str(layers[name].masker.pattern),
+            }
+            for name, mask in masks.items()
+        },
+        "dense": module.dense_layers,
+    }
+
+
+def _stored_tensors(folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
+    """What the files hold.
+
+    Returns:
+        ``tensors``: by name in the files, the hash of the values; of those in memory, which came
+        from the base, wherever they are stored under the same name.
+        ``stored_as``: the Parameters that are not stored under their own name, each with the name
+        that it shares or was given, or None where Transformers stores it in parts.
+    """
+    values, stored = plain.state_dict(), StoredWeights(folder)
+    tensors = {
+        name: hash_tensor(values[name] if name in values else stored.get(name)) for name in stored
+    }
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    shared = {id(p): name for name, p in parameters.items() if name in tensors}
+    renamed = {tensors[name]: name for name in tensors if name not in values}
+    stored_as = {
+        name: shared.get(id(p)) or renamed.get(hash_tensor(p))
+        for name, p in parameters.items()
+        if name not in tensors
+    }
+    return {"tensors": tensors, "stored_as": stored_as}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,154 @@
+"""Reads an exported folder back as its users will, and compares it with what was measured.
+
+What can differ though every number was written rightly: a flag of the config that ties a tensor to
+another, a tensor under a name that the loader does not ask for, a setting that lives in the model
+object alone.
+
+Shapes: B windows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from sparsify.common.bits import bits
+from sparsify.common.errors import SparsifyError
+from sparsify.models.token_batch import split_batch
+
+WINDOWS = 2
+_DRAWN_TOKENS = 16
+
+
+class Measured(NamedTuple):
+    """What the masked model computed: logits ``[B, T, V]`` on CPU of tokens ``[B, T]``."""
+
+    tokens_BT: Tensor
+    logits_BTV: Tensor
+
+
+def windows_to_compare(module: Any) -> Tensor:
+    """A few windows, int64 ``[B, T]``, on the module's device: of the test text, as it was
+    measured; where a run has none, drawn token ids.
+    """
+    data = None if module._trainer is None else cast(Any, module.trainer).datamodule
+    if data is not None and data.test_names:
+        tokens_BT = split_batch(next(iter(data.test_dataloader()[0])))[0][:WINDOWS]
+        return tokens_BT.to(module.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = module.lm.get_input_embeddings().num_embeddings
+    return torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator).to(module.device)
+
+
+def measured_logits(module: Any, tokens_BT: Tensor) -> Tensor:
+    """What the model with its hard masks computes, ``[B, T, V]``, on CPU, as scores are measured.
+
+    Every rank of a sharded run must call this.
+    """
+    with module.measuring():
+        return cast(Tensor, module.lm(input_ids=tokens_BT, use_cache=False).logits.cpu())
+
+
+@torch.no_grad()
+def check_read_back(
+    folder: Path,
+    module: Any,
+    plain_class: type[PreTrainedModel],
+    written: Mapping[str, Tensor],
+    measured: Measured,
+) -> None:
+    """Load a folder as plain Transformers, and refuse it if it computes anything else.
+
+    On an accelerator its weights are brought there layer by layer, so that no second model needs
+    room.
+
+    Args:
+        folder: the written one.
+        module: the LightningModule whose model it holds.
+        plain_class: the model's class without masks.
+        written: the Parameters by name, as they should be stored.
+        measured: what the module itself computed.
+
+    Raises:
+        SparsifyError: it does not load whole, or a logit differs by a bit; the tensors that differ
+            are named.
+    """
+    model = _load(folder, module.lm, plain_class)
+    if module.device.type != "cpu":
+        from accelerate import cpu_offload
+
+        model = cpu_offload(model, module.device)
+    with module.measuring():
+        found_BTV = model(input_ids=measured.tokens_BT, use_cache=False).logits.cpu()
+    if torch.equal(found_BTV, measured.logits_BTV):
+        return
+    difference = float((found_BTV.double() - measured.logits_BTV.double()).abs().max())
+    raise SparsifyError(
+        f"what was written, read back as plain Transformers, does not compute what was measured "
+        f"(logits differ by up to {difference:.3g}): {_reason(model, module.lm, written)}; nothing "
+        "was exported"
+    )
+
+
+def _load(
+    folder: Path, like: PreTrainedModel, plain_class: type[PreTrainedModel]
+) -> PreTrainedModel:
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(like.config), None)
+    loader: Any = AutoModelForCausalLM if known is plain_class else plain_class
+    try:
+        model, info = loader.from_pretrained(
+            str(folder),
+            dtype=like.dtype,
+            attn_implementation=like.config._attn_implementation,  # or sums run in another order
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a model class raises for files that are not its own
+        raise SparsifyError(
+            f"what was written cannot be read back by Transformers ({type(error).__name__}: "
+            f"{error}); nothing was exported"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(kind) or ())):
+            raise SparsifyError(
+                f"what was written, read back by Transformers, has {kind.replace('_', ' ')}: "
+                f"{_some(names)}; nothing was exported"
+            )
+    return cast(PreTrainedModel, model.eval())
+
+
+def _reason(model: PreTrainedModel, like: PreTrainedModel, written: Mapping[str, Tensor]) -> str:
+    """What differs, in words."""
+    read = dict(model.named_parameters(remove_duplicate=False))
+    odd = [
+        name
+        for name, value in written.items()
+        if name not in read or not torch.equal(bits(read[name].cpu()), bits(value.to(like.dtype)))
+    ]
+    if odd:
+        return f"it reads other values for {_some(odd)}"
+    own = dict(like.named_buffers())
+    odd = [name for name, value in model.named_buffers() if _differs(value, own.get(name))]
+    if odd:
+        return (
+            f"the model object has other values in {_some(odd)}, which no file holds; .bfloat16() "
+            "and .half() round them too: load the model with dtype=..., or give --model.dtype"
+        )
+    one, other = model.config.to_dict(), like.config.to_dict()
+    settings = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    settings = [key for key in settings if key not in ("architectures", "dtype", "_name_or_path")]
+    said = f"in its config, {_some(settings)} differ" if settings else "its config is the same"
+    return f"all tensors are as they were written; {said}, so the model object computes otherwise"
+
+
+def _differs(value: Tensor, other: Tensor | None) -> bool:
+    return other is None or value.dtype != other.dtype or not torch.equal(value.cpu(), other.cpu())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,1 @@
+"""What a strategy is written against: patterns, noise, maskers, masked layers."""

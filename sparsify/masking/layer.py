@@ -1,0 +1,237 @@
+"""A linear layer whose weight is masked as it is used, and the product beneath it.
+
+Data flow of one layer. Forward: the masker makes the masked weight, the input is multiplied by it,
+and it is dropped; kept for backward are the input and the layer's own Parameters. Backward: the
+masker runs again, now under a graph; its masked weight gives the input's gradient, and the product
+of the output's gradient and the input goes through that graph to whatever the masker learns, and to
+the weight if it is trained. Nothing of the weight's size lives between the two.
+
+Shapes: O out, I in, B any leading dimensions.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from sparsify.masking.masker import Draw, Masker, Masking
+
+
+class MaskScope:
+    """What all masked layers of one model share.
+
+    Attributes:
+        masking: how to mask now.
+        grad: whether the forward under way has a graph.
+        penalties: those of the forward under way, 0-d, one a layer.
+    """
+
+    def __init__(self) -> None:
+        self.masking: Masking = "hard"
+        self.grad = False
+        self.penalties: list[Tensor] = []
+
+    @contextmanager
+    def use(self, masking: Masking) -> Iterator[list[Tensor]]:
+        """Run the model under ``masking``; yields the list that fills with penalties."""
+        before = self.masking, self.grad, self.penalties
+        self.masking, self.grad, self.penalties = masking, torch.is_grad_enabled(), []
+        try:
+            yield self.penalties
+        finally:
+            self.masking, self.grad, self.penalties = before
+
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
+        """For activation checkpointing: a recomputation uses the draw of its own forward."""
+        return nullcontext(), self.use(self.masking)
+
+
+class Gather(Protocol):
+    """Takes over the product of a layer whose weight is masked before ranks gather it."""
+
+    def multiply(self, x_BI: Tensor) -> Tensor: ...
+
+
+class _MaskedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        layer: "MaskedLinear",
+        masking: Masking,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_BI, weight_OI, *tensors)
+        ctx.layer, ctx.masking = layer, masking
+        masked_OI, penalty = _mask(layer, masking, weight_OI, tensors)
+        return layer.multiply(x_BI, masked_OI.to(x_BI.dtype), bias_O), penalty
+
+    @staticmethod
+    def backward(ctx: Any, grad_BO: Tensor, grad_penalty: Tensor) -> tuple[Any, ...]:
+        x_BI, *saved = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _, *need_tensors = ctx.needs_input_grad
+        needs = [need_weight, *need_tensors]
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(need) for t, need in zip(saved, needs, strict=True)]
+            masked_OI, penalty = _mask(ctx.layer, ctx.masking, leaves[0], leaves[1:])
+        grad_x = grad_BO @ masked_OI.detach().to(grad_BO.dtype) if need_x else None
+        grad_bias = grad_BO.flatten(0, -2).sum(0) if need_bias else None
+        grads: list[Tensor | None] = [None] * len(leaves)
+        if masked_OI.requires_grad:
+            grad_OI = grad_BO.flatten(0, -2).T @ x_BI.flatten(0, -2)
+            outputs, seeds = [masked_OI], [grad_OI.to(masked_OI.dtype)]
+            if penalty.requires_grad:
+                outputs, seeds = [*outputs, penalty], [*seeds, grad_penalty]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+            grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
+
+
+def _mask(
+    layer: "MaskedLinear", masking: Masking, weight_OI: Tensor, tensors: Any
+) -> tuple[Tensor, Tensor]:
+    named = dict(zip(layer.masker_parameters(), tensors, strict=True))
+    # Masks are made in the precision of the tensors that they come from, whatever the matmuls use.
+    with torch.autocast(weight_OI.device.type, enabled=False):
+        return cast(
+            tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
+        )
+
+
+class MaskedLinear(nn.Module):
+    """Takes the place of a linear layer: its Parameters under its keys, and a masker beside them.
+
+    Args:
+        linear: the layer to replace; its Parameters are shared, not copied.
+        masker: makes the mask.
+        scope: the model's scope, shared by all its layers.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Module, masker: Masker, scope: MaskScope) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, linear.weight)
+        self.register_parameter("bias", cast(nn.Parameter | None, linear.bias))
+        self.masker = masker
+        self.scope = scope
+        self.gather: Gather | None = None
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight as ``[O, I]``."""
+        return self.weight
+
+    def as_stored(self, values_OI: Tensor) -> Tensor:
+        """View ``[O, I]`` values in the layout of the stored weight."""
+        return values_OI
+
+    def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The plain layer's product, by the plain layer's own operation: equal to the last bit."""
+        return F.linear(x_BI, weight_OI, bias_O)
+
+    @property
+    def out_features(self) -> int:
+        return self.masker.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.masker.shape[1]
+
+    def masker_parameters(self) -> dict[str, nn.Parameter]:
+        """The masker's Parameters by name, in the order in which the product takes them."""
+        return dict(self.masker.named_parameters())
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gather is not None:
+            return self.gather.multiply(x_BI)
+        masking, device = self.scope.masking, x_BI.device.type
+        if masking == "dense":
+            return self.multiply(x_BI, self.weight_OI, self.bias)
+        bias = self.bias
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_BI, bias = x_BI.to(dtype), None if bias is None else bias.to(dtype)
+        y_BO, penalty = cast(Any, _MaskedProduct).apply(
+            x_BI, self.weight_OI, bias, self, masking, *self.masker_parameters().values()
+        )
+        if isinstance(masking, Draw):
+            self.scope.penalties.append(penalty)
+        return cast(Tensor, y_BO)
+
+    def plain(self) -> nn.Module:
+        """The plain layer again, over the same Parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = cast(nn.Parameter, self.weight)
+        linear.register_parameter("bias", cast(nn.Parameter | None, self.bias))
+        return linear
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, pattern={self.masker.pattern}"
+
+
+class MaskedConv1D(MaskedLinear):
+    """The same for GPT-2's ``Conv1D``, whose weight is stored as ``[I, O]``."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight.T
+
+    def as_stored(self, values_OI: Tensor) -> Tensor:
+        return values_OI.T
+
+    def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        y = torch.addmm(cast(Tensor, bias_O), x_BI.reshape(-1, x_BI.shape[-1]), weight_OI.T)
+        return y.view(*x_BI.shape[:-1], -1)
+
+    def plain(self) -> nn.Module:
+        with torch.device("meta"):
+            conv = Conv1D(self.out_features, self.in_features)
+        conv.weight = cast(nn.Parameter, self.weight)
+        conv.bias = cast(nn.Parameter, self.bias)
+        return conv
+
+
+_MASKED: dict[type[nn.Module], type[MaskedLinear]] = {nn.Linear: MaskedLinear, Conv1D: MaskedConv1D}
+
+
+def can_mask(module: nn.Module) -> bool:
+    """Whether the module is a layer that a masked one can replace: exactly one of the plain linear
+    classes.
+    """
+    return type(module) in _MASKED
+
+
+def masked(linear: nn.Module, masker: Masker, scope: MaskScope) -> MaskedLinear:
+    """The masked layer that takes the place of ``linear``."""
+    return _MASKED[type(linear)](linear, masker, scope)
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(O, I) of a plain linear layer."""
+    weight = cast(Tensor, linear.weight)
+    rows, columns = weight.shape if isinstance(linear, nn.Linear) else reversed(weight.shape)
+    return int(rows), int(columns)
+
+
+def local_rows(values_OI: Tensor) -> Tensor:
+    """The rows that this process holds of a weight or a masker's tensor, in place; all of them
+    where nothing is sharded.
+
+    Groups run along a row, so that what is done to each by itself can be done to these alone. (Not
+    where weights are stored as ``[I, O]``: the module refuses to shard those that train.)
+    """
+    return values_OI.to_local() if isinstance(values_OI, DTensor) else values_OI

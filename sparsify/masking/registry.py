@@ -1,0 +1,102 @@
+"""Finds what is plugged in: strategies by short name or import path, through entry points."""
+
+import difflib
+import importlib
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.strategy import SparsityStrategy
+
+STRATEGIES = "sparsify.strategies"
+CALLBACKS = "sparsify.callbacks"
+
+# At each event our callbacks run in this order, then those of other packages by name; Lightning
+# moves those that save checkpoints to the end. What a checkpoint holds comes before what saves one,
+# so that no callback's state is a step behind in it; and what the result holds before what writes
+# it.
+CALLBACK_ORDER = ("annealing", "history", "masks", "speed", "output", "wandb", "stop", "checkpoint")
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by lower-case name, sorted; callbacks in the order in which they
+    run.
+    """
+    found = sorted(entry_points(group=group), key=lambda point: point.name)
+    if group == CALLBACKS:
+        places = {name: place for place, name in enumerate(CALLBACK_ORDER)}
+        found.sort(key=lambda point: places.get(point.name.lower(), len(places)))
+    return {point.name.lower(): point for point in found}
+
+
+def own_plugins(group: str) -> dict[str, str]:
+    """The import paths of what this package itself plugs into a group, by lower-case name."""
+    package = __name__.partition(".")[0]
+    return {
+        name: point.value.replace(":", ".")
+        for name, point in plugins(group).items()
+        if point.value.startswith(f"{package}.")
+    }
+
+
+def find_strategy(name: str) -> type[SparsityStrategy]:
+    """The strategy class of a short name in any case, or of an import path.
+
+    Raises:
+        SparsifyError: nothing has this name, it cannot be imported, or it is no strategy.
+    """
+    known = plugins(STRATEGIES)
+    if name.lower() in known:
+        found: Any = known[name.lower()].load()
+    elif "." in name:
+        found = _import(name)
+    else:
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise SparsifyError(
+            f"there is no strategy {name!r}; {hint}There are {', '.join(known)}; your own is named "
+            "by its import path, for instance my_package.MyStrategy"
+        )
+    if not (isinstance(found, type) and issubclass(found, SparsityStrategy)):
+        raise SparsifyError(
+            f"{name!r} is not a strategy: it must be a subclass of sparsify.SparsityStrategy"
+        )
+    return found
+
+
+def strategy_name(cls: type[SparsityStrategy]) -> str:
+    """The short name of a strategy class, or its own where it is not plugged in."""
+    return short_name(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def short_name(path: str) -> str:
+    """The short name of the strategy class with this import path, or the class's own."""
+    known = ((name, point.value.replace(":", ".")) for name, point in plugins(STRATEGIES).items())
+    return next((name for name, value in known if value == path), path.rpartition(".")[2])
+
+
+def allow_current_folder() -> None:
+    """Let a module that the user named lie in the current folder: behind all that is installed, so
+    that a file there takes the place of none of it.
+    """
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+
+
+def _import(path: str) -> Any:
+    allow_current_folder()
+    module, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SparsifyError(
+            f"{path!r} cannot be imported ({error}); its module must be installed or lie in the "
+            "current folder or PYTHONPATH"
+        ) from error
+
+
+def make_strategy(name: str, **options: Any) -> SparsityStrategy:
+    """Build a strategy from its name; errors as :func:`find_strategy`."""
+    return find_strategy(name)(**options)

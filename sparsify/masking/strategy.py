@@ -1,0 +1,295 @@
+"""The interface of a sparsification method."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.layer import MaskedLinear
+from sparsify.masking.masker import Draw, FixedMasker, Masker, Masking
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.schedule import Schedule
+
+
+class RunResult(NamedTuple):
+    """What one forward pass over the micro-batch gives.
+
+    Attributes:
+        loss: what a strategy minimises, nats, 0-d: the task loss, or its mixture with the
+            divergence from the dense model where the run distils.
+        task_loss: mean cross-entropy of the next token where it is a target, nats, 0-d.
+        logits: the model's output, ``[B, T, V]``.
+        penalty: the sum of the maskers' penalties, 0-d.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    logits: Tensor
+    penalty: Tensor
+
+
+class Run(Protocol):
+    """One micro-batch, ready to be run any number of times, under any draw."""
+
+    def draw(self, k: int = 0, of: int = 1) -> Draw:
+        """The k-th of ``of`` draws that belong to this micro-batch and rank, and to no other."""
+        ...
+
+    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+        """Run the model forward, with or without a graph."""
+        ...
+
+
+S = TypeVar("S")
+NOT_SETTINGS = ("training", "weights", "schedules", "values")
+
+
+class BlockStatistics(Protocol):
+    """What calibration text tells of the layers of one block."""
+
+    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]: ...
+
+    def gradient_norms(self) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class Block:
+    """One decoder block during calibration.
+
+    Attributes:
+        name: its qualified name.
+        layers: its masked layers by qualified name.
+        text: gives statistics of the calibration text.
+    """
+
+    name: str
+    layers: Mapping[str, MaskedLinear]
+    text: BlockStatistics | None = None
+
+    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]:
+        """Show the inputs of every layer, window by window, to a statistic of a kind.
+
+        One forward pass of the block over all windows, with the weights of this block unpruned.
+
+        Args:
+            kind: :class:`~sparsify.calibration.Moments`, :class:`~sparsify.calibration.Hessian`, or
+                any class that is made with (number of inputs, device) and has ``add(x_TI)``.
+
+        Returns:
+            By layer name; layers that are given the same input share one object.
+        """
+        return self._text.collect(kind)
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The l2 norm over windows of the loss's gradient at each weight, fp32 ``[O, I]`` by layer
+        name; of the dense model, whatever was pruned since.
+        """
+        return self._text.gradient_norms()
+
+    @property
+    def _text(self) -> BlockStatistics:
+        if self.text is None:
+            raise RuntimeError(f"block {self.name!r} was made without calibration text")
+        return self.text
+
+
+@dataclass
+class LayerResult:
+    """What calibration found for one layer.
+
+    Attributes:
+        mask: bool ``[O, I]``, True = kept.
+        weight: the new weight ``[O, I]`` where the method updates it.
+    """
+
+    mask: Tensor
+    weight: Tensor | None = None
+
+    def to(self, device: torch.device) -> "LayerResult":
+        """The same on a device."""
+        weight = None if self.weight is None else self.weight.to(device)
+        return LayerResult(self.mask.to(device), weight)
+
+
+class SparsityStrategy(nn.Module):
+    """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.
+
+    Everything has a default. As it stands this class computes masks in one shot, if ``calibrate``
+    is defined; to learn masks, define ``make_masker`` and a masker with Parameters that require
+    gradients.
+
+    Attributes:
+        prunes: whether layers are masked at all; the dense reference says no.
+        independent_blocks: whether ``calibrate`` finds the same for a block if it was not shown
+            those before it. Where it does, a calibration that was stopped goes on at its next
+            block; otherwise it begins again. Each class says so for itself.
+        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
+            with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
+            trained, the base ships; ``adapted``: never touched, but what ships is their sum with
+            something that was learned.
+        schedules: values that change during the run; the annealing callback writes them to
+            ``values``.
+        values: the schedules' present values, shared with the maskers.
+        seed: the run's, set by the module before anything is made.
+    """
+
+    prunes: ClassVar[bool] = True
+    independent_blocks: ClassVar[bool] = False
+    weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedules: Mapping[str, Schedule] = {}
+        self.values: dict[str, float] = {}
+        self.seed = 0
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights differ after the run."""
+        return self.weights in ("updated", "trained")
+
+    @property
+    def without_gradients(self) -> bool:
+        """Whether it learns from losses alone, so that ``loss`` has no graph."""
+        return False
+
+    @property
+    def exchanges_draws(self) -> bool:
+        """Whether ranks exchange what they found, each under draws of its own."""
+        return False
+
+    def anneal(self, progress: float) -> None:
+        """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
+        self.values.update(
+            {name: schedule.at(progress) for name, schedule in self.schedules.items()}
+        )
+
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
+        """Allocate the masker of one layer; its values come later, in ``init_masker``."""
+        return FixedMasker(name, shape, pattern)
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        """Compute masks, layer by layer, without learning; yields (layer name, result).
+
+        Yield a block's layers before the next block is taken: the statistics of a block are
+        collected on the output of the blocks before it as their results have pruned them.
+        """
+        return iter(())
+
+    def calibrator(self) -> "SparsityStrategy":
+        """The strategy on which the results of ``calibrate`` depend: another one where this one
+        only starts from its masks.
+        """
+        return self
+
+    def init_masker(
+        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        """Give the masker its first values, from what calibration found, or from nothing.
+
+        Args:
+            masker: what ``make_masker`` made.
+            weight_OI: the layer's weight, or rows of it.
+            result: calibration's result for these rows.
+            row0: the number of the first row in the whole layer.
+        """
+        if not isinstance(masker, FixedMasker):
+            raise NotImplementedError(
+                f"{type(self).__name__} makes its own maskers and must define init_masker"
+            )
+        if result is None:
+            raise SparsifyError(
+                f"{masker.name}: {type(self).__name__}.calibrate gave no mask; "
+                "it must yield every layer"
+            )
+        masker.set_mask(result.mask)
+
+    def loss(self, run: Run) -> Tensor:
+        """The loss of one micro-batch, 0-d."""
+        return run(run.draw()).loss
+
+    def optimizer(
+        self,
+        params: list[nn.Parameter],
+        layers: Mapping[str, MaskedLinear],
+        default: Callable[[list[nn.Parameter]], Optimizer],
+    ) -> Optimizer:
+        """The optimizer of what is learned.
+
+        Args:
+            params: all Parameters that require gradients.
+            layers: the masked layers by name, for an optimizer that needs to know whose they are.
+            default: makes the optimizer that the user configured.
+        """
+        return default(params)
+
+    def before_step(self, layers: Mapping[str, MaskedLinear]) -> None:
+        """Called once before every optimizer step, with all gradients there and not yet clipped."""
+
+    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+        """Called once after every optimizer step: proximal steps, decoupled decay."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d tensors to log beside the loss."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """The class and its settings, for the record of a run: attributes that are numbers, text or
+        lists of these, and of whatever kind those that are named as an argument of the class.
+        """
+        given = _arguments(type(self))
+        settings: dict[str, Any] = {
+            name: plain(value)
+            for name, value in vars(self).items()
+            if (_is_plain(value) or name in given)
+            and not name.startswith("_")
+            and name not in NOT_SETTINGS
+        }
+        settings |= {name: asdict(schedule) for name, schedule in self.schedules.items()}
+        settings |= {
+            name: part.describe()
+            for name, part in self.named_children()
+            if isinstance(part, SparsityStrategy)
+        }
+        path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": path, "weights": self.weights, "settings": settings}
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it, the same for equal settings in every process: tuples and sets
+    are lists, keys are text, and an object is its class with its fields, if it tells these.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    kind = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": path} | {
+            field.name: plain(getattr(value, field.name)) for field in fields(value)
+        }
+    return path
+
+
+def _arguments(kind: type) -> set[str]:
+    """The names of what a class and those above it are made with."""
+    makers = (vars(one).get("__init__") for one in kind.__mro__ if issubclass(one, nn.Module))
+    return {name for make in makers if make is not None for name in signature(make).parameters}
+
+
+def _is_plain(value: object) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, bool | int | float | str) for part in parts)

@@ -1,0 +1,1 @@
+"""Base models: loaded, checked, hashed, and measured by perplexity."""

@@ -1,0 +1,132 @@
+"""The dense model that a run starts from: where it is, how it is loaded, and the hash that names
+it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparsify.common.choices import EMBEDDED as EMBEDDED
+from sparsify.common.choices import Dtype as Dtype
+from sparsify.models.load_checks import check_loaded, correct_tie
+from sparsify.models.load_errors import check_plain, load_errors
+from sparsify.models.model_files import check_model_files
+
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+
+
+def _location(name_or_path: str) -> dict[str, Any]:
+    """The arguments by which Transformers finds a model; it runs no code that comes with one, and
+    does not ask whether it may.
+    """
+    arguments: dict[str, Any] = {
+        "pretrained_model_name_or_path": name_or_path,
+        "trust_remote_code": False,
+    }
+    if name_or_path == EMBEDDED:
+        arguments["pretrained_model_name_or_path"] = str(EMBEDDED_FOLDER)
+    elif _is_gguf(name_or_path):
+        folder, _, file = name_or_path.rpartition("/")
+        arguments |= {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    return arguments
+
+
+def _check(name_or_path: str) -> None:
+    if not _is_gguf(name_or_path):  # Transformers makes the configuration of these itself
+        check_model_files(_location(name_or_path)["pretrained_model_name_or_path"])
+
+
+def _is_gguf(name_or_path: str) -> bool:
+    return name_or_path.lower().endswith(".gguf")
+
+
+def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+    """Load a causal LM in evaluation mode on CPU.
+
+    Args:
+        name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either of
+            the last two, as ``folder/file.gguf``; its quantised weights are expanded.
+        dtype: the type of the weights; ``auto`` is the type in which they are stored.
+
+    Raises:
+        SparsifyError: nothing that can be loaded is there, or the files and the model that their
+            configuration describes do not hold the same tensors.
+    """
+    with load_errors("model", name_or_path):
+        _check(name_or_path)
+        location = _location(name_or_path)
+        if not _is_gguf(name_or_path):
+            check_plain(AutoConfig.from_pretrained(**location), name_or_path)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            **location,
+            dtype=dtype,
+            output_loading_info=True,
+            # Not that they be ignored: they come back in the loading info, and are refused.
+            ignore_mismatched_sizes=True,
+        )
+        model, info = found
+    check_loaded(model, name_or_path, info)
+    correct_tie(model)
+    if _is_gguf(name_or_path):
+        # The weights are plain now; what is left of the quantisation would forbid to save them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    return model.eval()
+
+
+def load_skeleton(name_or_path: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device; arguments and errors as
+    :func:`load_model`.
+    """
+    with load_errors("model", name_or_path), torch.device("meta"):
+        _check(name_or_path)
+        config = AutoConfig.from_pretrained(**_location(name_or_path))
+        if not _is_gguf(name_or_path):
+            check_plain(config, name_or_path)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
+    with load_errors("tokenizer", name_or_path):
+        return AutoTokenizer.from_pretrained(**_location(name_or_path))
+
+
+@torch.no_grad()
+def hash_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of the tensor's type, shape and bytes, in hexadecimal."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def hash_parameters(
+    parameters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over Parameters by name, type, shape and value: the name of a base model; with
+    ``dtype`` the one that they would have in this type.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        digest.update(f"{name} {hash_tensor(parameter.to(dtype or parameter.dtype))}\n".encode())
+    return digest.hexdigest()
+
+
+def stored_dtype(name_or_path: str) -> torch.dtype:
+    """The type in which a model's weights are stored; of a GGUF file's, the one that holds them
+    all.
+    """
+    if _is_gguf(name_or_path):
+        return torch.float32
+    return AutoConfig.from_pretrained(**_location(name_or_path)).dtype or torch.float32

@@ -1,0 +1,286 @@
+"""Whether a loaded model is what its files say, and whether it can be measured as it ships."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.models.layer_names import family
+
+log = logging.getLogger("sparsify")
+
+_SHOWN = 3
+# Tensors that older versions of Transformers saved though they hold nothing learned: the tables of
+# rotary and absolute positions, the triangle of causal attention, and the number for its zeros.
+_FORMER_BUFFERS = re.compile(
+    r"(^|\.)((rotary_emb|rotary|attn|attention|self_attn)\.)?(inv_freq|position_ids|masked_bias)$"
+    r"|\.(attn|attention|self_attn)\.(bias|causal_mask)$"
+)
+
+
+def check_loaded(model: PreTrainedModel, name_or_path: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one in the files.
+
+    Transformers fills with random numbers what the files lack or hold in another shape, and passes
+    over what the class has no place for. Keys that a class declares to be without meaning, and
+    tied ones that are stored once, are not in ``info``.
+
+    A tensor for which there is no place is refused where it would have changed what the model
+    computes: beside a module's own Parameters, or in a list of blocks. One of a whole module that
+    the class does not have, such as a vision tower or a reward head, is named in a warning.
+
+    Args:
+        model: as loaded.
+        name_or_path: what it was loaded from.
+        info: as ``from_pretrained(output_loading_info=True)`` gives it.
+
+    Raises:
+        SparsifyError: a tensor is missing, of another shape, or has no place in the model.
+    """
+    kind = type(model).__name__
+    if missing := sorted(info["missing_keys"]):
+        head = model.get_output_embeddings()
+        names = {f"{n}.weight" for n, m in model.named_modules() if m is head}
+        fix = (
+            "save the whole causal LM, with its head; if the head is the embedding, say "
+            '"tie_word_embeddings": true in config.json'
+            if names & set(missing)
+            else "fetch or save the model again, or correct config.json"
+        )
+        raise SparsifyError(
+            f"{name_or_path!r} lacks {_names(missing)}, which {kind} needs and which would be "
+            f"random numbers; {fix}"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        rest = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise SparsifyError(
+            f"{name_or_path!r}: {name} is {tuple(stored)} in the files, and config.json makes it "
+            f"{tuple(expected)}{rest}; give the config.json that was saved with these weights"
+        )
+    unexpected = [
+        name for name in sorted(info["unexpected_keys"]) if not _FORMER_BUFFERS.search(name)
+    ]
+    modules = dict(model.named_modules())
+    lists = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.ModuleList))
+    refused = [n for n in unexpected if n.startswith(lists) or n.rpartition(".")[0] in modules]
+    if refused:
+        raise SparsifyError(
+            f"{name_or_path!r} holds {_names(refused)}, for which {kind} has no place, so that it "
+            "would compute something else than the model that was saved; correct config.json, or "
+            "save the model without them"
+        )
+    if unexpected:
+        log.warning(
+            "%r holds %s, which %s does not use: they are not measured, and not exported",
+            name_or_path,
+            _names(unexpected),
+            kind,
+        )
+
+
+def _names(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more tensors" if rest > 0 else "")
+
+
+def check_model(model: Any) -> None:
+    """Refuse an object that cannot be masked as it is.
+
+    Raises:
+        SparsifyError: it is no causal LM with plain weights, in memory, without adapters.
+    """
+    if isinstance(model, type):
+        raise SparsifyError(
+            f"the model is the class {model.__name__}, and must be an object; load one with "
+            f"{model.__name__}.from_pretrained(...)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        fix = "merge_and_unload() gives one" if hasattr(model, "merge_and_unload") else "load one"
+        raise SparsifyError(
+            f"the model is a {type(model).__name__}, and must be a causal LM of Transformers; {fix}"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SparsifyError(
+            f"this {type(model).__name__} has PEFT adapters; merge them into its weights first"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SparsifyError(f"{name} has no values (device meta); load the model's weights")
+        if not parameter.is_floating_point() and ".masker." not in name:
+            raise SparsifyError(
+                f"{name} is {_dtype(parameter.dtype)}: it is quantised, and masks need plain "
+                "weights; load the model unquantised"
+            )
+
+
+def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are not finite, which make every result meaningless.
+
+    Raises:
+        SparsifyError: some are not; the first such tensor is named.
+    """
+    for name, values in parameters:
+        if bool(torch.isfinite(values).all()):
+            continue
+        kinds = [
+            kind
+            for kind, found in (("nan", values.isnan()), ("inf", values.isinf()))
+            if bool(found.any())
+        ]
+        count = int((~torch.isfinite(values)).sum())
+        verb = "is" if count == 1 else "are"
+        raise SparsifyError(
+            f"{name}: {count} of {values.numel()} values {verb} not finite ({', '.join(kinds)}); "
+            "give a model with finite weights; if they overflowed in float16, save it in bfloat16 "
+            "or float32 and take that --model.dtype"
+        )
+
+
+def correct_tie(model: PreTrainedModel) -> None:
+    """Have the configuration say that weights are not tied where they are not.
+
+    Where the files hold two tensors with different values that the configuration calls tied,
+    Transformers loads both. Saved under that configuration one of them would be lost.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            pairs = part.get_expanded_tied_weights_keys(all_submodels=False)
+            apart = [
+                f"{target} and {source}"
+                for target, source in pairs.items()
+                if part.get_parameter_or_buffer(target) is not part.get_parameter_or_buffer(source)
+            ]
+            if apart:
+                part.config.tie_word_embeddings = False
+                log.warning(
+                    "%s differ, though the configuration says that they are tied: both are kept, "
+                    "and the export says tie_word_embeddings: false",
+                    apart[0],
+                )
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids reach beyond the embedding.
+
+    Only the ordinary vocabulary counts, and the token that ends a text. Tokens that were added, to
+    pad for example, may lie beyond it as long as no text holds them: they are named in a warning.
+
+    Raises:
+        SparsifyError: ids of ordinary text have no row.
+    """
+    rows = _rows(model)
+    vocabulary = tokenizer.get_vocab()
+    beyond = {token for token, number in vocabulary.items() if number >= rows}
+    if not beyond:
+        return
+    added = set(tokenizer.get_added_vocab()) - {tokenizer.eos_token, tokenizer.bos_token}
+    highest = max(vocabulary.values())
+    if ordinary := sorted(beyond - added):
+        raise SparsifyError(
+            f"the tokenizer has ids up to {highest}, such as that of {ordinary[0]!r}, and the "
+            f"model's embedding has {rows} rows; give the model its own tokenizer"
+        )
+    log.warning(
+        "the tokenizer's added tokens %s have ids beyond the embedding's %d rows; text that holds "
+        "them cannot be used",
+        _names(sorted(beyond)),
+        rows,
+    )
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Refuse token ids without a row in the embedding.
+
+    Raises:
+        SparsifyError: there are some.
+    """
+    rows = _rows(model)
+    if (highest := int(tokens.max())) >= rows:
+        raise SparsifyError(
+            f"the text holds the token id {highest}, and the model's embedding has {rows} rows; "
+            "give the model its own tokenizer, or text without added tokens"
+        )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """How many token ids the embedding has a row for."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def check_positions(model: PreTrainedModel, block_size: int) -> None:
+    """Refuse windows that are longer than a table of learned positions; warn of those that are
+    longer than what a model with rotary positions was trained for.
+
+    Args:
+        model: its weights may be on the meta device.
+        block_size: tokens of a window.
+
+    Raises:
+        SparsifyError: a table has fewer rows than the window has tokens.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or block_size <= positions:
+        return
+    for name, table in model.named_modules():
+        # OPT's table has rows before the first position.
+        rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
+        learned = rows - int(getattr(table, "offset", 0)) == positions
+        if learned and table is not model.get_input_embeddings():
+            raise SparsifyError(
+                f"block_size={block_size}: {name} has learned {positions} positions, and a window "
+                f"must not be longer; give --data.block_size {positions} or less"
+            )
+    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        log.warning(
+            "block_size=%d is longer than the %d positions that the model was trained for "
+            "(max_position_embeddings); its scores may be worse there",
+            block_size,
+            positions,
+        )
+
+
+@torch.no_grad()
+def check_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that their model does not call, but reads the weight of: a mask would change
+    the exported model, and not the measured one.
+
+    The model runs over a few tokens. A layer counts where the module that holds it runs, so that
+    experts to which no token is routed do not.
+
+    Args:
+        model: in evaluation mode, computing what its dense weights do.
+        layers: the masked layers by qualified name.
+
+    Raises:
+        SparsifyError: a layer was not called.
+    """
+    called: set[str] = set()
+    holders = {name.rpartition(".")[0] for name in layers}
+    with ExitStack() as stack:
+        for name in {*holders, *layers}:
+            module = model.get_submodule(name)
+            hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            stack.callback(hook.remove)
+        model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    bypassed = [n for n in layers if n not in called and n.rpartition(".")[0] in called]
+    if bypassed:
+        globs = " ".join(
+            f"--model.exclude '{glob}'"
+            for glob in dict.fromkeys(f"*{n.rpartition('.')[2]}" for n in bypassed)
+        )
+        raise SparsifyError(
+            f"{', '.join(dict.fromkeys(map(family, bypassed)))}: {type(model).__name__} reads the "
+            "weight without calling the layer, so that a mask would change what is exported and "
+            f"not what is measured; leave it dense with {globs}"
+        )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,126 @@
+"""Why a model or tokenizer could not be loaded, each reason in one sentence."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsify.common.errors import SparsifyError
+
+_TAKES = (
+    "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
+    "a Hugging Face id, or a GGUF file"
+)
+_ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@contextmanager
+def load_errors(what: str, name_or_path: str) -> Iterator[None]:
+    """Turn what Transformers raises into one sentence.
+
+    Args:
+        what: ``model`` or ``tokenizer``.
+        name_or_path: as the user gave it.
+
+    Raises:
+        SparsifyError: the block raised what Transformers does for models that it cannot load.
+    """
+    try:
+        yield
+    except SparsifyError:
+        raise
+    except ImportError as error:
+        gguf = name_or_path.lower().endswith(".gguf")
+        fix = "; for GGUF files: pip install 'sparsify-llm[gguf]'" if gguf else ""
+        raise SparsifyError(
+            f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}){fix}"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise SparsifyError(
+            f"{name_or_path!r}: its weights are a pickle that holds other things than tensors, and "
+            "reading it would run code; take the model's safetensors file"
+        ) from error
+    # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
+    # know, and RuntimeError and TypeError for weights and configurations that do not fit.
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise SparsifyError(
+            f"no {what} could be loaded from {name_or_path!r} ({_reason(what, name_or_path, error)}"
+            f"); {_TAKES}"
+        ) from error
+
+
+def check_plain(config: Any, name_or_path: str) -> None:
+    """Refuse a quantised checkpoint: its layers hold no weights that a mask could drop, and an
+    export would claim to be quantised.
+
+    Raises:
+        SparsifyError: the configuration states a method of quantisation.
+    """
+    stated: Any = getattr(config, "quantization_config", None)
+    if stated is None:
+        return
+    found = (stated if isinstance(stated, dict) else vars(stated)).get("quant_method")
+    method = getattr(found, "value", found) or "of a method that it does not name"
+    raise SparsifyError(
+        f"{name_or_path!r} is quantised ({method}), and masks need plain weights; give the "
+        "checkpoint from before it was quantised, or dequantise it and save that with "
+        "save_pretrained"
+    )
+
+
+def _reason(what: str, name_or_path: str, error: Exception) -> str:
+    path = Path(name_or_path).expanduser()
+    if name_or_path.startswith((".", "/", "~")) and not path.exists():
+        return "there is no such path"
+    if path.is_dir():
+        if not any(path.iterdir()):
+            return "the folder is empty"
+        if (path / _ADAPTER).is_file() and not (path / "config.json").is_file():
+            return (
+                f"it is an adapter: it holds {_ADAPTER} and no model; merge the adapter into its "
+                "base model with PEFT's merge_and_unload, save that, and name its folder"
+            )
+        if what == "tokenizer" and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            return (
+                f"the folder holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; save the "
+                "model's tokenizer there with save_pretrained"
+            )
+        if not (path / "config.json").is_file():
+            return "the folder holds no config.json"
+    if isinstance(error, SafetensorError):
+        return (
+            f"a safetensors file is damaged or cut off: {_first_line(error)}; fetch or copy it "
+            "again"
+        )
+    line = _first_line(error)
+    if "for this kind of AutoModel" in line:
+        kind = line.partition("configuration class ")[2].partition(" for")[0]
+        name = kind.rpartition(".")[2].strip("'>")
+        return f"{name} is the configuration of no causal language model"
+    if "instantiate the backend tokenizer" in line:
+        return (
+            "it has no tokenizer that the tokenizers package reads; save one as tokenizer.json "
+            "with the fast tokenizer's save_pretrained"
+        )
+    if "couldn't connect to" in line.lower():
+        return (
+            "it is no folder here, it is not in the cache of downloads, and the Hugging Face Hub "
+            "cannot be reached; check its spelling and the network"
+        )
+    return line
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

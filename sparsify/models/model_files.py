@@ -1,0 +1,72 @@
+"""What a model's folder may ask Transformers to do: nothing that runs code from elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+
+from sparsify.common.errors import SparsifyError
+
+# The implementations that come with PyTorch and Transformers. Any other name makes Transformers
+# import a package or, with the package "kernels", download one from the hub and run it.
+BUILT_IN = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+KERNELS = ("kernel_config", "use_kernels")
+
+
+def check_model_files(name_or_path: str) -> None:
+    """Refuse a model whose configuration names code to fetch or packages to import.
+
+    Custom model code (``auto_map``) is not looked for here: Transformers leaves it alone, as it is
+    never told to trust it.
+
+    Args:
+        name_or_path: a folder, or a Hugging Face id.
+
+    Raises:
+        SparsifyError: it names a kernel, another model, or is quantised.
+        OSError: there is no configuration.
+    """
+    if (Path(name_or_path) / ADAPTER_CONFIG_NAME).is_file() or (
+        is_peft_available() and find_adapter_config_file(name_or_path) is not None
+    ):
+        raise SparsifyError(
+            f"{name_or_path!r} holds {ADAPTER_CONFIG_NAME}, which names another model to load: an "
+            "adapter is not a model; merge it into its base model, and name the merged folder"
+        )
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path, trust_remote_code=False)
+    for key, value in _entries(config):
+        for option, built_in in BUILT_IN.items():
+            if key.strip("_").removesuffix("_internal") != option or value is None:
+                continue
+            names = list(value.values()) if isinstance(value, Mapping) else [value]
+            if odd := [name for name in names if name is not None and name not in built_in]:
+                raise _refused(name_or_path, key, odd[0], f"it may be {', '.join(built_in)}")
+        if key in KERNELS and value:
+            raise _refused(name_or_path, key, value, "kernels are not taken from elsewhere")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise _refused(
+            name_or_path,
+            "quantization_config",
+            method,
+            "sparsify masks plain weights, and imports no package that a model's files name; take "
+            "the model as it was before it was quantised, or a GGUF file",
+        )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every entry, those of parts in it too."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, Mapping):
+            yield from _entries(value)
+
+
+def _refused(name: str, key: str, value: object, rule: str) -> SparsifyError:
+    return SparsifyError(f"{name!r}: its config.json has {key} {value!r}; {rule}")

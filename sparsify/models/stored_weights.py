@@ -1,0 +1,165 @@
+"""The weights of a saved model, read one tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class StoredWeights:
+    """The tensors of a folder's safetensors files, by name; each is read when it is asked for.
+
+    Args:
+        folder: where the files are.
+        may_lack: take a folder that holds none as a damaged one.
+
+    Attributes:
+        folder: where the files are.
+        damaged: what is wrong with the files themselves, one sentence each.
+        others: safetensors files that a loader does not read: neither the one file nor in the
+            index.
+
+    Raises:
+        SparsifyError: the path is no folder, or it holds no safetensors files.
+    """
+
+    def __init__(self, folder: Path, may_lack: bool = False) -> None:
+        self.folder = folder
+        self.damaged: list[str] = []
+        try:
+            present = {path.name for path in _weight_files(folder)}
+        except SparsifyError as error:
+            if not may_lack:
+                raise
+            present = set()
+            self.damaged.append(str(error))
+        self._file_of: dict[str, Path] = {}
+        listed: dict[str, str] = {}
+        if (folder / INDEX).is_file():
+            listed = self._index()
+            files = set(listed.values()) or present
+        elif SINGLE in present or not present:
+            files = present & {SINGLE}
+        else:
+            files = present
+            self.damaged.append(f"without {INDEX} a loader reads {SINGLE} alone, and there is none")
+        self.others = sorted(present - files)
+        for file in sorted(files):
+            if file in present:
+                self._open(folder / file)
+            else:
+                self.damaged.append(f"{file} is missing, though {INDEX} lists it")
+        if listed:
+            self._check_listed(listed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            SparsifyError: its file cannot be read any more.
+        """
+        with self._reading(name) as file:
+            return cast(Tensor, file.get_tensor(name))
+
+    def check(self) -> None:
+        """Refuse a folder whose files are not whole.
+
+        Raises:
+            SparsifyError: they are damaged, or not those that the index names.
+        """
+        if self.damaged:
+            raise SparsifyError(
+                f"the weights in {self.folder} are damaged: {'; '.join(self.damaged)}; export or "
+                "fetch the model again"
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its file's header; errors as :meth:`get`."""
+        with self._reading(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Any]:
+        path = self._file_of[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise SparsifyError(f"{path.name}: {name} is not readable ({error})") from error
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():  # a pipe would be waited for
+            self.damaged.append(f"{path.name}: not a regular file")
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            self.damaged.append(f"{path.name}: not a readable safetensors file ({error})")
+            return
+        for name in names:
+            if name in self._file_of:
+                self.damaged.append(f"{name} is in both {self._file_of[name].name} and {path.name}")
+            self._file_of[name] = path
+
+    def _index(self) -> dict[str, str]:
+        """The file of every tensor, as the index says; nothing where it cannot be read."""
+        try:
+            listed = dict(read_json(self.folder / INDEX)["weight_map"])
+            return {str(name): str(file) for name, file in listed.items()}
+        except (SparsifyError, KeyError, TypeError, ValueError) as error:
+            self.damaged.append(f"{INDEX} has no readable weight_map ({error})")
+            return {}
+
+    def _check_listed(self, listed: dict[str, str]) -> None:
+        """A loader finds tensors through the index, so that it must say where they are."""
+        for name, path in self._file_of.items():
+            if listed.get(name) != path.name:
+                self.damaged.append(f"{name} is in {path.name}, and {INDEX} does not say so")
+        read = {path.name for path in self._file_of.values()}
+        for name, file in listed.items():
+            if name not in self and file in read:
+                self.damaged.append(f"{name} is not in {file}, though {INDEX} lists it there")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise SparsifyError(f"{folder} is not a folder; name one that `sparsify export` wrote")
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if any(folder.glob("*.bin")):
+        raise SparsifyError(
+            f"{folder} holds its weights as pickle files (.bin), which can run code and are not "
+            "read; load the model and save it with save_pretrained, which writes safetensors"
+        )
+    raise SparsifyError(f"{folder} holds no safetensors files, so there are no weights to verify")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        SparsifyError: it is missing or no JSON.
+    """
+    if not path.is_file():
+        raise SparsifyError(f"{path.name} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SparsifyError(f"{path.name}: not readable as JSON ({error})") from error

@@ -1,0 +1,1 @@
+"""What is known of finished runs: result files, comparisons, sensitivity, tasks, dashboards."""

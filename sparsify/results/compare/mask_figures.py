@@ -1,0 +1,194 @@
+"""The figures of a report that show masks: how they moved, what they keep, how far apart they are.
+
+After figures 5 to 8 of Fang et al. 2024 (arXiv 2409.17481). Needs Matplotlib.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.mask_file.file import MaskFile, read_masks
+from sparsify.models.layer_names import block_number
+from sparsify.results.compare.curves import FLIPS, Curve, intervals
+from sparsify.results.compare.drawing import WIDTH, chart, heat_map, letter, style
+from sparsify.results.compare.figures import Picture, curves_of, lines
+from sparsify.results.compare.loading import Run
+from sparsify.results.compare.rows import Row
+from sparsify.results.mask_diff_matrix import diff_matrix
+
+MOVES = {
+    FLIPS: (
+        "Mask change per step",
+        "Share of groups whose hard mask changed since the last look, divided by the steps since "
+        "then. Changes that are undone between two looks do not count, so that looks farther apart "
+        "show less.",
+    ),
+    "sample_change": (
+        "Mask change between samples",
+        "Expected share of weights whose state differs between two samples of the masks: how "
+        "much is still explored.",
+    ),
+    "max_probability": (
+        "Largest mask probability",
+        "Mean probability of the most probable mask of a group; near 1 the choice is made.",
+    ),
+    "distance": (
+        "Distance from the start",
+        "Share of groups whose hard mask differs from the one at the start.",
+    ),
+}
+NORM = (
+    "L1 norm of the kept weights, relative to that of the largest N of every group; 1 is what "
+    "magnitude keeps. Where all weights were trained, it is of the weights at the end."
+)
+
+
+def move_pictures(rows: Sequence[Row]) -> list[Picture]:
+    """How masks moved while they were learned; values that no run recorded have no picture."""
+    pictures = []
+    for value, (title, about) in MOVES.items():
+        curves = curves_of(rows, "masks", value, "step")
+        if curves:
+            if value == FLIPS:
+                about += _looks([rows[one.number] for one in curves])
+            pictures.append(lines(title, about, rows, curves, "step", value.replace("_", " ")))
+    return pictures
+
+
+def _looks(rows: Sequence[Row]) -> str:
+    apart = {row.label: intervals(row) for row in rows}
+    steps = set.union(*apart.values())
+    if len(steps) == 1:
+        return f" Looks are {steps.pop()} steps apart."
+    if not steps:
+        return ""
+    each = "; ".join(
+        f"{' or '.join(map(str, sorted(own))) or 'unknown'} in {label}"
+        for label, own in apart.items()
+    )
+    return f" Steps between looks: {each}."
+
+
+def norm_pictures(rows: Sequence[Row]) -> list[Picture]:
+    """The norm of what is kept: over all, and by block."""
+    about = NORM
+    if updated := [row.label for row in rows if not _has_norm(row) and not row.is_dense]:
+        about += (
+            " Where kept weights were updated, dropped ones are 0, and the norm is 1 by "
+            f"construction; not drawn: {'; '.join(updated)}."
+        )
+    overall, by_block = _overall_norm(rows, about), _block_curves(rows, _kept_norms)
+    title = "Norm of kept weights by block"
+    blocks = lines(title, about, rows, by_block, "block", "relative norm")
+    return [overall, blocks] if by_block else [overall]
+
+
+def _has_norm(row: Row) -> bool:
+    return not row.is_dense and row.record["strategy"]["weights"] != "updated"
+
+
+def sensitivity_pictures(rows: Sequence[Row]) -> list[Picture]:
+    """What each block loses by its masks, where it was measured beside a run."""
+    texts = (
+        ("loss_increase", "Each block pruned alone", "Loss above the dense model's"),
+        ("loss_decrease", "Each block kept dense alone", "Loss below the pruned model's"),
+    )
+    pictures = []
+    for value, title, about in texts:
+        curves = _block_curves(rows, partial(_sensitivity, value))
+        if curves:
+            about += ", on validation text: how much this block costs."
+            pictures.append(lines(title, about, rows, curves, "block", "nats a token"))
+    return pictures
+
+
+def difference_picture(rows: Sequence[Row]) -> Picture:
+    """How far the exported masks of every two rows are apart."""
+    title = "Mask differences"
+    about = "Share of weights whose state differs, between the first seeds of every two rows."
+    found: dict[str, MaskFile] = {}
+    absent = []
+    for number, row in enumerate(rows):
+        if row.is_dense:
+            continue
+        try:
+            found[letter(number)] = read_masks(row.samples[0].path.parent / "export")
+        except SparsifyError:
+            absent.append(row.label)
+    if absent:
+        about += f" No masks lie beside the result of {'; '.join(absent)}."
+    if len(found) < 2:
+        return Picture(title, f"It takes the exports of two rows. {about}")
+    try:
+        matrix = diff_matrix(found)
+    except SparsifyError as error:
+        return Picture(title, f"These masks do not compare: {error}. {about}")
+    about += f" Over {len(matrix.layers)} layers. Numbers in the cells are percent."
+    with chart(title, about, (WIDTH, 0.6 + 3.4 * min(1.0, len(found) / 8))) as (axes, svg):
+        heat_map(axes, list(found), matrix.shares)
+        drawing = svg()
+    numbers = [
+        [name, *(f"{share:.2%}" for share in row.values())] for name, row in matrix.shares.items()
+    ]
+    legend = [number for number in range(len(rows)) if letter(number) in found]
+    return Picture(title, about, drawing, legend, ["", *found], numbers)
+
+
+def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
+    title = "Norm of kept weights"
+    norms: dict[int, list[float]] = {}
+    for number, row in enumerate(rows):
+        states = [(run.result.get("masks") or {}).get("retained_norm") for run in row.samples]
+        if _has_norm(row) and (known := [norm for norm in states if norm is not None]):
+            norms[number] = known
+    if not norms:
+        return Picture(title, f"No run recorded this. {about}")
+    about += " Lines span the seeds; the axis does not start at 0."
+    with chart(title, about, (WIDTH, 0.9 + 0.25 * len(norms))) as (axes, svg):
+        for place, (number, values) in enumerate(norms.items()):
+            look = style(number) | {"linestyle": "none", "markersize": 7}
+            axes.plot([min(values), max(values)], [place, place], color=look["color"])
+            axes.plot([statistics.fmean(values)], [place], **look)
+        axes.set_yticks(range(len(norms)), [letter(number) for number in norms])
+        axes.set_ylim(len(norms) - 0.4, -0.6)
+        axes.set_xlabel("relative norm")
+        drawing = svg()
+    numbers = [
+        [rows[number].label, f"{statistics.fmean(values):.5f}", str(len(values))]
+        for number, values in norms.items()
+    ]
+    return Picture(title, about, drawing, list(norms), ["row", "relative norm", "seeds"], numbers)
+
+
+def _block_curves(rows: Sequence[Row], values: Callable[[Run], Mapping[int, float]]) -> list[Curve]:
+    """A value over block numbers, for the rows whose runs have it."""
+    curves = []
+    for number, row in enumerate(rows):
+        runs = [one for run in row.samples if not row.is_dense and (one := values(run))]
+        if not runs:
+            continue
+        blocks = sorted(set.intersection(*(set(one) for one in runs)))
+        each = [[one[block] for one in runs] for block in blocks]
+        curves.append(Curve.over(number, blocks, list(map(float, blocks)), each, len(runs)))
+    return curves
+
+
+def _kept_norms(run: Run) -> dict[int, float]:
+    """By block the mean over its layers; layers outside of blocks have none, nor have updated
+    weights.
+    """
+    if run.record["strategy"]["weights"] == "updated":
+        return {}
+    layers = (run.result.get("masks") or {}).get("layers") or {}
+    found: dict[int, list[float]] = {}
+    for name, state in layers.items():
+        block = block_number(name)
+        if block is not None and state.get("retained_norm") is not None:
+            found.setdefault(block, []).append(state["retained_norm"])
+    return {block: statistics.fmean(values) for block, values in found.items()}
+
+
+def _sensitivity(value: str, run: Run) -> dict[int, float]:
+    blocks = (run.sensitivity or {}).get("blocks", [])
+    return {number: block[value] for number, block in enumerate(blocks)}

@@ -1,0 +1,213 @@
+"""Runs that differ only in their seeds are one row."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsify.calibration.prior import SavedMasks
+from sparsify.models.perplexity import OVERALL
+from sparsify.results.compare.loading import CONFIG, Run
+from sparsify.results.compare.settings import labels, seeds, settings, short_name
+
+Settings = tuple[tuple[str, str], ...]
+MOST_NAMED = 5
+COSTS = ("tokens", "seconds", "memory")
+CHANGES = {
+    "frozen": "masks",
+    "proxy": "masks",
+    "updated": "masks, kept weights",
+    "trained": "masks, all weights",
+    "adapted": "masks, kept weights",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy with its settings, and its runs over seeds.
+
+    Attributes:
+        label: what it is called.
+        settings: all that its runs were told, besides seeds.
+        runs: one for each combination of seeds, in the seeds' order.
+        samples: those of the runs whose results differ.
+    """
+
+    label: str
+    settings: dict[str, str]
+    runs: list[Run]
+    samples: list[Run]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was done, from the first run."""
+        return self.runs[0].record
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the reference that prunes nothing."""
+        return bool(self.record["pattern"] == "dense")
+
+    @property
+    def changes(self) -> str:
+        """What it changes in the base model."""
+        weights = self.record["strategy"]["weights"]
+        return "nothing" if self.is_dense else CHANGES.get(weights, weights)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the kept weights are the base model's."""
+        return self.record["strategy"]["weights"] in ("frozen", "proxy")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing random entered: no step, no calibration text."""
+        random = self.record["steps"] or self.record.get("calibration")
+        return not random and len(self.samples) == 1
+
+    @property
+    def losses(self) -> list[float]:
+        """The overall losses of the samples, nats a token."""
+        return [run.losses()[OVERALL] for run in self.samples]
+
+    @property
+    def perplexity(self) -> float:
+        """The samples' mean overall perplexity, by which rows are ranked."""
+        return statistics.fmean(self.perplexities())
+
+    def perplexities(self, text: str = OVERALL) -> list[float]:
+        """Of the samples, on one text."""
+        return [run.result["scores"][text]["perplexity"] for run in self.samples]
+
+    def costs(self, what: str) -> list[float]:
+        """What the runs took, calibration included: tokens, seconds, or peak memory in GiB; none
+        where a run does not tell.
+        """
+        found = [_cost(run, what) for run in self.runs]
+        known = [cost for cost in found if cost is not None]
+        return known if len(known) == len(found) else []
+
+    def cost(self, what: str) -> float | None:
+        """Their mean."""
+        costs = self.costs(what)
+        return statistics.fmean(costs) if costs else None
+
+    @property
+    def spread(self) -> str:
+        """From how many different results its numbers come."""
+        if self.is_exact:
+            return "exact"
+        return "one run" if len(self.samples) == 1 else f"{len(self.samples)} seeds"
+
+
+def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
+    """Rows by rising mean perplexity, and remarks on what was left out or is not known."""
+    kept = without_repeats(runs)
+    remarks = _unknown(runs)
+    groups: dict[Settings, list[Run]] = {}
+    for run in kept:
+        groups.setdefault(_identity(run), []).append(run)
+    for group in groups.values():
+        group.sort(key=seeds)
+    strategies = [short_name(group[0].record["strategy"]["class"]) for group in groups.values()]
+    told = [settings(group[0]) for group in groups.values()]
+    names = _unique(labels(strategies, told))
+    if repeats := [str(run.path.parent) for run in runs if run not in kept]:
+        remarks.append(
+            f"{len(repeats)} of {len(runs)} runs repeat the settings and seeds of another and are "
+            f"left out: {_named(repeats)}. What `sparsify fit` wrote counts before tests and "
+            "exports of it, and what is newer before what is older."
+        )
+    rows = []
+    for label, one, group in zip(names, told, groups.values(), strict=True):
+        if SavedMasks.__name__ in one.values():
+            remarks.append(
+                f"{label}: starts from the masks of another run, whose cost is not counted here."
+            )
+        samples = list({tuple(run.losses().items()): run for run in group}.values())
+        row = Row(label, one, group, samples)
+        if len(samples) < len(group) and not row.is_exact:
+            remarks.append(
+                f"{label}: {len(group)} runs gave {len(samples)} different results; equal ones "
+                "count once (a calibration text is drawn by --model.calibration.seed)."
+            )
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.perplexity), remarks
+
+
+def without_repeats(runs: Sequence[Run]) -> list[Run]:
+    """One run of the same settings and seeds: of those that ``sparsify fit`` wrote the newest, else
+    the newest of all.
+    """
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        # Without its configuration it is not known whether a run is a repeat, unless by its result.
+        scores = tuple(run.losses().items()) if run.config is None else None
+        alike.setdefault((_identity(run, fitting=False), seeds(run), scores), []).append(run)
+    kept: set[Path] = set()
+    for some in alike.values():
+        fits = [run for run in some if run.is_fit]
+        newest = {_identity(run): run for run in sorted(fits or some, key=_told_and_date)}
+        kept |= {run.path for run in newest.values()}
+    return [run for run in runs if run.path in kept]
+
+
+def _identity(run: Run, fitting: bool = True) -> Settings:
+    own = settings(run, fitting) | {"class": run.record["strategy"]["class"]}
+    return tuple(sorted(own.items()))
+
+
+def _told_and_date(run: Run) -> tuple[bool, str]:
+    return bool(run.record.get("command")), str(run.result.get("date"))
+
+
+def _unknown(runs: Sequence[Run]) -> list[str]:
+    """A remark on the runs without configuration."""
+    bare = [str(run.path.parent) for run in runs if run.config is None]
+    if not bare:
+        return []
+    return [
+        f"Without {CONFIG}, and so in rows of their own: {_named(bare)}. Those of them that differ "
+        "only in what stands there alone (optimizer, batch size, training text) are counted as "
+        "seeds of one row."
+    ]
+
+
+def _named(places: Sequence[str]) -> str:
+    more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
+    return ", ".join(places[:MOST_NAMED]) + more
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [
+        f"{name} #{names[: number + 1].count(name)}" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+def _cost(run: Run, what: str) -> float | None:
+    record = run.record
+    if what == "memory":
+        return record.get("peak_memory_gib")
+    if what == "tokens":
+        return record["tokens"] + calibration_tokens(run)
+    seconds = calibration_seconds(run)
+    return None if seconds is None else record["seconds"] + seconds
+
+
+def calibration_tokens(run: Run) -> int:
+    """The tokens of its calibration text."""
+    calibration = run.calibration
+    windows = calibration.get("samples", 0) * calibration.get("block_size", 0)
+    return int(calibration.get("tokens", windows))
+
+
+def calibration_seconds(run: Run) -> float | None:
+    """What its calibration took to compute; None where that is not known for the run's device."""
+    if run.calibration.get("cached") and "history" not in run.result:
+        return None  # older results hold the time to read the cache instead
+    device = run.calibration.get("device")
+    if device and device != run.record.get("device"):
+        return None
+    return float(run.calibration.get("seconds", 0.0))

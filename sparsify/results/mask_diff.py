@@ -1,0 +1,205 @@
+"""How much masks differ.
+
+The measure is the share of weights whose state differs, that is the mean absolute difference of two
+masks; Fang et al. 2024 (arXiv 2409.17481, appendix I) compare learned masks with one-shot masks by
+percentages of it, without a formula.
+
+Shapes: O out, I in, G groups.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.layer_names import place
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What differs between two masks ``a`` and ``b``, of one layer or of several.
+
+    Attributes:
+        weights: how many there are.
+        differ: weights that one mask keeps and the other drops.
+        kept: weights that ``a`` keeps.
+        lost: weights that ``a`` keeps and ``b`` drops.
+        groups: how many there are.
+        groups_differ: groups with any such weight.
+    """
+
+    weights: int = 0
+    differ: int = 0
+    kept: int = 0
+    lost: int = 0
+    groups: int = 0
+    groups_differ: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        mine, theirs = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+    def shares(self) -> dict[str, float]:
+        """The shares of weights that differ, of weights kept by ``a`` that ``b`` drops, and of
+        groups that differ; of nothing, 0.
+        """
+        return {
+            "weights": self.differ / max(self.weights, 1),
+            "kept_lost": self.lost / max(self.kept, 1),
+            "groups": self.groups_differ / max(self.groups, 1),
+        }
+
+
+def _count(a_OI: Tensor, b_OI: Tensor, pattern: NMPattern) -> Counts:
+    differ_OI = a_OI != b_OI
+    differ_OG = pattern.groups(differ_OI).any(-1)
+    return Counts(
+        a_OI.numel(),
+        int(differ_OI.sum()),
+        int(a_OI.sum()),
+        int((a_OI & ~b_OI).sum()),
+        differ_OG.numel(),
+        int(differ_OG.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class MaskDiff:
+    """The difference of two sets of masks.
+
+    Attributes:
+        layers: by qualified name, of the layers that both mask.
+        only_a: the layers that the first masks alone.
+        only_b: the layers that the second masks alone.
+    """
+
+    layers: Mapping[str, Counts]
+    only_a: list[str]
+    only_b: list[str]
+
+    @property
+    def overall(self) -> Counts:
+        """Over all layers that both mask."""
+        return sum(self.layers.values(), Counts())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, as plain values."""
+        parts = {"overall": self.overall, **self.layers}
+        found = {name: {"counts": asdict(c), "shares": c.shares()} for name, c in parts.items()}
+        overall = found.pop("overall")
+        return {
+            "overall": overall,
+            "layers": found,
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+        }
+
+    def grid(self) -> dict[str, dict[str, Counts]]:
+        """By decoder block and kind of layer, as ``{"model.layers.0": {"q_proj": ...}}``; layers
+        that are in no block have the block ``other``.
+        """
+        places = {name: place(name) for name in self.layers}
+        kinds = _short_kinds({kind for _, kind in places.values()})
+        grid: dict[str, dict[str, Counts]] = {}
+        for name, (block, kind) in places.items():
+            row = grid.setdefault(block, {})
+            row[kinds[kind]] = row.get(kinds[kind], Counts()) + self.layers[name]
+        return grid
+
+    def table(self) -> Table:
+        """The share of weights that differ, by decoder block and kind of layer."""
+        grid = self.grid()
+        kinds = list(dict.fromkeys(kind for row in grid.values() for kind in row))
+        # Blocks of one list need no more than their numbers.
+        alike = len({block.rpartition(".")[0] for block in grid}) == 1
+        left = len(self.only_a) + len(self.only_b)
+        table = Table(
+            title="weights that differ",
+            caption=f"{left} layers are in one of the two alone, and left out" if left else None,
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for header in ("block", *kinds, "all"):
+            table.add_column(header, justify="left" if header == "block" else "right")
+        for block, row in grid.items():
+            name = block.rpartition(".")[2] if alike else block
+            table.add_row(name, *(_percent(row.get(kind)) for kind in kinds), _total(row.values()))
+        columns = [[row[kind] for row in grid.values() if kind in row] for kind in kinds]
+        table.add_section()
+        table.add_row("all", *map(_total, columns), _percent(self.overall))
+        return table
+
+    def plot(self, file: Path, title: str = "Weights that differ") -> None:
+        """Draw the table as a heat map into a PNG.
+
+        Raises:
+            ImportError: Matplotlib is not installed.
+        """
+        from sparsify.results.mask_diff_plot import plot_heat_map
+
+        cells = {
+            block: {kind: counts.shares()["weights"] for kind, counts in row.items()}
+            for block, row in self.grid().items()
+        }
+        plot_heat_map(cells, title, file)
+
+
+def diff(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], patterns: Mapping[str, NMPattern]
+) -> MaskDiff:
+    """Compare two sets of masks layer by layer.
+
+    Args:
+        a: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        b: the same.
+        patterns: by layer name, which give the groups; those of ``a``.
+
+    Raises:
+        SparsifyError: no layer is in both, or one has two shapes.
+    """
+    common = [name for name in a if name in b]
+    if not common:
+        raise SparsifyError(
+            f"the masks have no layer in common: one has {next(iter(a), None)!r}, the other "
+            f"{next(iter(b), None)!r}; compare masks of one model"
+        )
+    layers = {}
+    for name in common:
+        a_OI, b_OI = a[name], b[name]
+        check_shapes(name, [a_OI, b_OI])
+        layers[name] = _count(a_OI, b_OI, patterns[name])
+    only_a, only_b = [n for n in a if n not in b], [n for n in b if n not in a]
+    return MaskDiff(layers, only_a, only_b)
+
+
+def check_shapes(name: str, masks: Iterable[Tensor]) -> None:
+    """Refuse masks of one layer that have several shapes."""
+    shapes = {tuple(mask.shape) for mask in masks}
+    if len(shapes) > 1:
+        raise SparsifyError(
+            f"{name}: the masks are {' and '.join(map(str, sorted(shapes)))}; compare masks of one "
+            "model"
+        )
+
+
+def _short_kinds(kinds: Iterable[str]) -> dict[str, str]:
+    """Kinds by their last part, where no two have the same."""
+    short = {kind: kind.rpartition(".")[2] for kind in kinds}
+    count = Counter(short.values())
+    return {kind: last if count[last] == 1 else kind for kind, last in short.items()}
+
+
+def _total(parts: Iterable[Counts]) -> str:
+    return _percent(sum(parts, Counts()))
+
+
+def _percent(counts: Counts | None) -> str:
+    return "" if counts is None else f"{counts.shares()['weights']:.2%}"

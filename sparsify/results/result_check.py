@@ -1,0 +1,172 @@
+"""Checks that a result file holds what a comparison reads of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparsify.models.perplexity import OVERALL
+
+NUMBER, TEXT, TABLE, LIST = "a number", "text", "a table", "a list"
+COUNT, SECONDS = "a number, whole and not negative", "a number, not negative"
+SHARE = "a number from 0 to 1"
+PLAIN = "text without control characters"
+# No run counts or lasts beyond the first; the squares of what is beyond the second overflow.
+LARGEST, LARGEST_NUMBER = 2**53, 1e150
+DEEPEST = 40
+NEEDED = {
+    "run": TABLE,
+    "run.strategy": TABLE,
+    "run.strategy.class": TEXT,
+    "run.strategy.weights": TEXT,
+    "run.strategy.settings": TABLE,
+    "run.pattern": TEXT,
+    "run.sparsity": SHARE,
+    "run.steps": COUNT,
+    "run.tokens": COUNT,
+    "run.seconds": SECONDS,
+    "protocol": TABLE,
+    "protocol.base": TABLE,
+    "protocol.base.hash": TEXT,
+    "protocol.data": TABLE,
+    "scores": TABLE,
+    f"scores.{OVERALL}": TABLE,
+}
+# May lack, or be null where what they are in allows it.
+POSSIBLE = {
+    "run.calibration": TABLE,
+    "run.calibration.samples": COUNT,
+    "run.calibration.block_size": COUNT,
+    "run.calibration.tokens": COUNT,
+    "run.calibration.seconds": SECONDS,
+    "run.calibration.device": TEXT,
+    "run.calibration.sources": TABLE,
+    "run.overrides": TABLE,
+    "run.distillation": TABLE,
+    "run.peak_memory_gib": SECONDS,
+    "run.device": TEXT,
+    "run.cpu": TEXT,
+    "run.processes": COUNT,
+    "run.threads": COUNT,
+    "run.command": TEXT,
+    "protocol.windows": TABLE,
+    "history": TABLE,
+    "history.validation": LIST,
+    "history.masks": LIST,
+    "masks": TABLE,
+    "masks.retained_norm": NUMBER,
+    "masks.layers": TABLE,
+}
+# Of the history.
+DRAWN = {
+    "tokens": COUNT,
+    "seconds": SECONDS,
+    "perplexity": NUMBER,
+    "flips": NUMBER,
+    "sample_change": NUMBER,
+    "max_probability": NUMBER,
+    "distance": NUMBER,
+}
+
+
+def check(result: Mapping[str, Any]) -> None:
+    """See that everything a comparison reads is there, and of its type.
+
+    Raises:
+        KeyError: something lacks.
+        TypeError: something is of another type.
+    """
+    check_plain(result)
+    for path, kind in NEEDED.items():
+        _check(path, _at(result, path), kind)
+    for path, kind in POSSIBLE.items():
+        try:
+            value = _at(result, path)
+        except KeyError:
+            continue
+        if value is not None:
+            _check(path, value, kind)
+    if "versions" in result:
+        _check("versions", result["versions"], TABLE)
+    for path, look, kind in _parts(result):
+        _check(path, look, kind)
+
+
+def _parts(result: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """What stands in tables and lists of any length."""
+    for text, score in result["scores"].items():
+        yield f"scores.{text}", score, TABLE
+        for key in ("loss", "perplexity"):
+            # Whether they are finite is another question, with another answer.
+            number = score[key]
+            yield f"scores.{text}.{key}", 0 if isinstance(number, float) else number, NUMBER
+    for text, source in ((result["run"].get("calibration") or {}).get("sources") or {}).items():
+        yield f"run.calibration.sources.{text}", source, TABLE
+    for part in ("validation", "masks"):
+        for number, look in enumerate((result.get("history") or {}).get(part) or []):
+            path = f"history.{part}[{number}]"
+            yield path, look, TABLE
+            yield f"{path}.step", look["step"], COUNT
+            for key, kind in DRAWN.items():
+                yield f"{path}.{key}", _number(look.get(key)), kind
+    for layer, state in ((result.get("masks") or {}).get("layers") or {}).items():
+        yield f"masks.layers.{layer}", state, TABLE
+        yield f"masks.layers.{layer}.retained_norm", _number(state.get("retained_norm")), NUMBER
+
+
+def _number(value: Any) -> Any:
+    """The value, where there is one."""
+    return 0 if value is None else value
+
+
+def _at(result: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = result
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise KeyError(path)
+        value = value[key]
+    return value
+
+
+def _check(path: str, value: Any, kind: str) -> None:
+    counts = isinstance(value, int) and not isinstance(value, bool)
+    number = (counts or isinstance(value, float)) and abs(value) <= LARGEST_NUMBER
+    right = {
+        NUMBER: number,
+        SECONDS: number and 0 <= value <= LARGEST,
+        SHARE: number and 0 <= value <= 1,
+        COUNT: number and counts and 0 <= value <= LARGEST,
+        TEXT: isinstance(value, str),
+        TABLE: isinstance(value, dict),
+        LIST: isinstance(value, list),
+    }[kind]
+    if not right:
+        raise TypeError(f"{path} is {brief(value)} instead of {kind}")
+
+
+def check_plain(value: Any, path: str = "", depth: int = 0) -> None:
+    """See that no text in it moves a terminal's cursor, that no integer is beyond all tables, and
+    that it is not nested deeper than code can follow.
+
+    Raises:
+        TypeError: it is so.
+    """
+    if depth > DEEPEST:
+        raise TypeError(f"{path[:80]} is nested {depth} deep instead of at most {DEEPEST}")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_plain(key, path)
+            check_plain(part, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            check_plain(part, f"{path}[{number}]", depth + 1)
+    elif isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
+        raise TypeError(f"{path[:80]} is {brief(value)} instead of {PLAIN}")
+    elif isinstance(value, int) and abs(value) > 2**64:
+        raise TypeError(f"{path[:80]} is {brief(value)} instead of a number that can be shown")
+
+
+def brief(value: Any) -> str:
+    """A value for a message. Huge integers have no text at all; a message needs no long one."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{str(value)[:40]!r}"

@@ -1,0 +1,6 @@
+"""Run what was exported."""
+
+from sparsify.serving.choose import Choice, Choices
+from sparsify.serving.loading import choices, load
+
+__all__ = ["Choice", "Choices", "choices", "load"]

@@ -1,0 +1,217 @@
+"""Several masks over one set of dense weights, swapped in place.
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.exchange.layers import BaseHashes, find_pattern, stored_shapes
+from sparsify.export.mask_file.file import MaskFile, read_masks
+from sparsify.masking.inject import fold, masked_layers
+from sparsify.masking.layer import MaskScope, can_mask, masked
+from sparsify.masking.masker import FixedMasker
+
+FROZEN = "frozen"
+MaskSource = Mapping[str, Tensor] | str | Path
+
+
+class MaskAdapters:
+    """Masks by name over one model; at most one is active, and without one the model is dense.
+
+    The dense weights are held once and never change, until :meth:`fold`. A mask costs a rank a
+    group, a quarter of a byte a weight for 2:4, and swapping allocates no more than that. Layers
+    that the active mask does not hold are the plain ones. Not for use by several threads: the
+    model itself is changed.
+
+    Args:
+        model: a causal LM with plain linear layers.
+
+    Raises:
+        SparsifyError: the model is masked already.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if masked_layers(model):
+            raise SparsifyError(
+                f"this {type(model).__name__} has masked layers already; fold or detach what masks "
+                "it, or load it again"
+            )
+        self.model = model
+        self._hashes = BaseHashes(model)
+        self._shapes = stored_shapes(model)
+        self._tied = {
+            id(parameter): name
+            for name, module in model.named_modules()
+            if not can_mask(module)
+            for parameter in module.parameters(recurse=False)
+        }
+        self._maskers: dict[str, dict[str, FixedMasker]] = {}
+        self._plain: dict[str, nn.Module] = {}  # the layers whose places are taken now
+        self._active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The masks that there are, in the order in which they were added."""
+        return list(self._maskers)
+
+    @property
+    def active(self) -> str | None:
+        """The mask in use; None if the model is dense."""
+        return self._active
+
+    def add(self, name: str, masks: MaskSource) -> None:
+        """Hold another mask; it is not used yet.
+
+        Args:
+            name: to call it by.
+            masks: bool ``[O, I]`` by qualified layer name, a mask file, or an exported folder. If
+                they state the hash of their base model, as files do, it must be this model.
+
+        Raises:
+            SparsifyError: the name is taken, or the masks are not ones of this model as it is.
+        """
+        if name in self._maskers:
+            raise SparsifyError(
+                f"{name!r} is there already; remove it first, or choose another name"
+            )
+        found, base_hash = _read(masks)
+        if not found:
+            raise SparsifyError(f"{name!r} masks no layer; give masks of one layer at least")
+        maskers = {layer: self._masker(layer, found[layer]) for layer in found}
+        self._hashes.check(base_hash, repr(name))
+        self._maskers[name] = maskers
+
+    def _masker(self, layer: str, mask_OI: Tensor) -> FixedMasker:
+        if layer not in self._shapes:
+            raise SparsifyError(
+                f"{layer!r} is no linear layer of this {type(self.model).__name__}; they are "
+                f"called like {next(iter(self._shapes), None)!r}: give masks of this model"
+            )
+        if (other := self._tied.get(id(self.model.get_submodule(layer).weight))) is not None:
+            raise SparsifyError(
+                f"{layer}: its weight is tied to {other}, which a mask would change too; give "
+                "masks that leave it dense"
+            )
+        shape = (self._shapes[layer].rows, self._shapes[layer].columns)
+        if tuple(mask_OI.shape) != shape or mask_OI.dtype != torch.bool:
+            raise SparsifyError(
+                f"{layer}: its mask is {mask_OI.dtype} {tuple(mask_OI.shape)} and the weight is "
+                f"{shape}; give bool masks of this model"
+            )
+        try:
+            masker = FixedMasker(layer, shape, find_pattern(mask_OI))
+        except SparsifyError as error:
+            raise SparsifyError(f"{layer}: {error}") from error
+        masker.set_mask(mask_OI)
+        return masker
+
+    def use(self, name: str | None) -> "Swapped":
+        """Put a mask in place of the present one, at once; None makes the model dense.
+
+        Returns:
+            A context manager that brings the former mask back at its end; it need not be used.
+
+        Raises:
+            SparsifyError: there is no such mask.
+        """
+        if name is not None:
+            self._check(name)
+        former, scope = self._active, MaskScope()
+        maskers = {} if name is None else self._maskers[name]
+        # The ranks of the active mask move with the model, the others' when they are used; all of
+        # them before anything is swapped, as memory may not suffice.
+        for layer, masker in maskers.items():
+            masker.to(next(self.model.get_submodule(layer).parameters()).device)
+        self._restore()
+        for layer, masker in maskers.items():
+            self._plain[layer] = plain = self.model.get_submodule(layer)
+            self.model.set_submodule(layer, masked(plain, masker, scope).train(plain.training))
+        self._active = name
+        return Swapped(self, former)
+
+    def _restore(self) -> None:
+        """Put the plain layers back."""
+        for layer, plain in self._plain.items():
+            module = self.model.get_submodule(layer)
+            # Loading a state or moving to another device may have replaced them.
+            for key in ("weight", "bias"):
+                plain.register_parameter(key, cast(nn.Parameter | None, getattr(module, key)))
+            self.model.set_submodule(layer, plain.train(module.training))
+        self._plain.clear()
+        self._active = None
+
+    def remove(self, name: str) -> None:
+        """Forget a mask; if it is active, the model becomes dense.
+
+        Raises:
+            SparsifyError: there is no such mask.
+        """
+        self._check(name)
+        if self._active == name:
+            self.use(None)
+        del self._maskers[name]
+
+    def detach(self) -> None:
+        """Forget all masks; the model is the dense one again, with the very layers that it had."""
+        self.use(None)
+        self._maskers.clear()
+
+    def fold(self, name: str) -> PreTrainedModel:
+        """Multiply a mask into the weights, in place, and forget all masks: the dense weights are
+        gone then.
+
+        Raises:
+            SparsifyError: there is no such mask.
+        """
+        self.use(name)
+        fold(self.model)
+        self.detach()
+        self._hashes = BaseHashes(self.model)
+        return self.model
+
+    def _check(self, name: str) -> None:
+        if name not in self._maskers:
+            there = ", ".join(map(repr, self._maskers)) or "none"
+            raise SparsifyError(f"there is no mask {name!r}; there are {there}: add it first")
+
+
+class Swapped:
+    """Brings the former mask back at the end of a ``with`` block."""
+
+    def __init__(self, adapters: MaskAdapters, former: str | None) -> None:
+        self._adapters, self._former = adapters, former
+
+    def __enter__(self) -> MaskAdapters:
+        return self._adapters
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Within the block the former one may have been removed.
+        self._adapters.use(self._former if self._former in self._adapters.names else None)
+
+
+def _read(masks: MaskSource) -> tuple[Mapping[str, Tensor], str]:
+    """The masks, and the hash of the model that they were made for; empty if they state none."""
+    found = masks if isinstance(masks, Mapping) else read_masks(Path(masks))
+    if isinstance(found, MaskFile):
+        strategy = found.index.lineage.get("strategy")
+        kind = strategy.get("weights", FROZEN) if isinstance(strategy, dict) else FROZEN
+        if kind not in (FROZEN, "proxy"):
+            raise SparsifyError(
+                f"{found.path}: its masks belong to weights that their strategy changed ({kind}), "
+                "so that over the dense weights they do not make the model that was exported; give "
+                "dict(read_masks(...)) for the masks alone"
+            )
+    return found, getattr(found, "base_hash", "")

@@ -1,0 +1,156 @@
+"""What runs N:M sparse products, and which layers each of them takes.
+
+Shapes: O out, I in, B any leading dimensions.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsify.masking.pattern import NMPattern
+
+log = logging.getLogger("sparsify")
+
+TWO_FOUR = NMPattern(2, 4)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Backend(Protocol):
+    """One implementation of sparse products; a further one has these four members."""
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+
+    def takes(
+        self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
+    ) -> bool:
+        """Whether it can run a layer of such a weight ``(O, I)``, on a device that it runs on."""
+
+    def available(self, device: torch.device) -> bool:
+        """Whether it runs on this device."""
+
+    def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
+        """The layer that takes the place of a linear one.
+
+        Args:
+            weight_OI: holds its pattern (the caller has checked), contiguous, on the device.
+            bias_O: in the weight's dtype, on the device.
+
+        Returns:
+            A module that maps ``[B, I]`` to ``[B, O]`` and holds no dense weight.
+        """
+
+
+class SparseLinear(nn.Module):
+    """A linear layer over a compressed weight, for inference.
+
+    Args:
+        weight_OI: a tensor that ``F.linear`` takes as the weight of a two-dimensional input.
+        bias_O: or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        # In two dimensions, whatever the strides: with more, F.linear may choose a batched product,
+        # which compressed weights do not have.
+        y = F.linear(x_BI.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.view(*x_BI.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@dataclass(frozen=True)
+class SemiStructured:
+    """One of PyTorch's two kernels behind ``torch.sparse.to_sparse_semi_structured``.
+
+    Attributes:
+        name: as it stands in tables.
+        tiles: by type of the weight, what O and I must be multiples of.
+        subclass: its tensor class in ``torch.sparse``; named here rather than by PyTorch's global
+            switch between the two.
+        major: the only major compute capability that has it; None for no such rule.
+    """
+
+    name: str
+    tiles: Mapping[torch.dtype, tuple[int, int]]
+    subclass: str
+    major: int | None = None
+
+    def takes(
+        self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
+    ) -> bool:
+        """What keeps at most 2 of every aligned 4 is 2:4, so 1:4 and 2:8 are too."""
+        if (tile := self.tiles.get(dtype)) is None or not _is_two_four(pattern):
+            return False
+        return not (shape[0] % tile[0] or shape[1] % tile[1])
+
+    def available(self, device: torch.device) -> bool:
+        """Whether a small product comes out right; the library knows only some GPUs."""
+        if device.type != "cuda":
+            return False
+        if self.major not in (None, torch.cuda.get_device_capability(device)[0]):
+            return False
+        weight_OI = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+        weight_OI[:, 1::2] = 0
+        x_BI = torch.eye(64, dtype=torch.bfloat16, device=device)
+        try:
+            right = torch.equal(self.compress(weight_OI, None)(x_BI), weight_OI.T)
+        except (RuntimeError, AttributeError) as error:  # not built in, or another GPU
+            log.info("%s does not run on %s: %s", self.name, device, error)
+            return False
+        if not right:
+            log.warning("%s gives wrong products on %s and is not used", self.name, device)
+        return right
+
+    def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> SparseLinear:
+        """Compress; a weight that is not 2:4 loses values without a word, so check it first."""
+        kind = getattr(torch.sparse, self.subclass)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*prototype stage.*", UserWarning)
+            compressed = cast(Tensor, kind.from_dense(weight_OI))
+        return SparseLinear(compressed, bias_O)
+
+
+CUSPARSELT = SemiStructured(
+    "cusparselt",
+    {
+        **dict.fromkeys(_HALVES, (16, 16)),
+        **dict.fromkeys((torch.int8, torch.float8_e4m3fn), (32, 32)),
+    },
+    "SparseSemiStructuredTensorCUSPARSELT",
+)
+CUTLASS = SemiStructured(
+    "cutlass",
+    {**dict.fromkeys(_HALVES, (32, 64)), torch.int8: (16, 128)},
+    "SparseSemiStructuredTensorCUTLASS",
+    major=8,
+)
+BACKENDS: tuple[Backend, ...] = (CUSPARSELT, CUTLASS)
+
+
+def eligible(
+    shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
+) -> list[str]:
+    """The names of the backends that take such a layer."""
+    return [backend.name for backend in BACKENDS if backend.takes(shape, dtype, pattern)]
+
+
+def _is_two_four(pattern: NMPattern) -> bool:
+    # Four in a row lie in one group of 4 or 8, and in no more than two of any other size.
+    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)

@@ -1,0 +1,77 @@
+"""Weights that are stored by other names than the model's, as Transformers itself reads them.
+
+Transformers joins or renames some tensors while it loads them, by rules of its version: experts
+that are stored one by one become one tensor of all.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers import __version__ as transformers_version
+
+from sparsify.common.errors import SparsifyError
+from sparsify.models.stored_weights import read_json
+
+
+class ConvertedWeights:
+    """The tensors of a folder by the model's names; all of them are held at once, on the CPU.
+
+    Attributes:
+        folder: where the files are.
+
+    Raises:
+        SparsifyError: Transformers finds not all of them in the files, or others too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        loader: Any = AutoModelForCausalLM
+        try:
+            loaded, info = loader.from_pretrained(
+                folder,
+                dtype="auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SparsifyError(
+                f"Transformers {transformers_version} does not load {folder} "
+                f"({str(error).strip().splitlines()[0]}); {_fix(folder)}"
+            ) from error
+        for kind, what in (
+            ("missing_keys", "hold no tensor of the name"),
+            ("mismatched_keys", "hold a tensor of another shape,"),
+            ("unexpected_keys", "hold a tensor that the model lacks,"),
+        ):
+            wrong = [key if isinstance(key, str) else key[0] for key in info[kind]]
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise SparsifyError(
+                    f"the files in {folder} {what} {min(wrong)}{more}; {_fix(folder)}"
+                )
+        self._tensors: dict[str, Tensor] = dict(loaded.state_dict())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._tensors))
+
+    def get(self, name: str) -> Tensor:
+        """One tensor; the same memory as the others that it is tied to."""
+        return self._tensors[name]
+
+
+def _fix(folder: Path) -> str:
+    """What is known of the folder, and what to do."""
+    wrote = read_json(folder / "config.json").get("transformers_version")
+    if wrote and wrote != transformers_version:
+        return (
+            f"Transformers {wrote} wrote them and {transformers_version} reads them: install "
+            f"transformers=={wrote}, or export the model again with {transformers_version}"
+        )
+    return (
+        f"Transformers {transformers_version} wrote and reads them, so that they were changed "
+        "after the export: export the model again"
+    )

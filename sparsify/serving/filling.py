@@ -1,0 +1,133 @@
+"""Fill the weights of an empty model from an exported folder, one by one.
+
+Each is read, checked, moved and compressed before the next: host and device never hold more than
+the sparse model and one dense layer; of files with other names than the model's, such as those of
+experts that are stored one by one, the host holds the dense model.
+
+Shapes: O out, I in, T tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.manifest import MANIFEST
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.stored_weights import StoredWeights
+from sparsify.serving.backends import Backend
+from sparsify.serving.converted import ConvertedWeights
+
+TOLERANCE = 0.02
+"""Of a compressed layer's product, relative to the dense one: bf16 rounds to 0.004."""
+
+
+def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """All names of every Parameter, under its identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def fill(
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    patterns: Mapping[str, NMPattern],
+    backends: Mapping[str, Backend],
+) -> None:
+    """Give the model its weights, and put its buffers on the device.
+
+    Args:
+        model: its Parameters are on the meta device, in the type that they are to have.
+        folder: what holds the safetensors files.
+        device: where all goes.
+        patterns: of every layer that was made sparse; all are checked.
+        backends: what compresses a layer; those without one stay dense.
+
+    Raises:
+        SparsifyError: the files and the model differ in names or shapes, a layer does not hold its
+            pattern, or a backend gives another product.
+    """
+    for name, buffer in dict(model.named_buffers()).items():
+        _put(model, name, buffer.to(device))
+    names = {name: same for same in names_by_parameter(model).values() for name in same}
+    expected = dict(model.state_dict(keep_vars=True))
+    stored_weights = StoredWeights(folder)
+    stored_weights.check()
+    same = _same_names(stored_weights, set(expected), names)
+    weights = stored_weights if same else ConvertedWeights(folder)
+    for name in weights:
+        stored, like = weights.get(name), expected[name]
+        if stored.shape != like.shape:
+            raise SparsifyError(
+                f"{name} is stored as {tuple(stored.shape)}, but the configuration says "
+                f"{tuple(like.shape)}; export the model again"
+            )
+        value = stored.to(device, like.dtype)
+        if name in names:
+            value = nn.Parameter(value, requires_grad=False)
+        for alias in names.get(name, [name]):
+            _check_pattern(model, alias, value, patterns)
+            _put(model, alias, value)
+        del stored, value  # the module alone holds it, until it is compressed
+        _compress_whole(model, name.rpartition(".")[0], backends)
+
+
+def _same_names(
+    weights: StoredWeights, expected: set[str], names: Mapping[str, Sequence[str]]
+) -> bool:
+    found = set(weights)
+    missing = any(found.isdisjoint(names.get(name, [name])) for name in expected)
+    return not missing and found <= expected
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(owner), own_name, value)
+
+
+def _check_pattern(
+    model: nn.Module, name: str, value: Tensor, patterns: Mapping[str, NMPattern]
+) -> None:
+    """Compressing drops what exceeds the pattern, without a word."""
+    layer, _, own_name = name.rpartition(".")
+    if layer not in patterns or own_name != "weight":
+        return
+    weight_OI = value if isinstance(model.get_submodule(layer), nn.Linear) else value.T
+    if weight_OI.shape[1] % patterns[layer].m or not patterns[layer].holds(weight_OI):
+        raise SparsifyError(
+            f"{layer}: {MANIFEST} says {patterns[layer]}, but its weight has groups with more than "
+            f"{patterns[layer].n} nonzero values of {patterns[layer].m}; it was changed after the "
+            "export: export the model again"
+        )
+
+
+def _compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
+    """Compress a layer that has a backend, once weight and bias are there."""
+    if name not in backends:
+        return
+    linear = cast(nn.Linear, model.get_submodule(name))
+    if not any(parameter.is_meta for parameter in linear.parameters()):
+        model.set_submodule(name, _compress(name, linear, backends[name]))
+
+
+def _compress(name: str, linear: nn.Linear, backend: Backend) -> nn.Module:
+    """The layer on its backend, if that gives the dense product."""
+    bias = None if linear.bias is None else linear.bias.detach()
+    sparse = backend.compress(linear.weight.detach(), bias)
+    like = linear.weight
+    x_TI = torch.randn(8, linear.in_features, dtype=like.dtype, device=like.device)
+    dense_TO = F.linear(x_TI, linear.weight, linear.bias).float()
+    error = float((sparse(x_TI).float() - dense_TO).norm() / dense_TO.norm().clamp(min=1e-30))
+    if not error <= TOLERANCE:
+        raise SparsifyError(
+            f"{name}: {backend.name} gives a product that is off by {error:.2g} (at most "
+            f"{TOLERANCE} is rounding); load with choose='dense', or with other backends"
+        )
+    return sparse

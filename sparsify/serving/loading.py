@@ -1,0 +1,155 @@
+"""Load an exported folder as a Transformers model whose layers run sparse where that is faster.
+
+The model is built without memory for its weights; :mod:`sparsify.serving.filling` fills them in.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.manifest import MANIFEST, manifest_patterns
+from sparsify.masking.layer import can_mask, linear_shape
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.model_files import check_model_files
+from sparsify.serving.backends import BACKENDS, Backend
+from sparsify.serving.choose import DENSE, Choices, Choose, Layer, choose_layers
+from sparsify.serving.filling import fill, names_by_parameter
+from sparsify.serving.measure import LayerKind, in_turns, token_counts
+
+
+@torch.no_grad()
+def load(
+    folder: str | Path,
+    *,
+    tokens: int | tuple[int, int] = (1, 2048),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    choose: Choose = "measured",
+    backends: Sequence[Backend] = BACKENDS,
+) -> PreTrainedModel:
+    """Load an exported folder for inference; nothing in it trains.
+
+    Args:
+        folder: what ``sparsify export`` wrote, or a run's ``export`` folder.
+        tokens: the rows that a layer's input will have (batch x sequence: the batch while
+            generating, batch x length of the prompt before), or the least and the most of them.
+        device: where the model goes; None is the GPU if there is one, else the CPU.
+        dtype: the type of the weights; None is the one in which they are stored. No backend takes
+            float32, so layers of a model that is stored so run dense until this names another.
+        choose: ``measured`` runs a layer sparse if that is faster here at both ends of ``tokens``
+            and all powers of two between; ``sparse`` runs all sparse that can be; ``dense`` none.
+        backends: what may run sparse layers; of several that are equally good the first.
+
+    Returns:
+        The model in evaluation mode; :func:`choices` tells how its layers run.
+
+    Raises:
+        SparsifyError: the folder is not an export or is damaged, a layer does not hold its pattern,
+            or an argument is out of its range.
+    """
+    folder = Path(folder)
+    counts = _counts(tokens)
+    if choose not in get_args(Choose):
+        raise SparsifyError(f"choose={choose!r}: write 'measured', 'sparse' or 'dense'")
+    if dtype is not None and not dtype.is_floating_point:
+        raise SparsifyError(f"dtype={dtype}: a model's weights are floats; write torch.bfloat16")
+    place = _device(device)
+    patterns = manifest_patterns(folder)
+    # Measurements and checks draw numbers; the caller's sequence of them stays.
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        model = _empty_model(folder, dtype)
+        layers = _sparse_layers(model, patterns)
+        how = choose_layers(layers, place, choose, counts, backends, in_turns)
+        by_name = {backend.name: backend for backend in backends}
+        compressed = {n: by_name[c.backend] for n, c in how.items() if c.backend != DENSE}
+        fill(model, folder, place, patterns, compressed)
+    model.sparsify_choices = how  # type: ignore[assignment]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False).eval()
+
+
+def choices(model: nn.Module) -> Choices:
+    """How the layers of a loaded model run; ``print`` it for a table.
+
+    Raises:
+        SparsifyError: :func:`load` did not load it.
+    """
+    found = getattr(model, "sparsify_choices", None)
+    if not isinstance(found, Choices):
+        raise SparsifyError(
+            f"this {type(model).__name__} was not loaded by sparsify.serving.load, so nothing was "
+            "chosen for its layers"
+        )
+    return found
+
+
+def _counts(tokens: int | tuple[int, int]) -> list[int]:
+    ends = tokens if isinstance(tokens, tuple) else (tokens, tokens)
+    whole = len(ends) == 2 and all(isinstance(end, int) for end in ends)
+    if not whole or not 1 <= ends[0] <= ends[1]:
+        raise SparsifyError(
+            f"tokens={tokens}: give a number of at least 1, or the least and the most, in order"
+        )
+    return token_counts(*ends)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    try:
+        place = torch.device(device or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise SparsifyError(f"device={device!r}: write 'cuda', 'cuda:1' or 'cpu'") from error
+    if place.type == "cuda" and not cuda:
+        raise SparsifyError(f"device={str(device)!r}: PyTorch finds no CUDA device; give 'cpu'")
+    return place
+
+
+def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model with Parameters that have no memory, tied as they should be, and real buffers."""
+    from accelerate import init_empty_weights  # takes a second
+
+    try:
+        check_model_files(str(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise SparsifyError(
+            f"{folder} holds no configuration that Transformers can read "
+            f"({str(error).strip().splitlines()[0]}); export the model again"
+        ) from error
+    model.tie_weights()  # not inside: there, every assignment makes another Parameter
+    return model
+
+
+def _sparse_layers(model: PreTrainedModel, patterns: Mapping[str, NMPattern]) -> dict[str, Layer]:
+    """What the manifest says is sparse, as the model has it."""
+    modules = dict(model.named_modules())
+    shared = {
+        name for names in names_by_parameter(model).values() if len(names) > 1 for name in names
+    }
+    layers = {}
+    for name, pattern in patterns.items():
+        module = modules.get(name)
+        if module is None or not can_mask(module):
+            raise SparsifyError(
+                f"{MANIFEST} lists {name}, which is no linear layer of this "
+                f"{type(model).__name__}; export the model again"
+            )
+        weight = cast(Tensor, module.weight)
+        kind = LayerKind(linear_shape(module), weight.dtype, module.bias is not None)
+        obstacle = None
+        if not isinstance(module, nn.Linear):
+            obstacle = f"{type(module).__name__} stores its weight transposed"
+        elif f"{name}.weight" in shared:
+            obstacle = "shares its weight with another layer"
+        layers[name] = Layer(kind, pattern, obstacle)
+    return layers

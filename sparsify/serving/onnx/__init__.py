@@ -1,0 +1,1 @@
+"""Exports as ONNX graphs for TensorRT."""

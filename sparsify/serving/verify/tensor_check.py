@@ -1,0 +1,208 @@
+"""Check every stored tensor by all that is known of it: hash, pattern, mask, base, backends.
+
+Shapes: O out, I in.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.export.manifest import MANIFEST, Layer, Manifest
+from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.base import hash_tensor
+from sparsify.models.stored_weights import StoredWeights
+from sparsify.serving.backends import TWO_FOUR, eligible
+from sparsify.serving.device_check import DeviceCheck
+from sparsify.serving.verify.base_check import BaseCheck
+from sparsify.serving.verify.layer_check import (
+    check_mask,
+    check_pattern,
+    check_signs,
+    nonzero_share,
+    not_finite,
+    plainly_dense,
+)
+from sparsify.serving.verify.report import BaseReport, LayerReport, Report, unchecked
+
+
+class TensorCheck:
+    """Checks a folder's tensors.
+
+    Args:
+        manifest: what it says; an empty one where there is none.
+        asked: a pattern that every masked layer must hold besides its own.
+        masks: those stored, None where there are none.
+        base: compares with the base model, if it is at hand.
+        device: runs sparse products, if that is wanted.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        asked: NMPattern | None,
+        masks: Mapping[str, Tensor] | None,
+        base: BaseCheck | None,
+        device: DeviceCheck | None,
+    ) -> None:
+        self._manifest, self._asked, self._masks = manifest, asked, masks
+        self._base, self._device = base, device
+        self._against: BaseReport | None = None
+
+    def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
+        """Check every tensor, whatever the others were like."""
+        self._against = report.base
+        rows = {
+            name: LayerReport(name, layer.shape, str(layer.pattern))
+            for name, layer in layers.items()
+        }
+        report.layers += rows.values()
+        owners: dict[str | None, list[str]] = {}
+        for name, layer in layers.items():
+            owners.setdefault(layer.tensor, []).append(name)
+            if layer.tensor is None or layer.tensor not in weights:
+                missing = layer.tensor or f"{name}.weight"
+                rows[name].problems.append(f"its weight, {missing}, is in no readable file")
+        for tensor in self._manifest.tensors:
+            if tensor not in weights and tensor not in owners:
+                report.problems.append(f"{tensor} is in no readable file, and {MANIFEST} lists it")
+        for tensor in weights:
+            mine = [(rows[name], layers[name]) for name in owners.get(tensor, [])]
+            try:
+                self._check_tensor(tensor, weights.get(tensor), mine, report)
+            except Exception as error:  # of a type or a size that nobody foresaw
+                report.problems.append(unchecked(tensor, error))
+
+    def _check_tensor(
+        self,
+        tensor: str,
+        values: Tensor,
+        owners: Sequence[tuple[LayerReport, Layer]],
+        report: Report,
+    ) -> None:
+        found = self._check_stored(tensor, values)
+        for row, layer in owners:
+            row.problems += found
+            self._check_layer(row, layer, values)
+        if not owners:
+            found += self._check_dense(tensor, values)
+            report.problems += [f"{tensor}: {problem}" for problem in found]
+
+    def _check_stored(self, tensor: str, values: Tensor) -> list[str]:
+        problems = [problem] if (problem := not_finite(values)) else []
+        if not self._manifest.tensors:
+            return problems
+        if tensor not in self._manifest.tensors:
+            problems.append(f"{MANIFEST} does not list it")
+        elif hash_tensor(values) != self._manifest.tensors[tensor]:
+            problems.append("its values are not those that the export wrote (SHA-256 differs)")
+        return problems
+
+    def _check_dense(self, tensor: str, values: Tensor) -> list[str]:
+        if not self._compares(tensor, self._manifest.changes == "all weights", layer=None):
+            return []
+        problem = cast(BaseCheck, self._base).compare(tensor, values)
+        return [problem] if problem else []
+
+    def _compares(self, tensor: str, changed: bool, layer: str | None) -> bool:
+        """Whether a tensor is to be compared with the base's, for the report.
+
+        Args:
+            tensor: its name in the files.
+            changed: whether the manifest says that the strategy changed what would be compared.
+            layer: the layer whose kept weights would be; None for all values of the tensor.
+        """
+        if self._base is None or self._against is None:
+            return False
+        if changed:
+            reason = f"{MANIFEST} says that the strategy changed them: {self._manifest.weights}"
+        elif not self._base.knows(tensor):
+            reason = "the base has no Parameter of their name"
+        else:
+            (self._against.whole if layer is None else self._against.kept).append(layer or tensor)
+            return True
+        self._against.left.setdefault(reason, []).append(tensor)
+        return False
+
+    def _check_layer(self, row: LayerReport, layer: Layer, values: Tensor) -> None:
+        weight_OI = values.T if layer.transposed and values.ndim == 2 else values
+        if tuple(weight_OI.shape) != layer.shape:
+            row.problems.append(
+                f"its weight is {tuple(weight_OI.shape)} as (out, in), and {MANIFEST} says "
+                f"{layer.shape}"
+            )
+            return
+        row.nonzero = nonzero_share(weight_OI)
+        if layer.may_be_dense and plainly_dense(weight_OI, layer.pattern):
+            row.pattern = None
+            row.notes.append(f"dense: most of its groups hold more than {layer.pattern} keeps")
+            row.problems += self._check_dense(str(layer.tensor), values)
+            return
+        self._check_dtype(row, values.dtype)
+        mask_OI = self._mask(row, layer)
+        self._check_rules(row, layer, weight_OI, mask_OI)
+        if self._compares(str(layer.tensor), self._manifest.changes != "nothing", row.name):
+            kept = None if mask_OI is None else mask_OI.T if layer.transposed else mask_OI
+            base = cast(BaseCheck, self._base)
+            problem = base.compare(str(layer.tensor), values, kept, sparse=True)
+            row.problems += [problem] if problem else []
+        self._check_backends(row, layer, weight_OI)
+
+    def _check_dtype(self, row: LayerReport, dtype: torch.dtype) -> None:
+        name = str(dtype).removeprefix("torch.")
+        if self._manifest.dtype and name != self._manifest.dtype:
+            row.problems.append(
+                f"it is stored in {name}, and {MANIFEST} says {self._manifest.dtype}"
+            )
+
+    def _mask(self, row: LayerReport, layer: Layer) -> Tensor | None:
+        if self._masks is None:
+            return None
+        if row.name not in self._masks:
+            row.problems.append(f"{FILE_NAME} holds no mask of it")
+            return None
+        try:
+            mask_OI = self._masks[row.name]
+        except SparsifyError as error:
+            row.problems.append(str(error))
+            return None
+        if tuple(mask_OI.shape) != layer.shape:
+            row.problems.append(
+                f"its stored mask is {tuple(mask_OI.shape)}, and its weight {layer.shape}"
+            )
+            return None
+        return mask_OI
+
+    def _check_rules(
+        self, row: LayerReport, layer: Layer, weight_OI: Tensor, mask_OI: Tensor | None
+    ) -> None:
+        patterns = [layer.pattern]
+        if self._asked is not None and self._asked != layer.pattern:
+            patterns.append(self._asked)
+        row.problems += [p for pattern in patterns if (p := check_pattern(weight_OI, pattern))]
+        if mask_OI is not None:
+            row.problems += check_mask(weight_OI, mask_OI, layer.pattern)
+        problem, note = check_signs(weight_OI, mask_OI, layer.pattern)
+        row.problems += [problem] if problem else []
+        row.notes += [note] if note else []
+
+    def _check_backends(self, row: LayerReport, layer: Layer, weight_OI: Tensor) -> None:
+        # No backend packs 2:4 in types that are this wide.
+        cast = weight_OI.dtype in (torch.float32, torch.float64)
+        dtype = torch.bfloat16 if cast else weight_OI.dtype
+        name = str(dtype).removeprefix("torch.")
+        row.cast = name if cast else None
+        row.backends = eligible(layer.shape, dtype, layer.pattern)
+        if not row.backends:
+            size = f"{layer.shape[0]} x {layer.shape[1]}"
+            row.notes.append(f"no backend runs {layer.pattern} at {size} in {name}: it runs dense")
+        if self._device is None or self._device.report.backend not in row.backends:
+            return
+        # Compressing drops what is too much in silence. And types of eight bits compress, but have
+        # no plain product.
+        if dtype.itemsize == 2 and check_pattern(weight_OI, TWO_FOUR) is None:
+            row.product = self._device.run(weight_OI.to(dtype))
+            row.problems += [row.product.problem] if row.product.problem else []

@@ -1,0 +1,1 @@
+"""The run: Lightning's module and Trainer, checkpoints, several processes, memory plans."""

@@ -1,0 +1,227 @@
+"""What a checkpoint must hold to be one, checked before anything is restored from it.
+
+A checkpoint that was cut, edited or made by something else is refused by the first field that is
+not what a run writes. Fields are named by dotted paths.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import lightning
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sparsify.common.errors import SparsifyError
+
+# A number that counts; the largest is far above what any run reaches.
+COUNT, TEXT, TABLE, LIST, FLAG = "a count", "text", "a table", "a list", "true or false"
+LARGEST = 2**53
+# What every command reads, and what training reads on top.
+ALWAYS = {
+    "epoch": COUNT,
+    "global_step": COUNT,
+    "pytorch-lightning_version": TEXT,
+    "state_dict": TABLE,
+    "base_hash": TEXT,
+    "hyper_parameters": TABLE,
+}
+TRAINING = {
+    "resumable": FLAG,
+    "step_shape": TABLE,
+    "step_shape.ranks": COUNT,
+    "step_shape.accumulated": COUNT,
+    "loops": TABLE,
+    "loops.fit_loop": TABLE,
+    "callbacks": TABLE,
+    "optimizer_states": LIST,
+    "lr_schedulers": LIST,
+}
+# May lack; checkpoints of one-shot runs have none of the first.
+POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE}
+PLACE = "the checkpoint's place in the data"
+_ADVICE = (
+    "this is not a checkpoint that sparsify wrote, or it is damaged; resume from another checkpoint"
+)
+
+
+@contextmanager
+def restoring(path: Any) -> Iterator[None]:
+    """Tell in one message that a checkpoint's content cannot be restored, whoever met it: what
+    Lightning, torch and torchdata read of their own deep inside is checked by them alone.
+
+    Raises:
+        SparsifyError: instead of any other exception.
+    """
+    try:
+        yield
+    except (SparsifyError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise SparsifyError(
+            f"{path}: its content cannot be restored ({reason}); {_ADVICE}"
+        ) from error
+
+
+def check_content(checkpoint: Any, path: Any) -> None:
+    """Check what every command reads of a checkpoint.
+
+    Args:
+        checkpoint: what was read from ``path``.
+        path: names it in messages.
+
+    Raises:
+        SparsifyError: something lacks, or is of another kind.
+    """
+    if not isinstance(checkpoint, dict):
+        raise SparsifyError(f"{path}: it holds {type(checkpoint).__name__}; {_ADVICE}")
+    for field, kind in ALWAYS.items():
+        _check(checkpoint, field, kind, path)
+    for field, kind in POSSIBLE.items():
+        if checkpoint.get(field) is not None:
+            _check(checkpoint, field, kind, path)
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            _refuse(path, f"state_dict.{name}", type(value).__name__, "a tensor")
+        # What has no finite value has no place in a ranking or in a product.
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.is_floating_point() and not torch.isfinite(local).all():
+            _refuse(path, f"state_dict.{name}", "not finite", "finite in every element")
+    for name, value in (checkpoint.get("schedule_values") or {}).items():
+        _check_number(path, f"schedule_values.{name}", value)
+
+
+def check_training(checkpoint: Mapping[str, Any], trainer: Any) -> None:
+    """Check what training that goes on reads of a checkpoint, against what this run would save.
+
+    Raises:
+        SparsifyError: something lacks, or is of another kind.
+    """
+    path = trainer.ckpt_path
+    for field, kind in TRAINING.items():
+        _check(checkpoint, field, kind, path)
+    for field in ("ranks", "accumulated"):
+        if checkpoint["step_shape"][field] < 1:
+            _refuse(path, f"step_shape.{field}", 0, "1 or more")
+    for field in ("optimizer_states", "lr_schedulers"):
+        if [type(value) for value in checkpoint[field]] != [dict]:
+            _refuse(path, field, f"{str(checkpoint[field])[:40]!r}", "a list of one table")
+    _check(checkpoint["lr_schedulers"][0], "last_epoch", COUNT, path, "lr_schedulers[0].")
+    loops = checkpoint["loops"]["fit_loop"]
+    same_version = checkpoint["pytorch-lightning_version"] == lightning.__version__
+    own = {k: v for k, v in trainer.fit_loop.state_dict().items() if not k.endswith("state_dict")}
+    # Lightning passes over what lacks, and would begin again with the data.
+    _check_like(path, "loops.fit_loop", loops, own, complete=same_version)
+    steps = _at(loops, ("epoch_loop.automatic_optimization.optim_progress", "optimizer", "step"))
+    counted = _at(steps, ("total", "completed"))
+    if isinstance(counted, int) and counted != checkpoint["global_step"]:
+        _refuse(path, "global_step", checkpoint["global_step"], f"{counted}, as its loops count")
+    _check_place(path, loops)
+    for callback in trainer.callbacks:
+        if type(callback).__module__.startswith("sparsify.") and (own := callback.state_dict()):
+            field = f"callbacks.{callback.state_key}"
+            state = checkpoint["callbacks"].get(callback.state_key)
+            _check_like(path, field, state, own, complete=False)
+
+
+def _check_place(path: Any, loops: Mapping[str, Any]) -> None:
+    """Check that the place in the data is there."""
+    place = _at(loops, ("state_dict", "combined_loader"))
+    if not (isinstance(place, list) and len(place) == 1 and isinstance(place[0], dict)):
+        found = "missing" if place is None else f"{str(place)[:40]!r}"
+        _refuse(path, "loops.fit_loop.state_dict.combined_loader", found, "a list of one table")
+
+
+def _check_like(path: Any, field: str, found: Any, own: Any, complete: bool) -> None:
+    """Check that what was found is built like a run's own: tables, counts, flags, and lists of
+    tables of numbers.
+
+    Args:
+        path: of the checkpoint.
+        field: the dotted path of what was found.
+        found: in the checkpoint.
+        own: what this run would save at its start.
+        complete: whether tables must hold every key.
+    """
+    if isinstance(own, dict):
+        if not isinstance(found, dict):
+            _refuse(path, field, _brief(found), TABLE)
+        for key, value in own.items():
+            if key in found:
+                _check_like(path, f"{field}.{key}", found[key], value, complete)
+            elif complete:
+                _refuse(path, f"{field}.{key}", "missing", "there")
+    elif isinstance(own, bool):
+        if not isinstance(found, bool):
+            _refuse(path, field, _brief(found), FLAG)
+    elif isinstance(own, int):
+        if not _is_count(found):
+            _refuse(path, field, _brief(found), COUNT)
+    elif isinstance(own, float):
+        _check_number(path, field, found, least=0)
+    elif isinstance(own, list):
+        if not isinstance(found, list):
+            _refuse(path, field, _brief(found), LIST)
+        for where, value in _numbers(path, field, found):
+            _check_number(path, where, value)
+
+
+def _numbers(path: Any, field: str, rows: list[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            _refuse(path, f"{field}[{number}]", _brief(row), TABLE)
+        yield f"{field}[{number}].step", row.get("step")
+        yield from ((f"{field}[{number}].{key}", value) for key, value in row.items())
+
+
+def _at(table: Any, keys: tuple[str, ...]) -> Any:
+    """What lies at the end of a chain of keys; None where that breaks off."""
+    for key in keys:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _check_number(path: Any, field: str, value: Any, least: float = -math.inf) -> None:
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not -LARGEST <= value <= LARGEST or value < least:
+        _refuse(path, field, _brief(value), "a finite number")
+
+
+def _check(table: Mapping[str, Any], field: str, kind: str, path: Any, above: str = "") -> None:
+    """Check the value at a dotted path within a table."""
+    value: Any = table
+    for key in field.split("."):
+        if not isinstance(value, dict) or key not in value:
+            _refuse(path, f"{above}{field}", "missing", kind)
+        value = value[key]
+    right = {
+        COUNT: _is_count(value),
+        TEXT: isinstance(value, str),
+        TABLE: isinstance(value, dict),
+        LIST: isinstance(value, list),
+        FLAG: isinstance(value, bool),
+    }[kind]
+    if not right:
+        _refuse(path, f"{above}{field}", _brief(value), kind)
+
+
+def _brief(value: Any) -> str:
+    """A value for a message; huge integers have no short text."""
+    if value is None:
+        return "missing"
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return repr(value)[:40]
+
+
+def _refuse(path: Any, field: str, found: Any, wanted: str) -> NoReturn:
+    raise SparsifyError(f"{path}: {field} is {found}, and must be {wanted}; {_ADVICE}")

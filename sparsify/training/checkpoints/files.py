@@ -1,0 +1,280 @@
+"""Checkpoints on disk: written whole, known to be whole, found again after a crash.
+
+A run's folder ``checkpoints`` holds ``step-00000100.ckpt`` and so on, and ``last.ckpt``, a link to
+the newest. A checkpoint is one file, or the folder that a sharded run writes. Either is made under
+a hidden name, ``.step-00000100.ckpt.partial``, flushed, and renamed; then the link is moved. Not
+every file system keeps that order in a power cut, so a checkpoint also tells by itself whether it
+is whole: a file is torch's zip archive, whose directory is written last and which has a CRC-32 of
+every record; a folder holds ``complete.json``, written last, with the size of every file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from sparsify.common.errors import SparsifyError
+from sparsify.common.replace import flush, flush_all, replace_folder
+from sparsify.models.perplexity import write_json
+
+FOLDER = "checkpoints"
+LAST = "last.ckpt"
+COMPLETE = "complete.json"
+METADATA = "meta.pt"  # Lightning's name, in a sharded checkpoint, for all but the tensors
+_STEP = re.compile(r"step-(\d{8,})\.ckpt")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
+
+
+class DiskFull(SparsifyError):
+    """A checkpoint found no space; what is there is as it was."""
+
+
+@contextmanager
+def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Tell of a full disk in one sentence, whatever library met it.
+
+    Args:
+        folder: where was written.
+        needed: counts the bytes of what was to be written.
+
+    Raises:
+        DiskFull: instead of what was raised because of a full disk, quota or file size limit.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        cause = full_disk(error)
+        if cause is None:
+            raise
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        need = f"{_mib(needed())} are needed" if needed else "a checkpoint does not fit"
+        raise DiskFull(
+            f"{os.strerror(cause)}: {need} in {folder}, where {_mib(free)} are free"
+        ) from error
+
+
+def full_disk(error: BaseException | None) -> int | None:
+    """The error number of a full disk, quota or file size limit among an error's causes: torch
+    raises its own on top. None where there is none.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.errno
+        # safetensors has the number in its text alone.
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _FULL:
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+class _Counter:
+    """A file that only counts what is written to it, in bytes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+
+def stored_size(checkpoint: dict[str, Any]) -> int:
+    """Bytes of a checkpoint's file."""
+    counter = _Counter()
+    torch.save(checkpoint, counter)  # type: ignore[arg-type]
+    return counter.size
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes checkpoint files whole or not at all, and reads none that is damaged.
+
+    Lightning's own holds the file's bytes in memory, writes them to the folder for temporary files
+    and moves them, which is a copy where that is another file system; it flushes nothing.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write the file; on a full disk nothing is left of it, and :class:`DiskFull` is raised."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        partial = partial_path(place)
+        try:
+            with disk_full(place.parent, lambda: stored_size(checkpoint)):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:  # torch's own writer hides the system's error
+                    torch.save(checkpoint, file)
+                flush(partial)
+                partial.replace(place)
+                flush(place.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read the file; one that is damaged is a :class:`SparsifyError`."""
+        if "://" not in str(path):
+            check_whole(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def step_of(path: Path) -> int | None:
+    """The optimizer step in a checkpoint's name; None if it has none."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints of steps in a folder, newest first, whole or not."""
+    found = {
+        path: step for path in folder.glob("step-*.ckpt") if (step := step_of(path)) is not None
+    }
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def partial_path(place: Path) -> Path:
+    """Where a checkpoint is made; of a path that is partial already, itself."""
+    return place if place.suffix == ".partial" else place.with_name(f".{place.name}.partial")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what saves that were killed left in a folder in which nothing else is at work."""
+    for path in folder.glob(".step-*.ckpt.partial"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def complete(partial: Path, place: Path) -> None:
+    """Mark, flush and rename what was made; then let ``last.ckpt`` beside it point there.
+
+    At every moment both names are a whole checkpoint, the former or the new one.
+    """
+    if partial.is_dir():
+        flush_all(partial)
+        files = {str(p.relative_to(partial)): p for p in partial.rglob("*") if p.is_file()}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        write_json(partial / COMPLETE, {"files": sizes, "sha256": hashes})
+        replace_folder(partial, place)
+    else:
+        flush(partial)
+        partial.replace(place)
+        flush(place.parent)
+    link = place.with_name(f".{LAST}.partial")
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(place.name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return  # newest_whole finds the newest without it
+    link.replace(place.with_name(LAST))
+    flush(place.parent)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint, in a few words; empty if it is whole. Reads all of a file,
+    once in a process.
+    """
+    if not path.exists():
+        return "there is no such file"
+    if not path.is_dir():
+        status = path.stat()
+        return _zip_damage(path.resolve(), status.st_size, status.st_mtime_ns)
+    if (path / COMPLETE).is_file():
+        return _folder_damage(path)
+    if step_of(path) is not None:
+        return f"it is incomplete: there is no {COMPLETE} in it"
+    # Of another writer, such as Lightning's ModelCheckpoint, whose last file this is.
+    return damage(path / METADATA) and f"it is incomplete: there is no whole {METADATA} in it"
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a checkpoint that is damaged.
+
+    Raises:
+        SparsifyError: it is.
+    """
+    if reason := damage(path):
+        raise SparsifyError(f"{path}: {reason}; resume from another checkpoint")
+
+
+@lru_cache
+def _zip_damage(path: Path, size: int, mtime_ns: int) -> str:
+    """As :func:`damage`, of a file of this size and age."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    except Exception as error:  # damaged headers end in many kinds
+        return f"it is cut off or damaged ({error or type(error).__name__})"
+    return f"it is damaged (bad checksum of {bad})" if bad else ""
+
+
+def _folder_damage(path: Path) -> str:
+    try:
+        content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = content["files"]
+        hashes: dict[str, str] = content.get("sha256", {})  # older ones tell sizes alone
+        odd = [n for n, size in sizes.items() if _size(path / n) != size]
+        if odd:
+            return f"it is damaged ({odd[0]} is not of the size in {COMPLETE})"
+        ages = {name: (path / name).stat().st_mtime_ns for name in hashes}
+        odd = [n for n, sha in hashes.items() if _sha256_of((path / n).resolve(), ages[n]) != sha]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"its {COMPLETE} is damaged"
+    if odd:
+        return f"it is damaged (bad checksum of {odd[0]})"
+    return damage(path / METADATA) if METADATA in sizes else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache
+def _sha256_of(path: Path, mtime_ns: int) -> str:
+    """The hash of a file of this age, read once in a process."""
+    return _sha256(path)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

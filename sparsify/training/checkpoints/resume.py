@@ -1,0 +1,119 @@
+"""Whether a checkpoint belongs to the run that loads it, and how it goes on on other ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sparsify.common.errors import SparsifyError
+from sparsify.training.trainer import data_parallel
+
+
+def check_fits(
+    checkpoint: Mapping[str, Any], base_hash: str, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that a checkpoint was made for this base model and these masks.
+
+    Args:
+        checkpoint: what Lightning read.
+        base_hash: the hash of the base model at hand.
+        state: the tensors that this run would save, by name.
+
+    Raises:
+        SparsifyError: it was not.
+    """
+    if checkpoint.get("base_hash") != base_hash:
+        raise SparsifyError(
+            f"the checkpoint belongs to base model {str(checkpoint.get('base_hash'))[:12]}, and "
+            f"this one is {base_hash[:12]}; give the --model.name_or_path and --model.dtype of "
+            "its run"
+        )
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if name in found and checkpoint["state_dict"][name].dtype != tensor.dtype:
+            raise SparsifyError(
+                f"the checkpoint's {name} is {checkpoint['state_dict'][name].dtype} and must be "
+                f"{tensor.dtype}: it is damaged, or its run had another --model.dtype; resume from "
+                "another checkpoint, or with the dtype of its run"
+            )
+    if odd := sorted(set(found.items()) ^ set(wanted.items())):
+        name = odd[0][0]
+        raise SparsifyError(
+            f"the checkpoint's masks do not fit this run: {name} is {found.get(name, 'missing')} "
+            f"in it and {wanted.get(name, 'unknown')} here; give the strategy, pattern, include, "
+            "exclude and overrides of its run"
+        )
+
+
+def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
+    """Check that training can go on from the checkpoint at ``path``, to ``steps`` optimizer steps
+    in all.
+
+    Raises:
+        SparsifyError: its place in the data is lost, or nothing is left to do.
+    """
+    if checkpoint.get("resumable") is False:
+        raise SparsifyError(
+            "the checkpoint was saved after fit had returned and does not know its place in the "
+            "data; resume from one that was saved during the run"
+        )
+    if checkpoint["global_step"] >= steps > 0:
+        raise SparsifyError(
+            f"the checkpoint is at step {checkpoint['global_step']} of {steps}, so nothing is left "
+            f"to learn; test and export it with sparsify export --ckpt_path {path}, or give more "
+            "steps with --trainer.max_steps"
+        )
+
+
+def step_shape(trainer: Any) -> dict[str, int]:
+    """Of how many micro-batches a step of the optimizer is made: on ranks, one after another."""
+    return {"ranks": data_parallel(trainer)[1], "accumulated": trainer.accumulate_grad_batches}
+
+
+def continue_on(checkpoint: Mapping[str, Any], now: Mapping[str, int], epoch: int) -> None:
+    """Rewrite a checkpoint's place in the data, in place, for another number of ranks.
+
+    Lightning counts the micro-batches of a rank, and the data is dealt to ranks one micro-batch
+    after another: after the same steps of the optimizer, half the ranks have counted twice as many.
+
+    Args:
+        checkpoint: what Lightning read.
+        now: the run's ``step_shape``.
+        epoch: micro-batches that this run's epoch has on a rank.
+
+    Raises:
+        SparsifyError: a step of this run has another number of micro-batches, or the checkpoint was
+            saved within a step.
+    """
+    before = checkpoint["step_shape"]
+    size = before["ranks"] * before["accumulated"]
+    if now["ranks"] * now["accumulated"] != size:
+        raise SparsifyError(
+            f"the checkpoint's steps are of {before['ranks']} ranks x {before['accumulated']} "
+            f"accumulated micro-batches, and this run's of {now['ranks']} x {now['accumulated']}; "
+            f"a run goes on with the same {size} in all: {_fix(size, now['ranks'])}"
+        )
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    progress = fit_loop["epoch_loop.batch_progress"]
+    current = progress["current"]
+    if current["ready"] % before["accumulated"] and not progress["is_last_batch"]:
+        raise SparsifyError(
+            f"the checkpoint was saved after {current['ready']} micro-batches of an epoch, within "
+            f"a step of {before['accumulated']}; go on with {before['ranks']} ranks, or from one "
+            "that was saved after a step"
+        )
+    # Saved in its last micro-batch, an epoch may have some left for fewer ranks.
+    still_open = current["completed"] < current["processed"]
+    for counts in (progress["total"], current):
+        running = counts["processed"] - counts["completed"]
+        counts.update({key: -(-n * before["ranks"] // now["ranks"]) for key, n in counts.items()})
+        counts["completed"] = counts["processed"] - running
+    if still_open or not progress["is_last_batch"]:
+        progress["is_last_batch"] = current["ready"] >= epoch
+
+
+def _fix(size: int, ranks: int) -> str:
+    if size % ranks:
+        return f"take a number of ranks that divides {size}"
+    return f"give --trainer.accumulate_grad_batches {size // ranks}"

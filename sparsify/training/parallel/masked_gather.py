@@ -1,0 +1,226 @@
+"""Gather masked weights instead of weights and what their masks are made of.
+
+Plain FSDP2 gathers a block's frozen weights and its maskers' tensors, twice a step, and reduces the
+gradients of the latter: 22 bytes a weight and step with bf16 weights and six fp32 logits for every
+four. Here each rank masks the rows that it holds, and the masked rows are gathered in the weight's
+type; the gradient of the masked weight comes back to the rows, where it goes on through the masker:
+6 bytes, and each mask is made once instead of by every rank. The price: all ranks see the same
+masks, where the plain way draws others for each.
+
+Data flow of one layer. Before a block's forward, FSDP2 asks a shard what to gather: the masker runs
+on it without a graph, under the masking of this forward (or, when the block is gathered again for
+backward, of the forward that backward belongs to). The layer multiplies by what was gathered, like
+any linear layer. When the gradient has been reduced to the shard, the masker runs again with a
+graph and takes it to its own tensors; the weight itself keeps none.
+
+FSDP2 calls ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard that has them; PyTorch
+does not promise to keep that, so each forward checks that it was so.
+
+Shapes: O out, I in, B any leading dimensions.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.func import functional_call
+from torch.nn.functional import pad
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.inject import decoder_blocks, masked_layers
+from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.masker import Draw, Masking
+from sparsify.masking.sharded_rows import own_rows, sharded
+
+
+def check_gather(strategy: Any) -> None:
+    """Refuse a strategy that needs more than the gradient of one run at a time.
+
+    Raises:
+        SparsifyError: it trains weights, or its ranks learn from draws of their own.
+    """
+    name = type(strategy).__name__
+    if strategy.weights != "frozen" or strategy.exchanges_draws:
+        what = "needs other draws on each rank" if strategy.exchanges_draws else "changes weights"
+        raise SparsifyError(
+            f"gather masked: {name} {what}, and this is for masks that learn by gradients over "
+            "frozen weights; give --model.gather plain"
+        )
+
+
+def check_gatherable(name: str, layer: MaskedLinear, ranks: int) -> None:
+    """Refuse a layer of which not every rank holds whole rows.
+
+    Raises:
+        SparsifyError: its weight is stored as ``[I, O]``, or has too few rows.
+    """
+    fix = "give --model.gather plain"
+    if isinstance(layer, MaskedConv1D):
+        raise SparsifyError(
+            f"{name}: its weight is stored as [in, out], so that no rank holds whole rows to mask; "
+            f"{fix}"
+        )
+    rows = layer.masker.shape[0]
+    if -(-rows // ranks) * (ranks - 1) >= rows:
+        raise SparsifyError(
+            f"{name}: some of {ranks} ranks would hold none of its {rows} rows; {fix}"
+        )
+
+
+def shard_gathering_masked(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model whose blocks gather masked weights.
+
+    Raises:
+        SparsifyError: a layer cannot be gathered so.
+    """
+    layers, blocks = masked_layers(model), decoder_blocks(model)
+    for name, layer in layers.items():
+        check_gatherable(name, layer, mesh.size())
+        if not name.startswith(tuple(f"{block}." for block in blocks)):
+            raise SparsifyError(
+                f"{name}: it is in no decoder block, and stays gathered from forward to backward; "
+                "give --model.gather plain"
+            )
+    own = {parameter for layer in layers.values() for parameter in layer.masker.parameters()}
+    for block in blocks.values():
+        fully_shard(block, mesh=mesh, ignored_params=own)
+    fully_shard(model, mesh=mesh, ignored_params=own)
+    gathers = [MaskedGather(layer, mesh) for layer in layers.values()]
+    for layer, gather in zip(layers.values(), gathers, strict=True):
+        layer.gather = gather
+
+    def hook(*_: Any) -> None:
+        for gather in gathers:
+            gather.hook()
+
+    # Ahead of FSDP2's own, which looks once at what its shards can do.
+    model.register_forward_pre_hook(hook, prepend=True)
+
+
+class MaskedGather:
+    """Takes one layer's part in the gathering of its block.
+
+    To be made when the block is sharded, without the masker's Parameters, which are sharded here.
+
+    Args:
+        layer: the layer; its weight is sharded.
+        mesh: over the ranks that share it.
+    """
+
+    def __init__(self, layer: MaskedLinear, mesh: DeviceMesh) -> None:
+        self._layer, self._mesh = layer, mesh
+        self._row0, self._rows = own_rows(layer, mesh)
+        self._before_backward: Masking = "hard"
+        self._gathered: Masking | None = None
+        self._penalty = torch.zeros(())
+        self._penalty_grad: Tensor | None = None
+        for name, parameter in list(layer.masker.named_parameters()):
+            owner, _, own_name = name.rpartition(".")
+            shard = distribute_tensor(parameter.data, mesh, [Shard(0)])
+            new = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+            setattr(layer.masker.get_submodule(owner), own_name, new)
+        self._learns = any(p.requires_grad for p in layer.masker.parameters())
+        weight = cast(nn.Parameter, layer.weight)
+        if self._learns:
+            # FSDP2 reduces the gradients of what requires them; this one reaches no optimizer.
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(self._route)
+
+    def hook(self) -> None:
+        """Have FSDP2 ask here; moving a model gives it other shards, so before every forward."""
+        shard: Any = cast(Any, self._layer.weight)._local_tensor
+        shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self._give, self._take
+
+    def multiply(self, x_BI: Tensor) -> Tensor:
+        """The layer's product by its gathered weight, which is masked already."""
+        layer, masking = self._layer, self._layer.scope.masking
+        if self._gathered != masking and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                f"the weight of {layer.masker.name} was gathered under {self._gathered}, and is "
+                f"used under {masking}: this version of PyTorch gathers otherwise"
+            )
+        if isinstance(masking, Draw):
+            penalty = self._penalty.detach()
+            if torch.is_grad_enabled() and self._learns:
+                penalty.requires_grad_().register_hook(self._keep_penalty_grad)
+            layer.scope.penalties.append(penalty)
+        return layer.multiply(x_BI, layer.weight_OI, layer.bias)
+
+    def _keep_penalty_grad(self, grad: Tensor) -> None:
+        self._penalty_grad = grad
+
+    @torch.no_grad()
+    def _give(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """This rank's rows, masked, and as many as any rank has."""
+        scope = self._layer.scope
+        # In backward a block is gathered once more, outside of its forward's scope.
+        in_backward = torch._C._current_graph_task_id() != -1
+        masking = self._before_backward if in_backward else scope.masking
+        if not in_backward:
+            self._gathered = masking
+            if isinstance(masking, Draw) and scope.grad:
+                self._before_backward = masking
+        weight_OI = self._weight()
+        if masking != "dense":
+            weight_OI, penalty = self._mask(weight_OI, masking, self._tensors())
+            if not in_backward and isinstance(masking, Draw):
+                dist.all_reduce(penalty, group=self._mesh.get_group())
+                self._penalty = penalty
+        most = -(-self._layer.masker.shape[0] // self._mesh.size())
+        return (pad(weight_OI, (0, 0, 0, most - self._rows)),), None
+
+    def _take(
+        self, outputs: tuple[Tensor, ...], metadata: Any, dtype: Any, *, out: Any = None
+    ) -> Any:
+        """What was gathered is the weight; the second time it is where the first was."""
+        return None if out is not None else (outputs[0], outputs)
+
+    def _route(self, weight: Any) -> None:
+        """Take the gradient of the masked weight on to what the mask is made of."""
+        grad_OI, weight.grad = weight.grad.to_local(), None
+        named = dict(self._layer.masker.named_parameters())
+        wanted = [name for name, parameter in named.items() if parameter.requires_grad]
+        tensors = self._tensors()
+        for name in wanted:
+            tensors[name] = tensors[name].detach().requires_grad_()
+        with torch.enable_grad():
+            masked_OI, penalty = self._mask(self._weight(), self._before_backward, tensors)
+            outputs, seeds = [masked_OI], [grad_OI.to(masked_OI.dtype)]
+            if penalty.requires_grad and self._penalty_grad is not None:
+                outputs, seeds = [*outputs, penalty], [*seeds, self._penalty_grad]
+            grads = torch.autograd.grad(
+                outputs, [tensors[name] for name in wanted], seeds, allow_unused=True
+            )
+        for name, grad in zip(wanted, grads, strict=True):
+            if grad is not None:
+                _accumulate(named[name], grad)
+
+    def _weight(self) -> Tensor:
+        return cast(DTensor, self._layer.weight.detach()).to_local()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = self._layer.masker.named_parameters()
+        return {name: cast(DTensor, p.detach()).to_local() for name, p in named}
+
+    def _mask(
+        self, weight_OI: Tensor, masking: Masking, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (weight_OI, masking, self._row0)
+        with torch.autocast(weight_OI.device.type, enabled=False):
+            return cast(
+                tuple[Tensor, Tensor], functional_call(self._layer.masker, tensors, arguments)
+            )
+
+
+def _accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
+    own = cast(DTensor, parameter)
+    if own.grad is None:
+        own.grad = sharded(grad, own)
+    else:
+        cast(DTensor, own.grad).to_local().add_(grad)

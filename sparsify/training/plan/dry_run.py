@@ -1,0 +1,257 @@
+"""A run of the real code on tensors without values: calibration and one optimizer step.
+
+The order of events is that of a run under Lightning, where gradients are dropped after the forward
+pass: that of a later step finds those of the step before, and the optimizer's states, which are
+added to what the first step shows.
+
+Shapes: B windows of a batch, S of calibration, T tokens, V vocabulary.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsify.calibration import Layerwise, layerwise
+from sparsify.masking import noise, plackett_luce
+from sparsify.masking.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.masking.layer import MaskScope
+from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.registry import make_strategy
+from sparsify.masking.strategy import SparsityStrategy
+from sparsify.models.base import load_skeleton, stored_dtype
+from sparsify.models.load_checks import check_positions
+from sparsify.training.module import ADAMW
+from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
+from sparsify.training.plan.settings import PlanSettings
+from sparsify.training.step import BatchRun, checkpoint_activations
+
+WINDOWS = 1  # of calibration that are run; the others' inputs are added
+WEIGHTS, MASKERS, TEACHER = "weights", "masker tensors", "teacher"
+GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer states", "activations"
+LOGGED = "mask logging"
+CALIBRATION, FORWARD, BACKWARD = "calibration", "forward", "backward"
+STEP = "optimizer step"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the run showed.
+
+    Attributes:
+        peaks: the moment of the most live bytes of every phase.
+        weights: bytes of the base weights.
+        outside: those outside the decoder blocks.
+        block: of the largest decoder block.
+        maskers: of all maskers' tensors.
+        block_maskers: of the largest block's.
+        learned: bytes of what has a gradient in the largest block.
+        window: of one calibration window's hidden states; 0 if no text is read.
+    """
+
+    peaks: dict[str, Peak]
+    weights: int
+    outside: int
+    block: int
+    maskers: int
+    block_maskers: int
+    learned: int
+    window: int
+
+
+def dry_run(settings: PlanSettings) -> DryRun:
+    """Run it; errors as those of a run, and where code depends on values."""
+    strategy = make_strategy(settings.strategy, **settings.strategy_args)
+    skeleton = load_skeleton(settings.model)
+    check_positions(skeleton, settings.block_size)
+    second = copy.deepcopy(skeleton)
+    dtype = (
+        stored_dtype(settings.model) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    )
+    pattern = NMPattern.parse(settings.pattern)
+    pattern.rank(pattern.table())  # its tables are kept, and must not be kept without values
+    with Ledger() as ledger, _without_pieces(settings.device):
+        model = _without_values(skeleton, dtype)
+        ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
+        teacher = None
+        if settings.distillation.weight and strategy.weights == "trained":
+            teacher = _without_values(second, dtype).requires_grad_(False)
+            ledger.label(TEACHER, teacher.parameters())
+        scope = _prepare(model, strategy, settings)
+        maskers = _masker_tensors(model)
+        ledger.label(MASKERS, maskers)
+        ledger.phase = CALIBRATION
+        reads_text = _calibrate(model, scope, strategy, settings)
+        params = [p for p in model.parameters() if p.requires_grad]
+        kept: dict[str, int] = {}
+        if params:
+            kept = _train(ledger, model, scope, strategy, teacher, params, settings)
+        blocks = decoder_blocks(model).values()
+        hidden = model.config.get_text_config().hidden_size
+        base = list(base_parameters(model).values())
+        of_blocks = [[p for n, p in b.named_parameters() if ".masker." not in n] for b in blocks]
+        return DryRun(
+            _later_step(ledger.peaks(), kept),
+            weights=live_bytes(base),
+            outside=live_bytes(base) - live_bytes([p for ps in of_blocks for p in ps]),
+            block=max(map(live_bytes, of_blocks)),
+            maskers=live_bytes(maskers),
+            block_maskers=max(live_bytes(_masker_tensors(b)) for b in blocks),
+            learned=max(live_bytes(p for p in b.parameters() if p.requires_grad) for b in blocks),
+            window=settings.block_size * hidden * dtype.itemsize if reads_text else 0,
+        )
+
+
+def _later_step(peaks: dict[str, Peak], kept: dict[str, int]) -> dict[str, Peak]:
+    """What a later step holds beside the first one's tensors."""
+    found = dict(peaks)
+    for phase, more in ((FORWARD, (GRADIENTS, OPTIMIZER)), (BACKWARD, (OPTIMIZER,))):
+        if phase in peaks:
+            found[phase] = Peak(peaks[phase].parts | {part: kept.get(part, 0) for part in more})
+    return found
+
+
+def _without_values(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The skeleton with fake tensors of the CPU; what was tied stays so."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    cast = is_weight and tensor.is_floating_point()
+                    empty = torch.empty(tensor.shape, dtype=dtype if cast else tensor.dtype)
+                    made[id(tensor)] = nn.Parameter(empty, cast) if is_weight else empty
+                slots[name] = made[id(tensor)]  # type: ignore[assignment]
+    return model.eval()
+
+
+def _prepare(
+    model: PreTrainedModel, strategy: SparsityStrategy, settings: PlanSettings
+) -> MaskScope:
+    """Mask the model as the LightningModule does."""
+    layers, _ = select(model, NMPattern.parse(settings.pattern))
+    model.requires_grad_(strategy.weights == "trained")
+    scope = MaskScope()
+
+    def make_masker(name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
+        masker = strategy.make_masker(name, shape, pattern)
+        # Module.to would exchange fake tensors, which the ledger's weak references forbid.
+        masker.to = lambda device: masker  # type: ignore[method-assign, assignment]
+        return masker
+
+    if strategy.prunes:
+        scope = inject(model, layers, NMPattern.parse(settings.pattern), make_masker)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model, scope)
+    return scope
+
+
+def _masker_tensors(module: nn.Module) -> list[Tensor]:
+    maskers = [layer.masker for layer in masked_layers(module).values()]
+    return [t for m in maskers for t in (*m.parameters(), *m.buffers())]
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    scope: MaskScope,
+    strategy: SparsityStrategy,
+    settings: PlanSettings,
+) -> bool:
+    """Whether it reads text."""
+    plain = type(settings.calibration)(activations=settings.calibration.activations, cache=False)
+    windows = min(WINDOWS, settings.calibration.samples), settings.block_size
+    tokens_ST = torch.zeros(windows, dtype=torch.long)
+    engine = Layerwise(model, scope, lambda: tokens_ST, plain, "", torch.device("cpu"))
+    left = masked_layers(model)
+    with patch.object(layerwise, "text_hash", lambda _: ""):
+        for name, result in engine.run(strategy):
+            layer = left.pop(name)
+            strategy.init_masker(layer.masker, layer.weight_OI, result)
+            if result.weight is not None:
+                layer.weight_OI.data.copy_(result.weight)
+    for layer in left.values():
+        strategy.init_masker(layer.masker, layer.weight_OI, None)
+    return engine.record is not None
+
+
+def _train(
+    ledger: Ledger,
+    model: PreTrainedModel,
+    scope: MaskScope,
+    strategy: SparsityStrategy,
+    teacher: PreTrainedModel | None,
+    params: list[nn.Parameter],
+    settings: PlanSettings,
+) -> dict[str, int]:
+    """What lives after the step, in bytes by label."""
+    layers = masked_layers(model)
+    tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
+
+    def adamw(params: Any) -> torch.optim.Optimizer:
+        # On a GPU torch works on all Parameters at once, which takes room for them.
+        return torch.optim.AdamW(params, foreach=settings.device == "cuda", **ADAMW)
+
+    def loss() -> Tensor:
+        run = BatchRun(model, scope, tokens_BT, Draw(0, 0, 0), settings.distillation, teacher)
+        mixed = settings.precision == "bf16-mixed"
+        with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+            found = strategy.loss(run)
+        return found.detach().requires_grad_() if strategy.without_gradients else found
+
+    optimizer = strategy.optimizer(params, layers, adamw)
+    # The masks at the start, which the callback that logs their changes keeps.
+    first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers.values()]
+    ledger.label(LOGGED, first)
+    ledger.phase = FORWARD
+    now = loss()
+    ledger.label_living(ACTIVATIONS)
+    ledger.phase = BACKWARD
+    now.backward()
+    del now
+    ledger.label(GRADIENTS, (p.grad for p in params))
+    ledger.phase = STEP
+    strategy.before_step(layers)
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    strategy.after_step(layers, optimizer.param_groups[0]["lr"])
+    state = optimizer.state.values()
+    ledger.label(OPTIMIZER, (v for s in state for v in s.values() if isinstance(v, Tensor)))
+    return ledger.living()
+
+
+@contextmanager
+def _without_pieces(device: str) -> Iterator[None]:
+    """Leave out the loops over what a CPU's cache holds, which would cost a plan minutes.
+
+    On a CPU the temporary tensors of a piece are too small to count; a GPU makes all at once.
+    """
+
+    def uniform(
+        key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return torch.empty(rows, elements, device=device)
+
+    def score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
+        return torch.empty_like(logits_OI)
+
+    with ExitStack() as stack:
+        for module, name, piecewise in (
+            (noise, "uniform", uniform),
+            (plackett_luce, "_score", score),
+        ):
+            if device == "cpu":
+                stack.enter_context(patch.object(module, name, piecewise))
+            else:
+                stack.enter_context(patch.object(module, "_IN_CACHE", sys.maxsize))
+        yield

@@ -1,0 +1,218 @@
+"""Lightning's Trainer with two more entry points."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from sparsify.common.errors import SparsifyError
+from sparsify.common.signals import Interrupted
+from sparsify.training.checkpoints.content import restoring
+from sparsify.training.checkpoints.shards import ShardedCheckpointIO
+from sparsify.training.parallel.ddp import DDP
+from sparsify.training.parallel.fsdp import Sharded
+from sparsify.training.parallel.launcher import use_own_launcher
+
+
+class _Signals(_SignalConnector):
+    """Leaves the process's signals alone, where Lightning's takes SIGTERM for an end without a
+    save, and SIGUSR1 in every SLURM job for a wish to start it again.
+    """
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
+
+
+class Trainer(LightningTrainer):
+    """A Trainer that can also export a checkpoint, and measure its blocks; everything else is
+    Lightning's.
+
+    Args:
+        strategy: how the processes of a run share the work; ``fsdp`` is
+            :class:`~sparsify.training.parallel.Sharded`, on CPU too.
+        limit_train_batches: how many batches of an epoch, or, with a point, which share of them.
+        limit_val_batches: the same of validation.
+        limit_test_batches: the same of the test.
+        limit_predict_batches: the same of prediction.
+        overfit_batches: how many batches, or which share, to train and validate on alone.
+        val_check_interval: batches, or a share of an epoch, between two validations.
+        settings: Lightning's other arguments.
+
+    Attributes:
+        exporting: whether ``export`` is at work.
+        sensing: whether ``sensitivity`` is at work.
+        restores: whether a checkpoint is about to be loaded, so that nothing that it holds needs to
+            be computed.
+    """
+
+    exporting = False
+    sensing = False
+    restores = False
+
+    # One batch is not 1.0, all of them. Lightning's own types are typing's Union[int, float], which
+    # Python takes for the same as Union[float, int]: by which of them some other module wrote
+    # first, the command line would read "1" as either. These unions keep their order.
+    def __init__(
+        self,
+        *,
+        strategy: Strategy | str = "auto",
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        **settings: Any,
+    ) -> None:
+        with _own_ddp():
+            super().__init__(
+                strategy=_own_strategy(strategy),
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                overfit_batches=overfit_batches,
+                val_check_interval=val_check_interval,
+                **settings,
+            )
+        if not _requeues(settings.get("plugins")):
+            self._signal_connector = _Signals(self)
+        use_own_launcher(self.strategy)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = ShardedCheckpointIO()
+        self._checkpoint_connector = _Restorer(self)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
+        self.restores = kwargs.get("ckpt_path") is not None
+        try:
+            return super()._run(*args, **kwargs)
+        except KeyboardInterrupt:
+            # Lightning would make it an exit of the interpreter, and have SIGINT ignored from then.
+            raise Interrupted(signal.SIGINT) from None
+        finally:
+            # Another's LightningModule may run here too.
+            getattr(self.lightning_module, "restore_modes", lambda: None)()
+
+    def export(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Test a checkpoint and write its model as a Hugging Face folder.
+
+        Args:
+            model: the module.
+            datamodule: its data.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one the
+                strategy's starting masks are exported.
+        """
+        self.exporting = True
+        self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    def sensitivity(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Measure on the validation text how much each decoder block loses by its masks.
+
+        Args:
+            model: the module; its strategy leaves the base weights as they are.
+            datamodule: its data.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one these are
+                the masks with which the strategy starts, before it learns anything.
+        """
+        from sparsify.callbacks.sensitivity import MeasureSensitivity  # which needs this module
+
+        self.sensing = True
+        callback = MeasureSensitivity()
+        cast(Any, self).callbacks.append(callback)
+        try:
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            self.sensing = False
+            cast(Any, self).callbacks.remove(callback)
+
+
+class _Restorer(_CheckpointConnector):
+    """Lightning's own, which tells in one message of a checkpoint that it cannot restore."""
+
+    def _restore_modules_and_callbacks(self, *args: Any, **kwargs: Any) -> None:
+        path = args[0] if args else kwargs.get("checkpoint_path")
+        with restoring(path) if path else nullcontext():
+            super()._restore_modules_and_callbacks(*args, **kwargs)
+
+    def restore_training_state(self) -> None:
+        with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
+            super().restore_training_state()
+
+
+@contextmanager
+def _own_ddp() -> Iterator[None]:
+    """Let the name "ddp", for which "auto" stands on several devices, mean ours while a Trainer of
+    ours is made; a script's other Trainers have Lightning's.
+    """
+    registry: Any = StrategyRegistry
+    former = registry["ddp"]
+    registry.register("ddp", DDP, override=True, start_method="popen")
+    try:
+        yield
+    finally:
+        registry["ddp"] = former
+
+
+def _requeues(plugins: Any) -> bool:
+    """Whether the user asked that SLURM start the job again: by the plugin, as Lightning by itself
+    does it in every job.
+    """
+    given = plugins if isinstance(plugins, list) else [plugins]
+    return any(isinstance(one, SLURMEnvironment) and one.auto_requeue for one in given)
+
+
+def _own_strategy(strategy: Strategy | str) -> Strategy | str:
+    if isinstance(strategy, str):
+        if strategy.lower() == "fsdp":
+            return Sharded()
+        if strategy.lower().startswith("fsdp"):
+            raise SparsifyError(
+                f"strategy {strategy}: sharded tensors stay on their devices here; give "
+                "--trainer.strategy fsdp"
+            )
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(
+        strategy, Sharded
+    ):
+        raise SparsifyError(
+            f"strategy {type(strategy).__name__}: it cannot hold frozen bf16 weights beside fp32 "
+            "logits, or keep base weights out of checkpoints; give --trainer.strategy fsdp, which "
+            "is sparsify.training.parallel.Sharded"
+        )
+    return strategy
+
+
+def data_parallel(trainer: Any) -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that see different data."""
+    strategy = None if trainer is None else trainer.strategy
+    sampler = getattr(strategy, "distributed_sampler_kwargs", None)
+    return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
+
+
+def leave_process_group() -> None:
+    """End a run of several processes together; Lightning leaves it to the interpreter's exit.
+
+    There, a backend's threads may still be at work, and the process is aborted.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,376 @@
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.export.mask_file import read_masks
+from sparsify.results.compare import Comparison, compare
+from sparsify.results.compare.drawing import chart, heat_map, letter
+from sparsify.results.compare.figures import Picture, cost_pictures, learning_pictures
+from sparsify.results.compare.mask_figures import (
+    difference_picture,
+    move_pictures,
+    norm_pictures,
+    sensitivity_pictures,
+)
+from sparsify.results.compare.report import render
+from sparsify.results.mask_diff import diff
+from tests.browser import browser, open_page
+from tests.results.compare.made import MASKLLM, result, write
+from tests.results.compare.pages import LAYERS, make_runs, write_export
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def comparison(runs: Path) -> Comparison:
+    return compare([runs])
+
+
+@pytest.fixture(scope="module")
+def page(comparison: Comparison) -> str:
+    return render(comparison, "Which <one> & why")
+
+
+class Elements(HTMLParser):
+    """The tags of a page that are still open, and all attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+
+def test_the_page_asks_nobody_for_anything(page: str) -> None:
+    parsed = Elements(page)
+    assert parsed.open == []
+    for tag, name, value in parsed.attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("#", "data:")), (tag, name, value)
+    bare = re.sub(r' xmlns(:xlink)?="http://www\.w3\.org/(2000/svg|1999/xlink)"', "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<iframe|<!DOCTYPE svg", bare)
+    assert set(re.findall(r"url\(([^)]{1,12})", page)) <= {
+        "#" + i for i in re.findall(r'id="([^"]+)"', page)
+    } | set(re.findall(r"url\((#.{11})", page))
+
+
+def test_names_of_parts_are_unique(page: str) -> None:
+    ids = [value for _, name, value in Elements(page).attributes if name == "id"]
+    referred = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
+    assert referred <= set(ids)
+    for name in referred:
+        assert ids.count(name) == 1 or _equal_definitions(page, name), name
+
+
+def _equal_definitions(page: str, name: str) -> bool:
+    """Markers are named by the hash of their shape: the same name is the same shape."""
+    shapes = re.findall(rf'id="{name}"[^>]*', page)
+    return len(set(shapes)) == 1
+
+
+def test_all_colours_are_the_pages(page: str) -> None:
+    """Besides black and white in the heat map, and its cells."""
+    body = page[page.index("<body>") :]
+    for svg in re.findall(r"<svg.*?</svg>", body, re.DOTALL):
+        if "Mask differences" not in svg:
+            assert not re.search(r"#[0-9a-f]{6}", svg)
+    assert "var(--s1)" in body
+    defined = set(re.findall(r"(--s\d):", page))
+    assert set(re.findall(r"var\((--s\d)\)", body)) <= defined
+
+
+def test_what_is_hostile_is_text(tmp_path: Path) -> None:
+    bad = '<script>alert("x")</script>$\\frac{1}{0}$'
+    for seed in range(2):
+        content = result(f"own.{bad}", 3 + seed / 10, seed, settings={bad: bad})
+        content["versions"]["torch"] = content["run"]["device"] = bad
+        content["history"] = {
+            "validation": [{"step": 1, "tokens": 1, "seconds": 1, "perplexity": 3}]
+        }
+        content["scores"][bad] = content["scores"].pop("a")
+        write(tmp_path / f"<b>{seed}", content)
+    page = render(compare([tmp_path]), bad)
+    assert "<script>alert" not in page
+    assert "<b>0" not in page
+    assert "&lt;script&gt;alert" in page
+    assert Elements(page).open == []
+
+
+def test_the_page_holds_the_answer_the_numbers_and_the_rule(page: str) -> None:
+    assert "<title>Which &lt;one&gt; &amp; why</title>" in page
+    text = re.sub(r"<[^>]+>", " ", page)
+    text = re.sub(r"\s+", " ", text)
+    assert "maskllm (27.39 ± 0.27, 3 seeds) is ahead of magnitude in every seed." in text
+    assert "Base weights kept, 2:4, 50.0%" in text
+    assert "by chance once in 10" in text
+    assert "c3f59e483b27" in text
+    assert "dense 20.09" in text
+    for title in (
+        "Test perplexity over tokens",
+        "Validation perplexity over seconds",
+        "Mask change per step",
+        "Largest mask probability",
+        "Norm of kept weights by block",
+        "Mask differences",
+        "Each block pruned alone",
+        "Settings that differ",
+        "Runs, versions, devices",
+    ):
+        assert title in text
+    assert "Looks are 25 steps apart." in text
+
+
+def test_figures_have_text_alternatives_and_numbers(page: str) -> None:
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 14
+    for figure in figures:
+        (title,) = re.findall(r"<h3>(.*?)</h3>", figure)
+        assert f'role="img" aria-label="{title}"' in figure
+        assert f"<title>{title}</title><desc>" in figure
+        assert "<summary>Numbers</summary>" in figure
+
+
+def test_forty_runs_stay_below_two_megabytes(runs: Path, tmp_path: Path) -> None:
+    source = json.loads((runs / "maskllm/version_0/result.json").read_text())
+    looks = source["history"]
+    for part in looks:
+        looks[part] = [looks[part][0] | {"step": k, "tokens": 9 * k} for k in range(500)]
+    for number in range(40):
+        source["run"]["seed"] = number % 2
+        source["run"]["strategy"]["settings"] = {"alpha": number // 2}
+        source["scores"]["overall"]["loss"] = 3 + number / 100
+        write(tmp_path / str(number), source)
+    assert len(render(compare([tmp_path]), "Many").encode()) < 2_000_000
+
+
+def titles(pictures: list[Picture]) -> list[str]:
+    return [picture.title for picture in pictures]
+
+
+def test_every_row_is_in_the_figures_of_cost(comparison: Comparison) -> None:
+    tokens, seconds, memory = cost_pictures(comparison)
+    assert tokens.legend == seconds.legend == memory.legend == [1, 2, 3]
+    for picture in (tokens, seconds, memory):
+        assert all(f">{one}</text>" in picture.svg for one in "BCD")
+    assert tokens.numbers[0] == ["sr_ste", "1,000", "22.422 ± 0.224", "3 seeds"]
+    assert tokens.numbers[2] == ["magnitude", "0", "60.340", "exact"]
+
+
+def test_across_devices_there_is_no_figure_of_time(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    file = tmp_path / "runs/maskllm/version_0/result.json"
+    file.write_text(file.read_text().replace('"cpu"', '"NVIDIA H100"'))
+    found = compare([tmp_path])
+    tokens, seconds, memory = cost_pictures(found)
+    assert (bool(tokens.svg), seconds.svg, memory.svg) == (True, "", "")
+    assert "different devices (NVIDIA H100, cpu)" in seconds.about
+    by_tokens, by_seconds = learning_pictures(found)
+    assert (bool(by_tokens.svg), by_seconds.svg) == (True, "")
+    assert "No winner by time" in render(found, "x")
+
+
+def test_validation_and_test_do_not_share_a_figure(comparison: Comparison) -> None:
+    tokens, _ = learning_pictures(comparison)
+    assert tokens.legend == [1, 2]
+    assert "Not measured on validation text, or at unknown cost: magnitude." in tokens.about
+    assert "dense 20.10" in tokens.svg
+    assert ["maskllm", "25", "250", "57.4", "57.4", "57.4", "3"] in tokens.numbers
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("{data: {seed: 0, validation: x.txt}}", "the model's own; x.txt."),
+        ("{data: {seed: 0}, trainer: {limit_val_batches: 2}}", "own; the model's own (2 batches)."),
+    ],
+)
+def test_different_validation_texts_do_not_share_a_figure(
+    told: str, said: str, runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs/maskllm/version_1/config.yaml").write_text(told)
+    for picture in learning_pictures(compare([tmp_path])):
+        assert picture.svg == ""
+        assert said in picture.about
+
+
+def test_moves_that_no_run_recorded_have_no_figure(runs: Path) -> None:
+    rows = compare([runs]).rows
+    for row in rows:
+        for run in row.runs:
+            for look in run.result["history"]["masks"]:
+                look.pop("sample_change")
+    assert "Mask change between samples" not in titles(move_pictures(rows))
+
+
+def test_unequal_looks_are_said(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for seed in range(3):
+        file = tmp_path / f"runs/maskllm/version_{seed}/result.json"
+        content = json.loads(file.read_text())
+        del content["history"]["masks"][::2]
+        file.write_text(json.dumps(content))
+    flips = move_pictures(compare([tmp_path]).rows)[0]
+    assert "undone between two looks do not count" in flips.about
+    assert "Steps between looks: 25 in sr_ste; 50 in maskllm." in flips.about
+    # At step 50 the share 0.075 of the groups changed within 25 steps or, with half the looks, 50.
+    assert ["sr_ste", "50", "0.003", "0.003", "0.003", "3"] in flips.numbers
+    assert ["maskllm", "50", "0.0015", "0.0015", "0.0015", "3"] in flips.numbers
+
+
+def test_norms_are_of_blocks_and_of_all(comparison: Comparison) -> None:
+    overall, blocks = norm_pictures(comparison.rows)
+    assert overall.numbers[0] == ["sr_ste", "0.95000", "3"]
+    assert blocks.numbers[:3] == [
+        ["sr_ste", "0", "0.905", "0.905", "0.905", "3"],
+        ["sr_ste", "1", "0.925", "0.925", "0.925", "3"],
+        ["sr_ste", "2", "0.945", "0.945", "0.945", "3"],
+    ]
+
+
+def test_norms_of_updated_weights_are_1_by_construction_and_not_drawn(
+    runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for seed in range(3):
+        file = tmp_path / f"runs/sr_ste/version_{seed}/result.json"
+        file.write_text(file.read_text().replace('"trained"', '"updated"'))
+    for picture in norm_pictures(compare([tmp_path]).rows):
+        assert {numbers[0] for numbers in picture.numbers} == {"maskllm", "magnitude"}
+        assert "1 by construction; not drawn: sr_ste." in picture.about
+    for picture in norm_pictures(compare([runs]).rows):
+        assert "all weights were trained, it is of the weights at the end" in picture.about
+        assert "by construction" not in picture.about
+
+
+def test_differences_are_those_of_the_exported_masks(runs: Path, comparison: Comparison) -> None:
+    picture = difference_picture(comparison.rows)
+    a, b = (read_masks(runs / name / "version_0/export") for name in ("sr_ste", "maskllm"))
+    share = diff(a, b, a.patterns).overall.shares()["weights"]
+    assert picture.columns == ["", "B", "C", "D"]
+    assert picture.numbers[0][:3] == ["B", "0.00%", f"{share:.2%}"]
+    assert f"Over {len(LAYERS)} layers." in picture.about
+    assert f">{100 * share:.1f}</text>" in picture.svg
+    assert "%</text>" in picture.svg  # the scale
+
+
+@pytest.mark.parametrize(("rows", "numbers"), [(20, True), (21, False)])
+def test_many_differences_have_numbers_where_they_can_be_read(rows: int, numbers: bool) -> None:
+    names = [letter(number) for number in range(rows)]
+    shares = {a: {b: 0.23 * (a != b) for b in names} for a in names}
+    with chart("Many", "") as (axes, svg):
+        heat_map(axes, names, shares)
+        drawing = svg()
+    assert (">23</text>" in drawing) is numbers
+    assert "20.0%</text>" in drawing
+    assert "<image" not in drawing
+
+
+def test_seconds_below_ten_have_a_decimal(tmp_path: Path) -> None:
+    for seed, seconds in enumerate((9.0, 9.6, 10.2)):
+        write(tmp_path / str(seed), result(MASKLLM, 3 + seed / 10, seed, seconds=seconds))
+    assert "<td>9.6 ± 0.6</td>" in render(compare([tmp_path]), "x")
+
+
+def test_masks_that_are_missing_or_of_another_shape_are_a_reason(
+    runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/magnitude/version_0/export")
+    rows = compare([tmp_path]).rows
+    assert "No masks lie beside the result of magnitude." in difference_picture(rows).about
+    shutil.rmtree(tmp_path / "runs/sr_ste/version_0/export")
+    picture = difference_picture(rows)
+    assert (picture.svg, picture.about[:34]) == ("", "It takes the exports of two rows. ")
+    write_export(tmp_path / "runs/sr_ste/version_0/export", 0, width=16)
+    picture = difference_picture(rows)
+    assert picture.svg == ""
+    assert "do not compare: " in picture.about
+
+
+def test_sensitivity_is_of_the_same_masks(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    file = tmp_path / "runs/sensitivity/version_0/sensitivity.json"
+    increase, decrease = sensitivity_pictures(compare([tmp_path]).rows)
+    assert increase.numbers[0] == ["magnitude", "0", "0.1", "0.1", "0.1", "1"]
+    assert decrease.numbers[2][2] == "0.15"
+    content = json.loads(file.read_text())
+    for part, change in (
+        ("run", {"seed": 5}),
+        ("run", {"steps": 7}),
+        ("run", {"pattern": "4:8"}),
+        ("protocol", {"base": {"hash": "other"}}),
+    ):
+        file.write_text(json.dumps(content | {part: content[part] | change}))
+        assert sensitivity_pictures(compare([tmp_path]).rows) == [], change
+    file.write_text("{")
+    assert sensitivity_pictures(compare([tmp_path]).rows) == []
+
+
+def test_older_results_make_a_page(tmp_path: Path) -> None:
+    """Without history and masks, as before they were recorded."""
+    for seed in range(2):
+        write(tmp_path / str(seed), result(MASKLLM, 3 + seed / 10, seed))
+    page = render(compare([tmp_path]), "Old")
+    assert page.count("No run recorded this.") == 3
+    assert "It takes the exports of two rows." in page
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browser(tmp_path_factory.mktemp("browser")) as running:
+        yield running
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_in_a_browser(dark: bool, driver: Any, page: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    for width in (360, 1200):
+        seen = open_page(driver, file, width, dark)
+        assert seen.console == []
+        assert seen.requests == [file.as_uri()]
+        assert seen.overflow == []
+    assert seen.colour("body", "backgroundColor") == (
+        "rgb(20, 23, 26)" if dark else "rgb(252, 252, 250)"
+    )
+    series = seen.colour(".chart path[style*='--s1']", "stroke")
+    assert series == ("rgb(244, 138, 76)" if dark else "rgb(194, 74, 0)")
+
+
+@pytest.mark.browser
+def test_the_browser_sees_what_is_wrong_with_a_page(driver: Any, tmp_path: Path) -> None:
+    file = tmp_path / "bad.html"
+    file.write_text(
+        "<title>Bad</title><meta name=viewport content='width=device-width'>"
+        "<link rel=icon href=data:,><script>oops()</script>"
+        "<p style='width: 500px'>wide</p><img src='https://example.invalid/x.png'>"
+    )
+    seen = open_page(driver, file, 360)
+    assert any("oops is not defined" in message for message in seen.console)
+    assert seen.foreign == ["https://example.invalid/x.png"]
+    assert seen.overflow == ["P wide"]
+    assert open_page(driver, file, 700).overflow == []

@@ -1,0 +1,41 @@
+"""How the harness' results are read, in cases that the command's own test has not."""
+
+import math
+from typing import Any
+
+from sparsify.results.downstream.harness import _metrics
+from sparsify.results.downstream.paired import Metric
+
+
+def sample(doc: int, chosen: str, match: float) -> dict[str, Any]:
+    return {"doc_id": doc, "filter": chosen, "exact_match": match, "score": (match, 2)}
+
+
+def test_filters_are_told_apart_and_examples_sorted() -> None:
+    results = {
+        "name": "sums",
+        "alias": "sums",
+        "sample_len": 2,
+        "exact_match,strict": 0.5,
+        "exact_match_stderr,strict": 0.25,
+        "exact_match,none": 1.0,
+        "exact_match_stderr,none": "N/A",
+        "score,strict": 0.5,
+        "by_kind,strict": {"a": 1},
+    }
+    result = {
+        "results": {"sums": results},
+        "higher_is_better": {"sums": {"exact_match": True}},
+    }
+    samples = [sample(1, "strict", 1), sample(1, "none", 1), sample(0, "strict", 0)]
+    assert _metrics("sums", result, [*samples, sample(0, "none", 1)]) == {
+        "exact_match,strict": Metric(0.5, 0.25, True, [0, 1]),
+        "exact_match": Metric(1.0, None, True, [1, 1]),
+        "score,strict": Metric(0.5, None, None, None),  # no number in each example
+    }
+
+
+def test_a_value_that_is_no_mean_has_no_examples() -> None:
+    result = {"results": {"t": {"ppl,none": math.exp(1)}}, "higher_is_better": {"t": {}}}
+    samples = [{"doc_id": i, "filter": "none", "ppl": -1.0} for i in range(3)]
+    assert _metrics("t", result, samples)["ppl"].examples is None

@@ -1,0 +1,157 @@
+"""A run that was stopped and goes on is the run that was not stopped, bit for bit."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sparsify.cli.main import main
+from sparsify.export.mask_file.file import read_masks
+from tests.conftest import Cli
+
+STEPS = 8  # of two micro-batches; an epoch has eleven, so its sixth step has one
+
+RUN = [
+    "--strategy=maskllm",
+    "--logger=csv",
+    "--trainer.log_every_n_steps=1",
+    "--masks.every_n_steps=2",
+    "--model.calibration.samples=16",
+]
+
+
+@pytest.fixture
+def options(cli: Cli, text: Path) -> list[str]:
+    """A run of STEPS steps over more than an epoch."""
+    words = (text / "train.txt").read_text().split()[: 44 * 16]
+    Path("short.txt").write_text(" ".join(words))
+    return [
+        *RUN,
+        "--data.train=short.txt",
+        "--trainer.accumulate_grad_batches=2",
+        "--model.optimizer.init_args.lr=0.1",
+    ]
+
+
+def logged(run: Path) -> dict[tuple[int, str], str]:
+    """Every logged number but those of speed, by step and name."""
+    with (run / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    return {
+        (int(row["step"]), name): value
+        for row in rows
+        for name, value in row.items()
+        if value and not name.startswith(("speed", "run/seconds", "run/peak", "epoch", "step"))
+    }
+
+
+def check_same(whole: Path, resumed: Path, at: int) -> None:
+    """The resumed run logged what the whole one did from step ``at``, and has the same masks; so
+    it does for a validation between the step before and the checkpoint's.
+    """
+    expected = {
+        key: value
+        for key, value in logged(whole).items()
+        if key[0] >= at or (key[0] == at - 1 and key[1].startswith(("val/", "run/")))
+    }
+    found = logged(resumed)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        same = float(found[key]) == pytest.approx(float(value), rel=1e-6)
+        assert same if key[0] < at else found[key] == value
+    histories = [json.loads((r / "result.json").read_text())["history"] for r in (whole, resumed)]
+    assert [[row["step"] for row in h["validation"]] for h in histories][0] == [
+        row["step"] for row in histories[1]["validation"]
+    ]
+    assert {step for step, name in expected if name == "train/task_loss"} == set(range(at, STEPS))
+    a, b = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)
+    )
+    assert a["global_step"] == b["global_step"] == STEPS
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    a, b = (read_masks(run / "export") for run in (whole, resumed))
+    assert a.digest == b.digest
+    a, b = (json.loads((run / "result.json").read_text()) for run in (whole, resumed))
+    assert a["scores"] == b["scores"]
+    assert a["run"]["tokens"] == b["run"]["tokens"] == (2 * 11 - 2 - 5) * 4 * 16
+
+
+# Of the callback that kept all.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) -> None:
+    keep = [
+        "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.save_top_k=-1",
+    ]
+    keep += [
+        "--trainer.callbacks.every_n_train_steps=1",
+        "--trainer.callbacks.filename={step}",
+        "--trainer.callbacks.dirpath=kept",
+    ]
+    cli("fit", *options, *keep, steps=STEPS)
+    whole = cli.runs()[0]
+    assert len({logged(whole)[step, "train/task_loss"] for step in range(STEPS)}) == STEPS
+    assert any(float(v) > 0 for (_, name), v in logged(whole).items() if name == "masks/flips"), (
+        "nothing was learned"
+    )
+    # In mid-epoch, before and after the epoch's odd last step, and in the next epoch.
+    for at in (1, 5, 6, 7):
+        again = [f"--ckpt_path=kept/step={at}.ckpt", "--trainer.callbacks=[]"]
+        cli("fit", *options, *again, steps=STEPS)
+        check_same(whole, cli.runs()[-1], at)
+
+
+class PressCtrlC(Callback):
+    """Sends this process a SIGINT before one micro-batch."""
+
+    def __init__(self, micro_batch: int) -> None:
+        self.left = micro_batch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.left -= 1
+
+
+def test_ctrl_c_finishes_the_step_and_saves(
+    cli: Cli, options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    cli("fit", *options, steps=STEPS)
+    whole = cli.runs()[0]
+    handler = signal.getsignal(signal.SIGINT)
+    for micro_batch, step in ((4, 3), (5, 3), (10, 6)):
+        press = ["--trainer.callbacks=tests.training.test_resume.PressCtrlC"]
+        press += [f"--trainer.callbacks.micro_batch={micro_batch}"]
+        with pytest.raises(SystemExit, match="^130$"):
+            cli("fit", *options, *press, steps=STEPS)
+        assert signal.getsignal(signal.SIGINT) is handler
+        stopped = cli.runs()[-1]
+        checkpoint = stopped / "checkpoints" / "last.ckpt"
+        shown = f"runs/maskllm/{stopped.name}/checkpoints/last.ckpt"
+        say = f"stopped after step {step}; resume with sparsify fit --ckpt_path {shown}"
+        assert say in capfd.readouterr().err
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == step
+        assert not (stopped / "export").exists()
+        assert not (stopped / "result.json").exists()
+        main(["fit", "--ckpt_path", str(checkpoint), "--trainer.callbacks=[]"])
+        check_same(whole, cli.runs()[-1], step)
+
+
+def test_a_checkpoint_holds_what_is_learned_and_no_base_weight(
+    cli: Cli, model_folder: Path
+) -> None:
+    cli("fit", "--strategy=maskllm", "--checkpoint.every_n_steps=2", steps=3)
+    saved = torch.load(cli.runs()[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert len(saved["state_dict"]) == 14
+    assert all(name.endswith("masker.logits_OKG") for name in saved["state_dict"])
+    assert len(saved["base_hash"]) == 64
