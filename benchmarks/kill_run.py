@@ -30,7 +30,7 @@ from lightning.pytorch import Callback
 
 from sparsify.common.version import version
 from sparsify.export.mask_file.file import read_masks
-from sparsify.models.base import hash_parameters
+from sparsify.models.hashes import hash_parameters
 
 STEPS, SAVED_EVERY, VALIDATED_EVERY = 12, 3, 4
 # By phase: how often it begins in a whole run, kills in it, and the longest delay of one, seconds.

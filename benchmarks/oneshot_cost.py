@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from sparsify import NMPattern, TextDataModule
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.masking.inject import decoder_blocks, fold, inject, masked_layers, select
+from sparsify.masking.inject import fold, inject
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.registry import make_strategy
+from sparsify.masking.select import decoder_blocks, select
 from sparsify.models.base import load_model, load_tokenizer
 
 PATTERN = NMPattern(2, 4)

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from sparsify import NMPattern
 from sparsify.common.version import version
-from sparsify.masking.inject import decoder_blocks
+from sparsify.masking.select import decoder_blocks
 from sparsify.serving.backends import BACKENDS
 from sparsify.serving.measure import LayerKind, measure
 from sparsify.serving.timings import describe_machine

@@ -8,17 +8,16 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import DiskFull, SparsifyError
+from sparsify.common.files import disk_full
 from sparsify.common.folder_lock import FolderLock
 from sparsify.common.ranks import together
 from sparsify.common.run_folder import run_folder
 from sparsify.training.checkpoints.files import (
     FOLDER,
     LAST,
-    DiskFull,
     WholeFileIO,
     complete,
-    disk_full,
     partial_path,
     remove,
     remove_partials,

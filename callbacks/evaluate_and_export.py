@@ -19,7 +19,8 @@ from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.measure import measure_test
 from sparsify.callbacks.throughput import Throughput, cost
 from sparsify.common.console import Progress
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import DiskFull, SparsifyError
+from sparsify.common.files import full_disk, write_json
 from sparsify.common.machine import cpu_name, device_name
 from sparsify.common.printable import SafeConsole
 from sparsify.common.ranks import together
@@ -28,9 +29,8 @@ from sparsify.common.seal import sealed
 from sparsify.common.secrets import redacted
 from sparsify.export.folder import export
 from sparsify.export.target import check_target, check_writable
-from sparsify.models.perplexity import Score, make_result, pattern_text, score_metrics, write_json
-from sparsify.results.record import describe_protocol, sparsity
-from sparsify.training.checkpoints.files import DiskFull, full_disk
+from sparsify.models.perplexity import Score, score_metrics
+from sparsify.results.result import describe_protocol, make_result, pattern_text, sparsity
 
 
 class EvaluateAndExport(Callback):

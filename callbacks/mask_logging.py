@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify.callbacks.throughput import cost
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.inject import masked_layers
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.sharded_rows import mask_ranks, metrics, retained_norms
 from sparsify.models.perplexity import mean_loss
 from sparsify.models.token_batch import TokenBatch, split_batch

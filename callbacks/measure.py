@@ -7,7 +7,7 @@ from typing import Any
 from sparsify.common.console import tracked
 from sparsify.models.perplexity import PerplexityMeter, Score
 from sparsify.models.token_batch import split_batch
-from sparsify.training.finite import finite_scores
+from sparsify.training.guards import finite_scores
 
 
 def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Score]:

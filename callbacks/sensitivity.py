@@ -12,11 +12,12 @@ from sparsify.callbacks.evaluate_and_export import console, describe_run
 from sparsify.callbacks.measure import measure
 from sparsify.common.console import Progress, tracked
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import write_json
 from sparsify.common.run_folder import run_folder
-from sparsify.models.perplexity import OVERALL, Score, make_result, pattern_text, write_json
-from sparsify.results.record import describe_protocol
+from sparsify.models.perplexity import OVERALL, Score
+from sparsify.results.plots import plot_sensitivity
+from sparsify.results.result import describe_protocol, make_result, pattern_text
 from sparsify.results.sensitivity import SENSITIVITY_SCHEMA, Sensitivity, measure_sensitivity
-from sparsify.results.sensitivity_plot import plot_sensitivity
 
 SPLIT = "validation"
 

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback
 
 from sparsify.callbacks.find import find
+from sparsify.common.ranks import data_parallel
 from sparsify.models.token_batch import TokenBatch
-from sparsify.training.trainer import data_parallel
 
 
 class Throughput(Callback):

@@ -15,16 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from sparsify.calibration.prior import SavedMasks
 from sparsify.callbacks.evaluate_and_export import EvaluateAndExport
+from sparsify.common.files import read_json
 from sparsify.common.run_folder import run_folder
-from sparsify.data.module import Split
+from sparsify.data.splits import Split
 from sparsify.export.manifest import MANIFEST, read_manifest
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.registry import strategy_name
 from sparsify.models.layer_names import block_number, place
-from sparsify.models.perplexity import pattern_text
-from sparsify.models.stored_weights import read_json
-from sparsify.results.record import describe_protocol
+from sparsify.results.result import describe_protocol, pattern_text
 
 RESULT = "result.json"
 SHORT = 12  # digits of a hash that stand for it

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsify.common.console import Progress
-from sparsify.common.quiet import quiet
+from sparsify.common.console import Progress, quiet
 from sparsify.common.ranks import rank_zero, together
 from sparsify.common.signals import Interrupted
 from sparsify.data import TextDataModule
 from sparsify.export.folder import export, mask_lineage
 from sparsify.export.mask_file.file import write_masks
-from sparsify.masking.inject import fold, hard_masks, layer_patterns, masked_layers
+from sparsify.masking.inject import fold, hard_masks
+from sparsify.masking.layer import layer_patterns, masked_layers
 from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.load_checks import check_model

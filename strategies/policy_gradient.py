@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify.common.population import gather, place
+from sparsify.common.ranks import gather, place
 from sparsify.masking.masker import Draw
 from sparsify.strategies.logit_masker import LogitMasker
 

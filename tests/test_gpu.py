@@ -12,9 +12,10 @@ from sparsify.calibration import Calibration, Layerwise
 from sparsify.export.folder import export
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking import noise
-from sparsify.masking.inject import inject, select
+from sparsify.masking.inject import inject
 from sparsify.masking.masker import Draw
 from sparsify.masking.registry import make_strategy
+from sparsify.masking.select import select
 from sparsify.models.perplexity import token_losses
 from sparsify.serving.backends import BACKENDS, Backend
 from sparsify.strategies.maskllm import MaskLLM

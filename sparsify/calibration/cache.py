@@ -21,18 +21,12 @@ from torch import Tensor
 
 from sparsify.calibration.results import INDEX, LOCK, PARTIAL, read_index
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import cache_folder
 from sparsify.masking.strategy import SparsityStrategy
 
 log = logging.getLogger("sparsify")
 
 ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all of the core
-
-
-def cache_folder() -> Path:
-    """``$SPARSIFY_CACHE``, or ``sparsify`` in the user's cache folder."""
-    if own := os.environ.get("SPARSIFY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sparsify"
 
 
 def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path | None:

@@ -26,8 +26,8 @@ from sparsify.calibration.settings import Calibration
 from sparsify.calibration.statistics import Statistic
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
-from sparsify.masking.inject import decoder_blocks, layer_patterns, masked_layers
-from sparsify.masking.layer import MaskedLinear, MaskScope
+from sparsify.masking.layer import MaskedLinear, MaskScope, layer_patterns, masked_layers
+from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")

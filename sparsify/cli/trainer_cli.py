@@ -14,15 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from sparsify.cli.short_forms import RUNS, expand
 from sparsify.cli.table import TRAINER_COMMANDS
 from sparsify.common import yaml_text
-from sparsify.common.console import Progress
+from sparsify.common.console import Progress, quiet
 from sparsify.common.errors import SparsifyError
-from sparsify.common.quiet import quiet
+from sparsify.common.files import full_disk
+from sparsify.common.ranks import leave_process_group
 from sparsify.common.secrets import holds_redacted, redacted
 from sparsify.data import TextDataModule
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, plugins
-from sparsify.training.checkpoints.files import full_disk
 from sparsify.training.module import ADAMW, SparseCausalLM
-from sparsify.training.trainer import Trainer, leave_process_group
+from sparsify.training.trainer import Trainer
 
 TRAINER_DEFAULTS = {
     "default_root_dir": RUNS,

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from sparsify.common.errors import SparsifyError
-from sparsify.training.checkpoints.files import DiskFull
+from sparsify.common.errors import DiskFull, SparsifyError
 
 T = TypeVar("T")
 
@@ -102,3 +103,45 @@ def _broadcast(kind: str, content: Any) -> tuple[str, Any]:
 
 def _message(error: Exception) -> str:
     return str(error) if isinstance(error, SparsifyError) else f"{type(error).__name__}: {error}"
+
+
+def data_parallel(trainer: Any) -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that see different data."""
+    strategy = None if trainer is None else trainer.strategy
+    sampler = getattr(strategy, "distributed_sampler_kwargs", None)
+    return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
+
+
+def leave_process_group() -> None:
+    """End a run of several processes together; Lightning leaves it to the interpreter's exit.
+
+    There, a backend's threads may still be at work, and the process is aborted.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(values: Tensor) -> Tensor:
+    """The values of every rank, on every rank.
+
+    Args:
+        values: floating, of the same shape on all ranks.
+
+    Returns:
+        ``[R, *values.shape]`` of the same dtype, equal to the last bit on all ranks.
+    """
+    _, ranks = place()
+    if ranks == 1:
+        return values[None]
+    mine = values.double().contiguous()  # holds exactly whatever they were computed in
+    of_ranks = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(of_ranks, mine)
+    return torch.stack(of_ranks).to(values.dtype)

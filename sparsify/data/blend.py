@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 
 from sparsify.common.errors import SparsifyError
 
+PLACE = "the checkpoint's place in the data"
+
 # First word after the seed, so that the two kinds of draw never share a random stream (numpy pads
 # seeds with zeros, so their lengths alone would not tell [seed, 1] from [seed, 1, 0]).
 SHUFFLE, PERMUTATION = 1, 2

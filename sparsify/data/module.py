@@ -3,47 +3,34 @@
 Shapes: B batch, T tokens of a block.
 """
 
-import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.ranks import data_parallel
 from sparsify.data.blend import (
     BatchesOfRank,
     BlendSampler,
     apportion,
-    check_same_data,
     check_weights,
 )
 from sparsify.data.documents import Judge, open_source, read_documents
-from sparsify.data.objects import part_of, rows_of
-from sparsify.data.packing import PackedText, Packer, pack, to_batch, unmarked
-from sparsify.data.sources import BadRows, BadRowsPolicy, Source, source_stem
-from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks, StreamLoader
-from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER
+from sparsify.data.loaders import BlockDataset, StreamLoader, TrainLoader, check_trainer_of_stream
+from sparsify.data.packing import PackedText, Packer, pack, unmarked
+from sparsify.data.sources import BadRows, BadRowsPolicy
+from sparsify.data.splits import Sources, Split, embedded_sources, named_sources
+from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks
 from sparsify.models.token_batch import TokenBatch
-from sparsify.training.checkpoints.content import PLACE, restoring
-from sparsify.training.trainer import data_parallel
 
-if TYPE_CHECKING:
-    Sources = Any  # Python's own objects too
-else:  # what the command line takes
-    Sources = str | list[str] | dict[str, str | Source] | None
-Split = Literal["train", "validation", "test"]
-
-EMBEDDED_NAMES = ("shakespeare", "bible", "python")
 SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -104,7 +91,9 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         given: dict[Split, Sources] = {"train": train, "validation": validation, "test": test}
         self.sources = {
-            split: _embedded(split) if train is None and value is None else _named(split, value)
+            split: embedded_sources(split)
+            if train is None and value is None
+            else named_sources(split, value)
             for split, value in given.items()
         }
         for sources in self.sources.values():
@@ -126,7 +115,7 @@ class TextDataModule(LightningDataModule):
     @property
     def embedded(self) -> bool:
         """Whether the training text is the package's own."""
-        return self.sources["train"] == _embedded("train")
+        return self.sources["train"] == embedded_sources("train")
 
     @property
     def endless(self) -> bool:
@@ -190,8 +179,8 @@ class TextDataModule(LightningDataModule):
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return _TrainLoader(
-                ConcatDataset([_Blocks(p, self._masked) for p in packed.values()]),
+            return TrainLoader(
+                ConcatDataset([BlockDataset(p, self._masked) for p in packed.values()]),
                 batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
                 # Its own generator: a loader draws a number at the start of each epoch, and drawing
                 # it from the global one would make a resumed run's dropout differ.
@@ -298,7 +287,7 @@ class TextDataModule(LightningDataModule):
     def _stream_loader(
         self, packed: Mapping[str, PackedText], rank: int, world: int
     ) -> StreamLoader:
-        _check_trainer_of_stream(self.trainer)
+        check_trainer_of_stream(self.trainer)
         sources: list[Blocks] = []
         identity: dict[str, Any] = {}
         for number, (name, source) in enumerate(self.sources["train"].items()):
@@ -356,54 +345,12 @@ class TextDataModule(LightningDataModule):
         # communication, and FSDP needs the same number of forwards on every process.
         return [
             DataLoader(
-                _Blocks(packed, self.sources[split][name].masked),
+                BlockDataset(packed, self.sources[split][name].masked),
                 batch_size=self.eval_batch_size,
                 generator=torch.Generator(),
             )
             for name, packed in self._pack(split)[split].items()
         ]
-
-
-class _TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[misc]  # torchdata has no types
-    def state_dict(self) -> dict[str, Any]:
-        return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with restoring(PLACE):
-            check_same_data(state["of"], self.batch_sampler.identity())
-            _check_position(state["position"])
-            super().load_state_dict(state["position"])
-            # Torchdata reads the position only here, and when Lightning comes to this by itself, it
-            # hides what is raised behind an error of its own.
-            iter(self)
-            super().load_state_dict(state["position"])
-
-
-def _check_position(position: Mapping[str, Any]) -> None:
-    """Torchdata takes whatever is true for the end of an epoch, and any number for a count.
-
-    Raises:
-        ValueError: it is not what the loader saves; a value is named.
-    """
-    if type(position["_iterator_finished"]) is not bool:
-        raise ValueError(
-            f"_iterator_finished is {position['_iterator_finished']!r}, and not a bool"
-        )
-    counts = {key: position[key] for key in ("_num_yielded", "_sampler_iter_yielded")}
-    for key, value in (counts | (position["_sampler_iter_state"] or {})).items():
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{key} is {value!r}, and not a count")
-
-
-class _Blocks(Dataset[Tensor | TokenBatch]):
-    def __init__(self, packed: PackedText, masked: bool) -> None:
-        self.blocks, self.masked = packed.blocks, masked
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> Tensor | TokenBatch:
-        return to_batch(self.blocks[index], self.masked)
 
 
 def _numbers(packed: PackedText) -> dict[str, Any]:
@@ -416,75 +363,6 @@ def _numbers(packed: PackedText) -> dict[str, Any]:
     }
 
 
-def _check_trainer_of_stream(trainer: Any) -> None:
-    if getattr(trainer, "max_steps", 1) == -1:
-        raise SparsifyError(
-            "the trainer has max_steps -1, and train streams without end; a run ends by its "
-            "steps: give --trainer.max_steps"
-        )
-    interval = getattr(trainer, "val_check_interval", 1.0)
-    if isinstance(interval, float) and interval != 1.0:
-        raise SparsifyError(
-            f"the trainer has val_check_interval {interval}, a share of an epoch, and train "
-            "streams without end; give a whole number of batches"
-        )
-
-
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise SparsifyError(f"{name} is {value}; it must be at least {least}: raise it")
-
-
-def _embedded(split: Split) -> dict[str, Source]:
-    return {name: _located(Source(f"{EMBEDDED}:{name}"), split) for name in EMBEDDED_NAMES}
-
-
-def _located(source: Source, split: Split) -> Source:
-    """With the file of the package's own text where a path such as ``embedded:python`` names it."""
-    if source.in_memory:
-        return source
-    kind, _, name = source.path.partition(":")
-    if kind != EMBEDDED:
-        return source
-    if name not in EMBEDDED_NAMES:
-        raise SparsifyError(
-            f"{split}: there is no embedded text {name!r}; there are {', '.join(EMBEDDED_NAMES)}"
-        )
-    return replace(source, path=str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
-
-
-def _source(split: Split, given: Any) -> Source:
-    """A source of a path, of an object with rows, or as it is."""
-    source = given if isinstance(given, Source) else Source(part_of(split, given))
-    return replace(source, path=rows_of(split, source.path)) if source.in_memory else source
-
-
-def _named(split: Split, sources: Any) -> dict[str, Source]:
-    if sources is None:
-        return {}
-    sources = os.fspath(sources) if isinstance(sources, os.PathLike) else part_of(split, sources)
-    if isinstance(sources, list | tuple):
-        sources = [os.fspath(s) if isinstance(s, os.PathLike) else s for s in sources]
-    if isinstance(sources, str | list | Mapping) and not sources:
-        raise SparsifyError(
-            f"{split} is {sources!r}; a split that is given must have a source: name a file or "
-            "folder, or leave it out"
-        )
-    if isinstance(sources, Mapping):
-        return {name: _located(_source(split, s), split) for name, s in sources.items()}
-    if isinstance(sources, Source):
-        return {split: _located(_source(split, sources), split)}
-    paths = [sources] if isinstance(sources, str) else sources
-    if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
-        return {split: _source(split, paths)}  # rows: a list of strings is a list of paths
-    names = [source_stem(path.removeprefix(f"{EMBEDDED}:")) for path in paths]
-    counts = Counter(names)
-    named: dict[str, Source] = {}
-    for path, stem in zip(paths, names, strict=True):
-        name = base = f"{Path(path).absolute().parent.name}/{stem}" if counts[stem] > 1 else stem
-        number = 1
-        while name in named:
-            number += 1
-            name = f"{base}-{number}"
-        named[name] = _located(Source(path), split)
-    return named

@@ -7,27 +7,20 @@ next one, of which only a few tokens need to be kept.
 Shapes: B batch, T tokens of a block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
-from sparsify.data.blend import PERMUTATION, check_same_data
+from sparsify.data.blend import PERMUTATION
 from sparsify.data.documents import Document, Judge
-from sparsify.data.packing import DOCUMENTS_A_CALL, Packer, to_batch
+from sparsify.data.packing import DOCUMENTS_A_CALL, Packer
 from sparsify.data.sources import BadRows, Rows, Shard
-from sparsify.models.token_batch import TokenBatch
-from sparsify.training.checkpoints.content import PLACE, restoring
 
 # First words after the seed, beside those of blend.py.
 CHOICE, SHARDS, BUFFER = 3, 4, 5
-
-# Lightning fetches a batch ahead from a loader without length, and its saved position would be one
-# batch too far. No run gets to the end of this one.
-BATCHES = 2**40
 
 
 class Blocks(Protocol):
@@ -199,83 +192,3 @@ class StreamedBlocks:
             self._rows = self.shards[number].rows(position)
             self._shard_name = self.shards[number].name
         return self._rows
-
-
-class StreamLoader(Iterator[Tensor | TokenBatch]):
-    """This process's batches of an endless blend; it can save its position.
-
-    Every process makes all blocks and keeps its own batches, of which numbers rank, rank + world,
-    ... of one process's: two ranks train on what one process reads with twice the gradient
-    accumulation.
-
-    Args:
-        sources: Gives the blocks of each source.
-        weights: Share of each source.
-        masked: Whether some tokens are context only.
-        seed: Not negative.
-        batch_size: Blocks a batch.
-        rank: This process, from 0.
-        world: Number of processes.
-        identity: What the blocks depend on; a saved position holds only where it is equal.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Blocks],
-        weights: Sequence[float],
-        masked: bool,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world: int,
-        identity: dict[str, Any],
-    ) -> None:
-        self._sources, self._masked = sources, masked
-        self._borders = np.cumsum(weights)[:-1] / sum(weights)
-        self._seed, self._batch_size, self._rank, self._world = seed, batch_size, rank, world
-        self._identity = identity
-        self._block = 0  # number of the next one, of all ranks
-
-    def __len__(self) -> int:
-        """More batches than any run reads."""
-        return BATCHES
-
-    def __next__(self) -> Tensor | TokenBatch:
-        """The next batch [B, T]."""
-        size = self._batch_size
-        blocks = [next(self._sources[self.source_of(self._block + i)]) for i in self._round()]
-        self._block += len(blocks)
-        own = blocks[self._rank * size : (self._rank + 1) * size]
-        return to_batch(torch.stack(own), self._masked)
-
-    def source_of(self, block: int) -> int:
-        """The number of the source that gives a block.
-
-        Args:
-            block: Its number, from 0.
-        """
-        share = np.random.default_rng([self._seed, CHOICE, block]).random()
-        return int(np.searchsorted(self._borders, share, side="right"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, which is the same on every rank."""
-        sources = [source.state_dict() for source in self._sources]
-        return {"of": self._identity, "block": self._block, "sources": sources}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            SparsifyError: It was saved under other settings.
-        """
-        with restoring(PLACE):
-            check_same_data(state["of"], self._identity)
-            self._block = state["block"]
-            for source, position in zip(self._sources, state["sources"], strict=True):
-                source.load_state_dict(position)
-
-    def _round(self) -> range:
-        return range(self._batch_size * self._world)

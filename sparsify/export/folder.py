@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import file_hashes
+from sparsify.common.files import full_disk, write_json
 from sparsify.common.ranks import rank_zero, together
 from sparsify.common.replace import partial_folder, replace_folder
 from sparsify.export.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
@@ -24,13 +25,16 @@ from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.export.read_back import Measured, check_read_back, measured_logits, windows_to_compare
 from sparsify.export.target import check_target, keep_others
-from sparsify.masking.inject import base_parameters, layer_patterns, masked_layers
-from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.layer import (
+    MaskedConv1D,
+    MaskedLinear,
+    base_parameters,
+    layer_patterns,
+    masked_layers,
+)
 from sparsify.masking.sharded_rows import hard_mask, shipped, whole
-from sparsify.models.base import hash_parameters, hash_tensor
-from sparsify.models.perplexity import write_json
+from sparsify.models.hashes import hash_parameters, hash_tensor
 from sparsify.models.stored_weights import StoredWeights
-from sparsify.training.checkpoints.files import full_disk
 from sparsify.training.module import SparseCausalLM
 
 

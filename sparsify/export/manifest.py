@@ -14,9 +14,9 @@ import torch
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import cut, parse_hashes, short
+from sparsify.common.files import read_json
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import Dtype
-from sparsify.models.stored_weights import read_json
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.masking.masker import Draw, Masker, Masking
+from sparsify.masking.pattern import NMPattern
 
 
 class MaskScope:
@@ -235,3 +236,26 @@ def local_rows(values_OI: Tensor) -> Tensor:
     where weights are stored as ``[I, O]``: the module refuses to shard those that train.)
     """
     return values_OI.to_local() if isinstance(values_OI, DTensor) else values_OI
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The masked layers by qualified name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
+    }
+
+
+def layer_patterns(model: nn.Module) -> dict[str, NMPattern]:
+    """The pattern of every masked layer by qualified name."""
+    return {name: layer.masker.pattern for name, layer in masked_layers(model).items()}
+
+
+def base_parameters(model: nn.Module, all_names: bool = False) -> dict[str, nn.Parameter]:
+    """The Parameters of the dense model by name: all but the maskers'.
+
+    Args:
+        model: the model, masked or not.
+        all_names: list a shared Parameter under each of its names.
+    """
+    named = model.named_parameters(remove_duplicate=not all_names)
+    return {name: parameter for name, parameter in named if ".masker." not in name}

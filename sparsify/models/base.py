@@ -2,8 +2,6 @@
 it.
 """
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +98,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
     with load_errors("tokenizer", name_or_path):
         return AutoTokenizer.from_pretrained(**_location(name_or_path))
-
-
-@torch.no_grad()
-def hash_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of the tensor's type, shape and bytes, in hexadecimal."""
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    digest.update(values.numpy().data)
-    return digest.hexdigest()
-
-
-def hash_parameters(
-    parameters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> str:
-    """SHA-256 over Parameters by name, type, shape and value: the name of a base model; with
-    ``dtype`` the one that they would have in this type.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {hash_tensor(parameter.to(dtype or parameter.dtype))}\n".encode())
-    return digest.hexdigest()
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:

@@ -6,25 +6,17 @@ the exponential of the mean over windows.
 Shapes: B windows, T tokens, V vocabulary.
 """
 
-import json
 import math
-import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
-from sparsify.common.secrets import redacted
-from sparsify.common.version import version
 
-RESULT_SCHEMA = "sparsify.result/2"
-UNSEALED_SCHEMA = "sparsify.result/1"  # of version 0.1.0, the same without a hash of its content
 OVERALL = "overall"
 MAX_LOSS = 700.0  # nats a token; exp(710) is above all float64
 
@@ -189,67 +181,3 @@ def score_metrics(split: str, scores: Mapping[str, Score]) -> dict[str, float]:
         where = split if name == OVERALL else f"{split}/{name}"
         metrics |= {f"{where}/loss": score.loss, f"{where}/perplexity": score.perplexity}
     return metrics
-
-
-def make_result(
-    run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]
-) -> dict[str, Any]:
-    """A result with all that is needed to know which others it may be compared with.
-
-    Args:
-        run: what was done: strategy, pattern, steps, tokens, seconds.
-        protocol: how it was measured; results of different protocols never share a column.
-        scores: from :meth:`PerplexityMeter.scores`.
-    """
-    packages = ("sparsify", "torch", "lightning", "transformers")
-    return {
-        "schema": RESULT_SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in packages}
-        | {"python": platform.python_version()},
-        "run": dict(run),
-        # A run that was told to measure a part of the text has measured another text.
-        "protocol": {**protocol, "windows": {name: s.windows for name, s in scores.items()}},
-        "scores": {name: asdict(score) for name, score in scores.items()},
-    }
-
-
-def pattern_text(run: Mapping[str, Any]) -> str:
-    """The pattern of a result's run, for a title."""
-    return f"{run['pattern']} with overrides" if run.get("overrides") else str(run["pattern"])
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part;
-    values of settings that are secrets are not written.
-
-    Raises:
-        SparsifyError: a number in it is not finite, for which JSON has no word; it is named.
-    """
-    if (odd := _not_finite(content)) is not None:
-        raise SparsifyError(
-            f"{path.name} was not written: {odd} is not finite; this is a fault of what computed "
-            "it: please report it with the command"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(redacted(content), indent=2, allow_nan=False) + "\n"
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _not_finite(content: Any, where: str = "") -> str | None:
-    """Where in nested plain values a number is not finite; None if all are."""
-    if isinstance(content, float) and not math.isfinite(content):
-        return where.removeprefix(".")
-    parts: Iterable[tuple[Any, Any]] = ()
-    if isinstance(content, Mapping):
-        parts = content.items()
-    elif isinstance(content, list | tuple):
-        parts = enumerate(content)
-    found = (_not_finite(part, f"{where}.{key}") for key, part in parts)
-    return next((odd for odd in found if odd is not None), None)

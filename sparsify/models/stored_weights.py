@@ -1,6 +1,5 @@
 """The weights of a saved model, read one tensor at a time."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -149,17 +149,3 @@ def _weight_files(folder: Path) -> list[Path]:
             "read; load the model and save it with save_pretrained, which writes safetensors"
         )
     raise SparsifyError(f"{folder} holds no safetensors files, so there are no weights to verify")
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        SparsifyError: it is missing or no JSON.
-    """
-    if not path.is_file():
-        raise SparsifyError(f"{path.name} is missing")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SparsifyError(f"{path.name}: not readable as JSON ({error})") from error

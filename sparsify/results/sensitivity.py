@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.masking.inject import decoder_blocks, masked_layers
-from sparsify.masking.layer import MaskedLinear, MaskScope
+from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
+from sparsify.masking.select import decoder_blocks
 from sparsify.models.perplexity import OVERALL, Score
 
 SENSITIVITY_SCHEMA = "sparsify.sensitivity/1"

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import BaseHashes, find_pattern, stored_shapes
 from sparsify.export.mask_file.file import MaskFile, read_masks
-from sparsify.masking.inject import fold, masked_layers
-from sparsify.masking.layer import MaskScope, can_mask, masked
+from sparsify.masking.inject import fold
+from sparsify.masking.layer import MaskScope, can_mask, masked, masked_layers
 from sparsify.masking.masker import FixedMasker
 
 FROZEN = "frozen"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from sparsify.common.errors import SparsifyError
-from sparsify.models.stored_weights import read_json
+from sparsify.common.files import read_json
 
 
 class ConvertedWeights:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsify.calibration.cache import cache_folder
+from sparsify.common.files import cache_folder
 from sparsify.serving.measure import LayerKind
 
 log = logging.getLogger("sparsify")

@@ -29,23 +29,18 @@ from sparsify.calibration import Calibration, Layerwise
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.common.console import tracked
 from sparsify.common.errors import SparsifyError
-from sparsify.common.ranks import from_rank_zero
+from sparsify.common.ranks import data_parallel, from_rank_zero
 from sparsify.common.seal import content_hash
-from sparsify.masking.inject import base_parameters, decoder_blocks, inject, masked_layers, select
-from sparsify.masking.layer import MaskScope
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import MaskScope, base_parameters, masked_layers
 from sparsify.masking.masker import Draw, Masking
 from sparsify.masking.overrides import Overrides
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.schedule import Schedule
+from sparsify.masking.select import decoder_blocks, select
 from sparsify.masking.strategy import SparsityStrategy
-from sparsify.models.base import (
-    EMBEDDED,
-    Dtype,
-    hash_parameters,
-    load_model,
-    load_tokenizer,
-    stored_dtype,
-)
+from sparsify.models.base import EMBEDDED, Dtype, load_model, load_tokenizer, stored_dtype
+from sparsify.models.hashes import hash_parameters
 from sparsify.models.load_checks import (
     check_called,
     check_finite,
@@ -62,18 +57,19 @@ from sparsify.training.checkpoints.content import check_content, check_training
 from sparsify.training.checkpoints.new_settings import OwnSchedule, keep_patience, keep_settings
 from sparsify.training.checkpoints.resume import check_fits, check_resumes, continue_on, step_shape
 from sparsify.training.distillation import Distillation
-from sparsify.training.finite import FiniteWatch, check_learned, finite_scores
 from sparsify.training.guards import (
+    FiniteWatch,
     check_dtype,
+    check_learned,
     check_limits,
     check_objects,
     check_precision,
     check_shards,
     check_text,
+    finite_scores,
 )
 from sparsify.training.parallel.masked_gather import check_gather, shard_gathering_masked
 from sparsify.training.step import BatchRun, checkpoint_activations
-from sparsify.training.trainer import data_parallel
 
 ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
-import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -20,9 +19,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import SparsifyError, restoring
 from sparsify.common.signals import Interrupted
-from sparsify.training.checkpoints.content import restoring
 from sparsify.training.checkpoints.shards import ShardedCheckpointIO
 from sparsify.training.parallel.ddp import DDP
 from sparsify.training.parallel.fsdp import Sharded
@@ -199,20 +197,3 @@ def _own_strategy(strategy: Strategy | str) -> Strategy | str:
             "is sparsify.training.parallel.Sharded"
         )
     return strategy
-
-
-def data_parallel(trainer: Any) -> tuple[int, int]:
-    """(rank, number of ranks) of this process among those that see different data."""
-    strategy = None if trainer is None else trainer.strategy
-    sampler = getattr(strategy, "distributed_sampler_kwargs", None)
-    return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
-
-
-def leave_process_group() -> None:
-    """End a run of several processes together; Lightning leaves it to the interpreter's exit.
-
-    There, a backend's threads may still be at work, and the process is aborted.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

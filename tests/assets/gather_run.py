@@ -16,13 +16,14 @@ from torch.optim import SGD
 import sparsify.training.module
 from sparsify import SparseCausalLM, TextDataModule
 from sparsify.callbacks.annealing import Annealing
-from sparsify.masking.inject import hard_masks, masked_layers
+from sparsify.common.ranks import leave_process_group
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.sharded_rows import whole
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
 from sparsify.training.distillation import Distillation
 from sparsify.training.parallel.fsdp import Sharded
-from sparsify.training.trainer import leave_process_group
 from tests.assets.shard_run import odd_llama
 from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
 

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify import SparseCausalLM, TextDataModule
-from sparsify.masking.inject import hard_masks, masked_layers
+from sparsify.common.ranks import leave_process_group
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.registry import make_strategy
 from sparsify.masking.sharded_rows import whole
-from sparsify.training.trainer import leave_process_group
 from tests.conftest import quiet_trainer, word_tokenizer
 from tests.tiny_models import FAMILIES
 

@@ -22,9 +22,10 @@ from sparsify.calibration import Calibration, Hessian
 from sparsify.callbacks.annealing import Annealing
 from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.common.errors import SparsifyError
-from sparsify.common.ranks import from_rank_zero, together
+from sparsify.common.ranks import from_rank_zero, leave_process_group, together
 from sparsify.export.folder import export
-from sparsify.masking.inject import fold, hard_masks, masked_layers
+from sparsify.masking.inject import fold, hard_masks
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.registry import make_strategy
 from sparsify.masking.sharded_rows import whole
 from sparsify.masking.strategy import Block, LayerResult
@@ -32,7 +33,6 @@ from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.training.parallel import Sharded
-from sparsify.training.trainer import leave_process_group
 from tests.conftest import SIZES, quiet_trainer, tiny_llama, word_tokenizer
 from tests.tiny_models import tiny_gpt2
 

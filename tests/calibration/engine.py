@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 
 from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.masking.inject import base_parameters, decoder_blocks, inject, masked_layers, select
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.overrides import Overrides
-from sparsify.models.base import hash_parameters
+from sparsify.masking.select import decoder_blocks, select
+from sparsify.models.hashes import hash_parameters
 
 TWO_FOUR = NMPattern(2, 4)
 TEXT = torch.randint(2, 64, (6, 16), generator=torch.Generator().manual_seed(0))

@@ -22,10 +22,10 @@ from sparsify import (
 )
 from sparsify.calibration import Calibration
 from sparsify.export.mask_file.file import write_masks
-from sparsify.masking.inject import base_parameters
+from sparsify.masking.layer import base_parameters
 from sparsify.masking.overrides import Overrides
 from sparsify.masking.registry import STRATEGIES, make_strategy, plugins
-from sparsify.models.base import hash_parameters
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dsnot import DSnoT
 from sparsify.strategies.maskllm import MaskLLM

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsify import Block, FixedMasker, LayerResult, SparsifyError, SparsityStrategy
 from sparsify.calibration import Calibration, Hessian, Layerwise, Moments
-from sparsify.masking.inject import decoder_blocks, inject
+from sparsify.masking.inject import inject
+from sparsify.masking.select import decoder_blocks
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.pruner_zero import PrunerZero
 from sparsify.strategies.wanda import Wanda

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.cli.main import main
-from sparsify.common.errors import SparsifyError
-from sparsify.training.checkpoints.files import DiskFull, WholeFileIO
+from sparsify.common.errors import DiskFull, SparsifyError
+from sparsify.training.checkpoints.files import WholeFileIO
 from sparsify.training.checkpoints.newest import newest_whole
 from tests.callbacks.fake_trainer import FakeTrainer, saved_step
 from tests.conftest import Cli

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsify.models.base import hash_parameters
-from sparsify.models.perplexity import RESULT_SCHEMA
+from sparsify.models.hashes import hash_parameters
+from sparsify.results.result import RESULT_SCHEMA
 from tests.conftest import Cli, tiny_llama
 
 BLOCK = 16

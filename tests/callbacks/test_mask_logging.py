@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.callbacks.throughput import Throughput
-from sparsify.masking.inject import masked_layers
+from sparsify.masking.layer import masked_layers
 from tests.callbacks.recorder import run
 from tests.conftest import tiny_llama
 

@@ -12,10 +12,10 @@ import pytest
 
 from sparsify.callbacks import wandb_record
 from sparsify.callbacks.wandb_record import describe_lineage, layer_table
+from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file import read_masks
 from sparsify.masking.registry import make_strategy
-from sparsify.models.stored_weights import read_json
 from tests.callbacks.wandb_files import OfflineRun, read_run
 from tests.conftest import Cli
 

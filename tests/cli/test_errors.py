@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsify.cli.main import main
+from sparsify.common.files import write_json
 from sparsify.masking.strategy import Run
-from sparsify.models.perplexity import write_json
 from sparsify.strategies.maskllm import MaskLLM
 from tests.conftest import Cli, tiny_llama
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsify.common.population import gather, place
+from sparsify.common.ranks import gather, place
 
 
 @pytest.fixture

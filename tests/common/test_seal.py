@@ -9,8 +9,8 @@ import torch
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.seal import is_altered, sealed
-from sparsify.models.perplexity import UNSEALED_SCHEMA
 from sparsify.results.compare.loading import load_runs
+from sparsify.results.result import UNSEALED_SCHEMA
 from tests.conftest import Cli
 
 

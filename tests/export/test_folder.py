@@ -26,9 +26,10 @@ from sparsify.export.manifest import MANIFEST, read_manifest
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.export.target import check_target
-from sparsify.masking.inject import hard_masks, masked_layers
-from sparsify.models.base import hash_parameters
-from sparsify.results.record import sparsity
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import masked_layers
+from sparsify.models.hashes import hash_parameters
+from sparsify.results.result import sparsity
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM

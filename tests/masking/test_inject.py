@@ -9,17 +9,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import FixedMasker, Masker, NMPattern, SparsifyError
-from sparsify.masking.inject import (
-    decoder_blocks,
-    fold,
-    hard_masks,
-    inject,
-    layer_patterns,
-    masked_layers,
-    select,
-)
-from sparsify.masking.layer import MaskScope
+from sparsify.masking.inject import fold, hard_masks, inject
+from sparsify.masking.layer import MaskScope, layer_patterns, masked_layers
 from sparsify.masking.overrides import Overrides
+from sparsify.masking.select import decoder_blocks, select
 from tests.tiny_models import FAMILIES, tied_llama, tiny_gpt2, tiny_qwen2
 
 TWO_FOUR = NMPattern(2, 4)

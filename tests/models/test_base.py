@@ -13,7 +13,8 @@ from sparsify.calibration import Calibration
 from sparsify.export.folder import export
 from sparsify.export.manifest import read_manifest
 from sparsify.masking.inject import hard_masks
-from sparsify.models.base import EMBEDDED, hash_parameters, load_model, load_tokenizer, stored_dtype
+from sparsify.models.base import EMBEDDED, load_model, load_tokenizer, stored_dtype
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.wanda import Wanda
 from tests.conftest import EOS, SIZES, Cli, tiny_llama
 

@@ -24,13 +24,14 @@ import sparsify
 from sparsify import SparseCausalLM, SparsifyError
 from sparsify.calibration import Calibration
 from sparsify.export.folder import export
-from sparsify.masking.inject import decoder_blocks, fold, masked_layers
-from sparsify.masking.layer import MaskScope
+from sparsify.masking.inject import fold
+from sparsify.masking.layer import MaskScope, masked_layers
 from sparsify.masking.masker import Draw
+from sparsify.masking.select import decoder_blocks
 from sparsify.models.base import load_model, load_tokenizer
 from sparsify.models.load_checks import check_positions, check_tokenizer
 from sparsify.models.stored_weights import StoredWeights
-from sparsify.results.record import sparsity
+from sparsify.results.result import sparsity
 from sparsify.serving.verify.base_check import BaseCheck
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude

@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from sparsify.common.errors import SparsifyError
-from sparsify.models.perplexity import (
-    OVERALL,
-    NotFinite,
-    PerplexityMeter,
-    make_result,
-    token_losses,
-    write_json,
-)
+from sparsify.common.files import write_json
+from sparsify.models.perplexity import OVERALL, NotFinite, PerplexityMeter, token_losses
+from sparsify.results.result import make_result
 
 
 def slow_losses(logits: torch.Tensor, tokens: torch.Tensor) -> list[list[float]]:

@@ -6,8 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from sparsify import NMPattern, SparsifyError
-from sparsify.results.mask_diff import diff
-from sparsify.results.mask_diff_matrix import diff_matrix
+from sparsify.results.mask_diff import diff, diff_matrix
 from tests.export.mask_file.cases import random_mask
 from tests.results.test_mask_diff import text_of
 

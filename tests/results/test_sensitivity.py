@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.cli.main import main
-from sparsify.masking.inject import masked_layers
+from sparsify.masking.layer import masked_layers
 from sparsify.models.perplexity import Score
 from sparsify.results.sensitivity import kept_dense, measure_sensitivity
 from tests.conftest import SIZES, Cli

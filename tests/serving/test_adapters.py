@@ -13,7 +13,8 @@ from sparsify import NMPattern, SparsifyError
 from sparsify.export.exchange import layers
 from sparsify.export.folder import export
 from sparsify.export.mask_file import read_masks, write_masks
-from sparsify.masking.inject import hard_masks, masked_layers
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import masked_layers
 from sparsify.serving.adapters import MaskAdapters
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.export.mask_file.cases import random_mask

@@ -11,7 +11,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparsify import NMPattern, SparsifyError
-from sparsify.masking.inject import select
+from sparsify.masking.select import select
 from sparsify.models.base import load_model
 from sparsify.serving.backends import CUTLASS
 from sparsify.serving.cutlass import cutlass_metadata, cutlass_values

@@ -24,10 +24,11 @@ from sparsify import Draw, NMPattern, RunResult, SparseCausalLM, SparsityStrateg
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.callbacks.annealing import Annealing
 from sparsify.export.folder import export
-from sparsify.masking.inject import base_parameters, hard_masks, masked_layers
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masker import Masking
 from sparsify.masking.registry import STRATEGIES, plugins
-from sparsify.models.base import hash_parameters
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.dsnot import DSnoT

@@ -16,9 +16,10 @@ from sparsify import Draw, LayerResult, NMPattern, SparsifyError
 from sparsify.export.folder import export
 from sparsify.export.mask_file.file import write_masks
 from sparsify.masking import noise
-from sparsify.masking.inject import base_parameters, fold, hard_masks, inject, masked_layers, select
-from sparsify.masking.layer import MaskedLinear, MaskScope
-from sparsify.models.base import hash_parameters
+from sparsify.masking.inject import fold, hard_masks, inject
+from sparsify.masking.layer import MaskedLinear, MaskScope, base_parameters, masked_layers
+from sparsify.masking.select import select
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.fixed_mask import AdaptedMasker, FixedMask
 from sparsify.strategies.sparsegpt import SparseGPT
 from tests.conftest import tiny_llama

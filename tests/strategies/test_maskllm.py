@@ -21,8 +21,9 @@ from sparsify.export.folder import export
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking import noise
-from sparsify.masking.inject import base_parameters, hard_masks, masked_layers
-from sparsify.models.base import hash_parameters
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT

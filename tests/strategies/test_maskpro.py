@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import Draw, LayerResult, NMPattern, RunResult, SparsifyError
 from sparsify.masking import noise
-from sparsify.masking.inject import inject, masked_layers, select
-from sparsify.masking.layer import MaskScope, masked
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import MaskScope, masked, masked_layers
 from sparsify.masking.masker import Masking
 from sparsify.masking.plackett_luce import mask_probabilities
+from sparsify.masking.select import select
 from sparsify.strategies import logit_masker
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker
 from sparsify.strategies.maskpro import MaskPro

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from sparsify import Draw, NMPattern, SparsifyError
 from sparsify.export.folder import export
-from sparsify.masking.inject import base_parameters, hard_masks, inject, masked_layers, select
-from sparsify.models.base import hash_parameters
+from sparsify.masking.inject import hard_masks, inject
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.select import select
+from sparsify.models.hashes import hash_parameters
 from sparsify.strategies import proxsparse
 from sparsify.strategies.proxsparse import ProxSparse, ProxyMasker, proximal_
 from sparsify.strategies.sparsegpt import SparseGPT

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, SparsifyError
-from sparsify.masking.inject import hard_masks, inject, masked_layers, select
-from sparsify.masking.layer import MaskedLinear, MaskScope
+from sparsify.masking.inject import hard_masks, inject
+from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
+from sparsify.masking.select import select
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE, MagnitudeMasker

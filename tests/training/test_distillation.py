@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityStrategy
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
-from sparsify.masking.inject import base_parameters, masked_layers
-from sparsify.models.base import hash_parameters
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
 from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.maskllm import MaskLLM

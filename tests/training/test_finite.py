@@ -10,7 +10,7 @@ from sparsify import SparseCausalLM, SparsifyError
 from sparsify.models.perplexity import PerplexityMeter, token_losses
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM
-from sparsify.training.finite import check_learned, finite_scores, not_finite
+from sparsify.training.guards import check_learned, finite_scores, not_finite
 from tests.conftest import Cli, quiet_trainer, tiny_llama
 
 TOKENS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))

@@ -6,9 +6,10 @@ from datetime import datetime
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsify.calibration.cache import Entry, cache_folder, cache_limit, entries
+from sparsify.calibration.cache import Entry, cache_limit, entries
 from sparsify.cli.commands.output import Format, say, say_json
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import cache_folder
 
 
 def show_cache(format: Format = "table") -> None:

@@ -41,7 +41,7 @@ def evaluate(
             FOLDER.downstream.json beside an export elsewhere.
         format: table or json.
     """
-    from sparsify.models.perplexity import write_json
+    from sparsify.common.files import write_json
     from sparsify.results.downstream import Settings, find_export, notes, table
     from sparsify.results.downstream import evaluate as measure
 

@@ -22,9 +22,8 @@ from sparsify.export.mask_file.file import MaskFile, MaskWriter, read_masks, wri
 from sparsify.export.mask_file.index import SUFFIX
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import load_skeleton
-from sparsify.results.mask_diff import MaskDiff
+from sparsify.results.mask_diff import DiffMatrix, MaskDiff, diff_matrix
 from sparsify.results.mask_diff import diff as diff_of
-from sparsify.results.mask_diff_matrix import DiffMatrix, diff_matrix
 
 
 def import_masks(

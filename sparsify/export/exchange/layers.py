@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.inject import base_parameters, decoder_blocks
-from sparsify.masking.layer import can_mask, linear_shape
+from sparsify.masking.layer import base_parameters, can_mask, linear_shape
 from sparsify.masking.pattern import MAX_M, NMPattern
-from sparsify.models.base import hash_parameters
+from sparsify.masking.select import decoder_blocks
+from sparsify.models.hashes import hash_parameters
 
 # The sizes that hardware and published masks use, then all others.
 GROUP_SIZES = tuple(sorted(range(2, MAX_M + 1), key=lambda m: (m not in (4, 8, 16), m)))

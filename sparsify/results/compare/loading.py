@@ -13,8 +13,13 @@ import yaml
 from sparsify.common.errors import SparsifyError
 from sparsify.common.seal import KEY, is_altered
 from sparsify.export.manifest import MANIFEST
-from sparsify.models.perplexity import RESULT_SCHEMA, UNSEALED_SCHEMA
-from sparsify.results.result_check import LARGEST_NUMBER, check, check_plain
+from sparsify.results.result import (
+    LARGEST_NUMBER,
+    RESULT_SCHEMA,
+    UNSEALED_SCHEMA,
+    check,
+    check_plain,
+)
 from sparsify.results.sensitivity import SENSITIVITY_SCHEMA
 from sparsify.training.checkpoints.files import FOLDER
 

@@ -15,7 +15,7 @@ from sparsify.results.compare.drawing import WIDTH, chart, heat_map, letter, sty
 from sparsify.results.compare.figures import Picture, curves_of, lines
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row
-from sparsify.results.mask_diff_matrix import diff_matrix
+from sparsify.results.mask_diff import diff_matrix
 
 MOVES = {
     FLIPS: (

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsify.models.perplexity import pattern_text
 from sparsify.results.compare.caveats import cost_caveats
 from sparsify.results.compare.rows import COSTS, Row
+from sparsify.results.result import pattern_text
 
 SEEDS = 3
 # What is measured is not the same twice: costs within this share of each other count as equal.

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from sparsify.common.bits import bits
 from sparsify.export.manifest import MANIFEST, Manifest
-from sparsify.masking.inject import base_parameters
-from sparsify.models.base import Dtype, hash_parameters, load_model
+from sparsify.masking.layer import base_parameters
+from sparsify.models.base import Dtype, load_model
+from sparsify.models.hashes import hash_parameters
 from sparsify.models.stored_weights import StoredWeights
 
 

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import read_json
 from sparsify.export.manifest import Layer
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.stored_weights import StoredWeights, read_json
+from sparsify.models.stored_weights import StoredWeights
 
 # Families whose files hold weights as [I, O]; without a manifest nothing else tells.
 _CONV1D_MODELS = ("gpt2", "openai-gpt")

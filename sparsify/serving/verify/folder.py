@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST, Manifest, parse_manifest
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.stored_weights import StoredWeights, read_json
+from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.device_check import cuda_check
 from sparsify.serving.verify.base_check import BaseCheck
 from sparsify.serving.verify.blocks import matrices_of_blocks

@@ -13,7 +13,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.export.manifest import MANIFEST, Layer, Manifest
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.base import hash_tensor
+from sparsify.models.hashes import hash_tensor
 from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.backends import TWO_FOUR, eligible
 from sparsify.serving.device_check import DeviceCheck

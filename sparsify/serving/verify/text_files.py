@@ -4,7 +4,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from sparsify.common.errors import SparsifyError
-from sparsify.models.stored_weights import read_json
+from sparsify.common.files import read_json
 
 _REQUIRED = ("config.json", "tokenizer_config.json")
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "vocab.json", "special_tokens_map.json")

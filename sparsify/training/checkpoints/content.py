@@ -6,7 +6,6 @@ not what a run writes. Fields are named by dotted paths.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import lightning
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import CHECKPOINT_ADVICE, SparsifyError
 
 # A number that counts; the largest is far above what any run reaches.
 COUNT, TEXT, TABLE, LIST, FLAG = "a count", "text", "a table", "a list", "true or false"
@@ -41,29 +40,6 @@ TRAINING = {
 }
 # May lack; checkpoints of one-shot runs have none of the first.
 POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE}
-PLACE = "the checkpoint's place in the data"
-_ADVICE = (
-    "this is not a checkpoint that sparsify wrote, or it is damaged; resume from another checkpoint"
-)
-
-
-@contextmanager
-def restoring(path: Any) -> Iterator[None]:
-    """Tell in one message that a checkpoint's content cannot be restored, whoever met it: what
-    Lightning, torch and torchdata read of their own deep inside is checked by them alone.
-
-    Raises:
-        SparsifyError: instead of any other exception.
-    """
-    try:
-        yield
-    except (SparsifyError, MemoryError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise SparsifyError(
-            f"{path}: its content cannot be restored ({reason}); {_ADVICE}"
-        ) from error
 
 
 def check_content(checkpoint: Any, path: Any) -> None:
@@ -77,7 +53,7 @@ def check_content(checkpoint: Any, path: Any) -> None:
         SparsifyError: something lacks, or is of another kind.
     """
     if not isinstance(checkpoint, dict):
-        raise SparsifyError(f"{path}: it holds {type(checkpoint).__name__}; {_ADVICE}")
+        raise SparsifyError(f"{path}: it holds {type(checkpoint).__name__}; {CHECKPOINT_ADVICE}")
     for field, kind in ALWAYS.items():
         _check(checkpoint, field, kind, path)
     for field, kind in POSSIBLE.items():
@@ -224,4 +200,4 @@ def _brief(value: Any) -> str:
 
 
 def _refuse(path: Any, field: str, found: Any, wanted: str) -> NoReturn:
-    raise SparsifyError(f"{path}: {field} is {found}, and must be {wanted}; {_ADVICE}")
+    raise SparsifyError(f"{path}: {field} is {found}, and must be {wanted}; {CHECKPOINT_ADVICE}")

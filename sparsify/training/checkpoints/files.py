@@ -11,12 +11,9 @@ every record; a folder holds ``complete.json``, written last, with the size of e
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,64 +22,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.files import disk_full, write_json
 from sparsify.common.replace import flush, flush_all, replace_folder
-from sparsify.models.perplexity import write_json
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
 COMPLETE = "complete.json"
 METADATA = "meta.pt"  # Lightning's name, in a sharded checkpoint, for all but the tensors
 _STEP = re.compile(r"step-(\d{8,})\.ckpt")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
-
-
-class DiskFull(SparsifyError):
-    """A checkpoint found no space; what is there is as it was."""
-
-
-@contextmanager
-def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Tell of a full disk in one sentence, whatever library met it.
-
-    Args:
-        folder: where was written.
-        needed: counts the bytes of what was to be written.
-
-    Raises:
-        DiskFull: instead of what was raised because of a full disk, quota or file size limit.
-    """
-    try:
-        yield
-    except DiskFull:
-        raise
-    except Exception as error:
-        cause = full_disk(error)
-        if cause is None:
-            raise
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        need = f"{_mib(needed())} are needed" if needed else "a checkpoint does not fit"
-        raise DiskFull(
-            f"{os.strerror(cause)}: {need} in {folder}, where {_mib(free)} are free"
-        ) from error
-
-
-def full_disk(error: BaseException | None) -> int | None:
-    """The error number of a full disk, quota or file size limit among an error's causes: torch
-    raises its own on top. None where there is none.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return error.errno
-        # safetensors has the number in its text alone.
-        if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _FULL:
-            return int(match[1])
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
 
 
 class _Counter:

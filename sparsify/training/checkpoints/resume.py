@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sparsify.common.errors import SparsifyError
-from sparsify.training.trainer import data_parallel
+from sparsify.common.ranks import data_parallel
 
 
 def check_fits(

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sparsify.common.files import disk_full
 from sparsify.common.ranks import from_rank_zero, together
 from sparsify.common.replace import partial_folder, replace_folder
 from sparsify.masking.layer import local_rows
 from sparsify.masking.sharded_rows import rows_of, sharded, whole
-from sparsify.training.checkpoints.files import check_whole, disk_full, partial_path
+from sparsify.training.checkpoints.files import check_whole, partial_path
 from sparsify.training.checkpoints.shards import (
     StoredRows,
     is_sharded,

@@ -31,9 +31,9 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.inject import decoder_blocks, masked_layers
-from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.layer import MaskedConv1D, MaskedLinear, masked_layers
 from sparsify.masking.masker import Draw, Masking
+from sparsify.masking.select import decoder_blocks
 from sparsify.masking.sharded_rows import own_rows, sharded
 
 

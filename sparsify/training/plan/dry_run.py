@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import Layerwise, layerwise
 from sparsify.masking import noise, plackett_luce
-from sparsify.masking.inject import base_parameters, decoder_blocks, inject, masked_layers, select
-from sparsify.masking.layer import MaskScope
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import MaskScope, base_parameters, masked_layers
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
+from sparsify.masking.select import decoder_blocks, select
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import load_skeleton, stored_dtype
 from sparsify.models.load_checks import check_positions

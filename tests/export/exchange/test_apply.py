@@ -14,7 +14,7 @@ from sparsify.export.folder import export
 from sparsify.export.manifest import read_manifest
 from sparsify.export.mask_file.file import read_masks
 from sparsify.masking.inject import hard_masks
-from sparsify.models.base import hash_parameters
+from sparsify.models.hashes import hash_parameters
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.export.mask_file.cases import EXPORTS, equal, exported, random_mask
 from tests.export.test_folder import MIXED, masked_module

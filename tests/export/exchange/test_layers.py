@@ -11,8 +11,9 @@ from sparsify.export.exchange.layers import (
     find_pattern,
     stored_shapes,
 )
-from sparsify.masking.inject import base_parameters
-from sparsify.models.base import hash_parameters, load_skeleton
+from sparsify.masking.layer import base_parameters
+from sparsify.models.base import load_skeleton
+from sparsify.models.hashes import hash_parameters
 from tests.conftest import tiny_llama
 from tests.export.mask_file.cases import random_mask
 from tests.tiny_models import FAMILIES

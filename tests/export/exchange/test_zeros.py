@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsify import NMPattern, SparsifyError
 from sparsify.export.exchange.zeros import read_zero_pattern
 from sparsify.export.folder import export
-from sparsify.masking.inject import fold, hard_masks, layer_patterns
+from sparsify.masking.inject import fold, hard_masks
+from sparsify.masking.layer import layer_patterns
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.export.mask_file.cases import EXPORTS, equal, exported
 from tests.export.test_folder import MIXED, masked_module

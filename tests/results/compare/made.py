@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.models.perplexity import UNSEALED_SCHEMA
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row, make_rows
+from sparsify.results.result import UNSEALED_SCHEMA
 
 STRATEGIES = "sparsify.strategies"
 MASKLLM = f"{STRATEGIES}.maskllm.MaskLLM"

@@ -7,7 +7,7 @@ import pytest
 from sparsify import SparsifyError
 from sparsify.results.compare import compare
 from sparsify.results.compare.loading import load_runs
-from sparsify.results.result_check import check
+from sparsify.results.result import check
 from tests.results.compare.made import result, write
 
 

@@ -25,9 +25,9 @@ from sparsify.export.folder import export
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
-from sparsify.masking.inject import masked_layers
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.strategy import Block, LayerResult
-from sparsify.models.base import hash_tensor
+from sparsify.models.hashes import hash_tensor
 from sparsify.serving.verify import verify
 from sparsify.serving.verify.report import Report
 from sparsify.strategies.dense import Dense

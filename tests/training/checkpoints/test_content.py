@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sparsify import SparsifyError
-from sparsify.training.checkpoints.content import check_content, check_training, restoring
+from sparsify.common.errors import restoring
+from sparsify.training.checkpoints.content import check_content, check_training
 from tests.conftest import Cli
 
 Change = Any

@@ -16,14 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import DiskFull, SparsifyError
+from sparsify.common.files import disk_full
 from sparsify.training.checkpoints.files import (
     COMPLETE,
-    DiskFull,
     WholeFileIO,
     complete,
     damage,
-    disk_full,
     partial_path,
     remove_partials,
     step_path,

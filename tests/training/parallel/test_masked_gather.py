@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sparsify import SparsifyError
-from sparsify.masking.inject import inject, masked_layers, select
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.masker import FixedMasker
 from sparsify.masking.pattern import NMPattern
+from sparsify.masking.select import select
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
 from sparsify.strategies.sr_ste import SRSTE

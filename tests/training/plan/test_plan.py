@@ -13,10 +13,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sparsify.calibration import Calibration
 from sparsify.cli.main import main
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.inject import base_parameters, inject, masked_layers, select
+from sparsify.masking.inject import inject
+from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
+from sparsify.masking.select import select
 from sparsify.training.distillation import Distillation
 from sparsify.training.plan import (
     DryRun,

@@ -1,9 +1,17 @@
-"""Checks that a result file holds what a comparison reads of it."""
+"""The result of a run: how it is made, what it says of the run, and what it must hold."""
 
+import math
+import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any
 
-from sparsify.models.perplexity import OVERALL
+from sparsify.common.version import version
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.select import decoder_blocks
+from sparsify.models.perplexity import OVERALL, Score
+from sparsify.training.module import SparseCausalLM
 
 NUMBER, TEXT, TABLE, LIST = "a number", "text", "a table", "a list"
 COUNT, SECONDS = "a number, whole and not negative", "a number, not negative"
@@ -65,6 +73,70 @@ DRAWN = {
     "max_probability": NUMBER,
     "distance": NUMBER,
 }
+
+RESULT_SCHEMA = "sparsify.result/2"
+UNSEALED_SCHEMA = "sparsify.result/1"  # of version 0.1.0, the same without a hash of its content
+METRIC = (
+    "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token"
+)
+
+
+def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> dict[str, Any]:
+    """How a score on a split is measured: what must agree for two to be compared."""
+    precision = None if module._trainer is None else module.trainer.precision
+    return {
+        "metric": METRIC,
+        "split": split,
+        "base": {
+            "name": module.base_name,
+            "hash": module.base_hash,
+            "dtype": module.dtype_name + (f", {precision}" if precision == "bf16-mixed" else ""),
+        },
+        "data": datamodule.describe(split),
+    }
+
+
+def sparsity(module: SparseCausalLM) -> float:
+    """The share of zeros that the masks make, of the blocks' weights: of all their matrices, and
+    of stacks of matrices, as which experts may be held; not of depthwise convolutions.
+    """
+    maskers = [layer.masker for layer in masked_layers(module.lm).values()]
+    zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)
+    total = sum(
+        parameter.numel()
+        for block in decoder_blocks(module.lm).values()
+        for parameter in base_parameters(block).values()
+        if parameter.ndim == 2 or (parameter.ndim == 3 and min(parameter.shape[1:]) > 1)
+    )
+    return zeros / total
+
+
+def make_result(
+    run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]
+) -> dict[str, Any]:
+    """A result with all that is needed to know which others it may be compared with.
+
+    Args:
+        run: what was done: strategy, pattern, steps, tokens, seconds.
+        protocol: how it was measured; results of different protocols never share a column.
+        scores: from :meth:`PerplexityMeter.scores`.
+    """
+    packages = ("sparsify", "torch", "lightning", "transformers")
+    return {
+        "schema": RESULT_SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()},
+        "run": dict(run),
+        # A run that was told to measure a part of the text has measured another text.
+        "protocol": {**protocol, "windows": {name: s.windows for name, s in scores.items()}},
+        "scores": {name: asdict(score) for name, score in scores.items()},
+    }
+
+
+def pattern_text(run: Mapping[str, Any]) -> str:
+    """The pattern of a result's run, for a title."""
+    return f"{run['pattern']} with overrides" if run.get("overrides") else str(run["pattern"])
 
 
 def check(result: Mapping[str, Any]) -> None:

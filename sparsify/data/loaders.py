@@ -1,0 +1,159 @@
+"""Loaders whose position a checkpoint restores."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from sparsify.common.errors import SparsifyError, restoring
+from sparsify.data.blend import (
+    PLACE,
+    check_same_data,
+)
+from sparsify.data.packing import PackedText, to_batch
+from sparsify.data.stream import CHOICE, Blocks
+from sparsify.models.token_batch import TokenBatch
+
+# Lightning fetches a batch ahead from a loader without length, and its saved position would be one
+# batch too far. No run gets to the end of this one.
+BATCHES = 2**40
+
+
+class TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[misc]  # torchdata has no types
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with restoring(PLACE):
+            check_same_data(state["of"], self.batch_sampler.identity())
+            _check_position(state["position"])
+            super().load_state_dict(state["position"])
+            # Torchdata reads the position only here, and when Lightning comes to this by itself, it
+            # hides what is raised behind an error of its own.
+            iter(self)
+            super().load_state_dict(state["position"])
+
+
+def _check_position(position: Mapping[str, Any]) -> None:
+    """Torchdata takes whatever is true for the end of an epoch, and any number for a count.
+
+    Raises:
+        ValueError: it is not what the loader saves; a value is named.
+    """
+    if type(position["_iterator_finished"]) is not bool:
+        raise ValueError(
+            f"_iterator_finished is {position['_iterator_finished']!r}, and not a bool"
+        )
+    counts = {key: position[key] for key in ("_num_yielded", "_sampler_iter_yielded")}
+    for key, value in (counts | (position["_sampler_iter_state"] or {})).items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{key} is {value!r}, and not a count")
+
+
+class BlockDataset(Dataset[Tensor | TokenBatch]):
+    def __init__(self, packed: PackedText, masked: bool) -> None:
+        self.blocks, self.masked = packed.blocks, masked
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor | TokenBatch:
+        return to_batch(self.blocks[index], self.masked)
+
+
+def check_trainer_of_stream(trainer: Any) -> None:
+    if getattr(trainer, "max_steps", 1) == -1:
+        raise SparsifyError(
+            "the trainer has max_steps -1, and train streams without end; a run ends by its "
+            "steps: give --trainer.max_steps"
+        )
+    interval = getattr(trainer, "val_check_interval", 1.0)
+    if isinstance(interval, float) and interval != 1.0:
+        raise SparsifyError(
+            f"the trainer has val_check_interval {interval}, a share of an epoch, and train "
+            "streams without end; give a whole number of batches"
+        )
+
+
+class StreamLoader(Iterator[Tensor | TokenBatch]):
+    """This process's batches of an endless blend; it can save its position.
+
+    Every process makes all blocks and keeps its own batches, of which numbers rank, rank + world,
+    ... of one process's: two ranks train on what one process reads with twice the gradient
+    accumulation.
+
+    Args:
+        sources: Gives the blocks of each source.
+        weights: Share of each source.
+        masked: Whether some tokens are context only.
+        seed: Not negative.
+        batch_size: Blocks a batch.
+        rank: This process, from 0.
+        world: Number of processes.
+        identity: What the blocks depend on; a saved position holds only where it is equal.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Blocks],
+        weights: Sequence[float],
+        masked: bool,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        identity: dict[str, Any],
+    ) -> None:
+        self._sources, self._masked = sources, masked
+        self._borders = np.cumsum(weights)[:-1] / sum(weights)
+        self._seed, self._batch_size, self._rank, self._world = seed, batch_size, rank, world
+        self._identity = identity
+        self._block = 0  # number of the next one, of all ranks
+
+    def __len__(self) -> int:
+        """More batches than any run reads."""
+        return BATCHES
+
+    def __next__(self) -> Tensor | TokenBatch:
+        """The next batch [B, T]."""
+        size = self._batch_size
+        blocks = [next(self._sources[self.source_of(self._block + i)]) for i in self._round()]
+        self._block += len(blocks)
+        own = blocks[self._rank * size : (self._rank + 1) * size]
+        return to_batch(torch.stack(own), self._masked)
+
+    def source_of(self, block: int) -> int:
+        """The number of the source that gives a block.
+
+        Args:
+            block: Its number, from 0.
+        """
+        share = np.random.default_rng([self._seed, CHOICE, block]).random()
+        return int(np.searchsorted(self._borders, share, side="right"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, which is the same on every rank."""
+        sources = [source.state_dict() for source in self._sources]
+        return {"of": self._identity, "block": self._block, "sources": sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            SparsifyError: It was saved under other settings.
+        """
+        with restoring(PLACE):
+            check_same_data(state["of"], self._identity)
+            self._block = state["block"]
+            for source, position in zip(self._sources, state["sources"], strict=True):
+                source.load_state_dict(position)
+
+    def _round(self) -> range:
+        return range(self._batch_size * self._world)

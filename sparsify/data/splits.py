@@ -1,0 +1,75 @@
+"""The texts of a split: as they were given, or the embedded ones."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsify.common.errors import SparsifyError
+from sparsify.data.objects import part_of, rows_of
+from sparsify.data.sources import Source, source_stem
+from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER
+
+if TYPE_CHECKING:
+    Sources = Any  # Python's own objects too
+else:  # what the command line takes
+    Sources = str | list[str] | dict[str, str | Source] | None
+Split = Literal["train", "validation", "test"]
+EMBEDDED_NAMES = ("shakespeare", "bible", "python")
+
+
+def embedded_sources(split: Split) -> dict[str, Source]:
+    return {name: _located(Source(f"{EMBEDDED}:{name}"), split) for name in EMBEDDED_NAMES}
+
+
+def _located(source: Source, split: Split) -> Source:
+    """With the file of the package's own text where a path such as ``embedded:python`` names it."""
+    if source.in_memory:
+        return source
+    kind, _, name = source.path.partition(":")
+    if kind != EMBEDDED:
+        return source
+    if name not in EMBEDDED_NAMES:
+        raise SparsifyError(
+            f"{split}: there is no embedded text {name!r}; there are {', '.join(EMBEDDED_NAMES)}"
+        )
+    return replace(source, path=str(EMBEDDED_FOLDER / "text" / name / f"{split}.jsonl.gz"))
+
+
+def _source(split: Split, given: Any) -> Source:
+    """A source of a path, of an object with rows, or as it is."""
+    source = given if isinstance(given, Source) else Source(part_of(split, given))
+    return replace(source, path=rows_of(split, source.path)) if source.in_memory else source
+
+
+def named_sources(split: Split, sources: Any) -> dict[str, Source]:
+    if sources is None:
+        return {}
+    sources = os.fspath(sources) if isinstance(sources, os.PathLike) else part_of(split, sources)
+    if isinstance(sources, list | tuple):
+        sources = [os.fspath(s) if isinstance(s, os.PathLike) else s for s in sources]
+    if isinstance(sources, str | list | Mapping) and not sources:
+        raise SparsifyError(
+            f"{split} is {sources!r}; a split that is given must have a source: name a file or "
+            "folder, or leave it out"
+        )
+    if isinstance(sources, Mapping):
+        return {name: _located(_source(split, s), split) for name, s in sources.items()}
+    if isinstance(sources, Source):
+        return {split: _located(_source(split, sources), split)}
+    paths = [sources] if isinstance(sources, str) else sources
+    if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
+        return {split: _source(split, paths)}  # rows: a list of strings is a list of paths
+    names = [source_stem(path.removeprefix(f"{EMBEDDED}:")) for path in paths]
+    counts = Counter(names)
+    named: dict[str, Source] = {}
+    for path, stem in zip(paths, names, strict=True):
+        name = base = f"{Path(path).absolute().parent.name}/{stem}" if counts[stem] > 1 else stem
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{base}-{number}"
+        named[name] = _located(Source(path), split)
+    return named

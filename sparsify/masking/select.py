@@ -1,0 +1,148 @@
+"""Which layers of a model are masked, and by which patterns."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.layer import can_mask, linear_shape, masked_layers
+from sparsify.masking.overrides import DENSE, Overrides
+from sparsify.masking.pattern import NMPattern
+from sparsify.models.layer_names import family
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks by qualified name: the members of its largest ``ModuleList``.
+
+    Raises:
+        SparsifyError: the model holds no ``ModuleList``.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    if not lists:
+        raise SparsifyError(
+            f"{type(model).__name__} holds no list of decoder blocks "
+            "(torch.nn.ModuleList); name its layers with include"
+        )
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(blocks)}
+
+
+def select(
+    model: PreTrainedModel,
+    pattern: NMPattern,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Overrides = Overrides(),
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Choose the layers to mask.
+
+    Args:
+        model: the dense model.
+        pattern: the pattern of all that have no other.
+        include: globs on qualified names; None means every linear layer of the decoder blocks.
+        exclude: globs of layers to leave dense.
+        overrides: patterns of some of the layers that are left.
+
+    Returns:
+        The layers to mask by name, and for every other matrix of the model the reason why it stays
+        dense.
+
+    Raises:
+        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups of its
+            pattern, or it is tied to another, or to one of another pattern.
+    """
+    if masked_layers(model):
+        raise SparsifyError(
+            f"this {type(model).__name__} has masked layers already, from an earlier run on the "
+            "same object; load it again"
+        )
+    layers = {name: module for name, module in model.named_modules() if can_mask(module)}
+    for glob in [*(include or ()), *exclude]:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise SparsifyError(
+                f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}"
+            )
+    blocks = tuple(f"{name}." for name in decoder_blocks(model)) if include is None else ()
+    others = {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if not can_mask(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    candidates: dict[str, nn.Module] = {}
+    dense: dict[str, str] = {}
+    for name, layer in layers.items():
+        wanted = (
+            name.startswith(blocks)
+            if include is None
+            else any(fnmatchcase(name, glob) for glob in include)
+        )
+        left_out = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
+        if layer is model.get_output_embeddings() and include is None:
+            dense[name] = "output head"
+        elif left_out is not None:
+            dense[name] = f"excluded by {left_out!r}"
+        elif not wanted:
+            dense[name] = "outside the decoder blocks" if include is None else "not in include"
+        else:
+            candidates[name] = layer
+    if (unused := overrides.unused(candidates)) is not None:
+        raise SparsifyError(
+            f"overrides: {unused!r} matches no layer that would be masked; there are "
+            f"{', '.join(_families(candidates))}"
+        )
+    _check_shared(candidates, pattern, overrides)
+    chosen: dict[str, nn.Module] = {}
+    for name, layer in candidates.items():
+        own = overrides.pattern(name, pattern)
+        if own is None:
+            dense[name] = f"dense by override {overrides.glob(name)!r}"
+        else:
+            _check(name, layer, own, others)
+            chosen[name] = layer
+    if not chosen:
+        raise SparsifyError(f"no layer is left to mask; there are {', '.join(_families(layers))}")
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if parameter.ndim >= 2 and owner not in layers:
+            dense[owner or name] = (
+                f"{type(model.get_submodule(owner)).__name__} is not a plain linear layer"
+            )
+    return chosen, dense
+
+
+def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, str]) -> None:
+    columns = linear_shape(layer)[1]
+    fix = f"leave it dense with --model.exclude '*{name.rpartition('.')[2]}'"
+    if columns % pattern.m:
+        raise SparsifyError(
+            f"{name}: in_features={columns} is not a multiple of m={pattern.m}; {fix}"
+        )
+    if (other := others.get(id(layer.weight))) is not None:
+        raise SparsifyError(
+            f"{name}: its weight is tied to {other}, which a mask would change too; {fix}"
+        )
+
+
+def _check_shared(layers: dict[str, nn.Module], pattern: NMPattern, overrides: Overrides) -> None:
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        own, others = (overrides.pattern(n, pattern) for n in (name, other))
+        if own != others:
+            raise SparsifyError(
+                f"{name} is {own or DENSE} and {other}, whose weight it shares, is "
+                f"{others or DENSE}; one weight has one mask: give both the same in "
+                "--model.overrides"
+            )
+
+
+def _families(layers: dict[str, nn.Module]) -> list[str]:
+    """Qualified names with their numbers replaced by ``*``: short enough to read."""
+    return list(dict.fromkeys(map(family, layers)))
