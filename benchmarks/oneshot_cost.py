@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from sparsify import NMPattern, TextDataModule
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.masking.inject import fold, inject
-from sparsify.masking.layer import masked_layers
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.registry import make_strategy
-from sparsify.masking.select import decoder_blocks, select
-from sparsify.models.base import load_model, load_tokenizer
+from sparsify.masking.select import decoder_blocks
+from sparsify.models.base import BaseModel, load_model, load_tokenizer
 
 PATTERN = NMPattern(2, 4)
 STRATEGIES: dict[str, dict[str, Any]] = {"wanda": {}, "sparsegpt": {"update_weights": True}}
@@ -62,18 +61,12 @@ def peak_memory():
 @torch.no_grad()
 def ours(model: Any, windows: Tensor, name: str) -> None:
     """This package's engine, masks and weights applied as in a run."""
-    layers, _ = select(model, PATTERN)
     strategy = make_strategy(name, **STRATEGIES[name])
-    scope = inject(model, layers, PATTERN, strategy.make_masker)
+    masked = MaskedModel(BaseModel(model, "", model.dtype, ""), strategy)
     settings = Calibration(samples=len(windows), cache=False)
-    engine = Layerwise(model, scope, lambda: windows, settings, "", torch.device("cpu"))
-    masked = masked_layers(model)
-    for layer_name, result in engine.run(strategy):
-        layer = masked[layer_name]
-        strategy.init_masker(layer.masker, layer.weight_OI, result)
-        if result.weight is not None:
-            layer.weight_OI.data.copy_(result.weight)
-    fold(model)
+    engine = Layerwise(masked, lambda: windows, settings, torch.device("cpu"))
+    masked.calibrate(engine.run(strategy))
+    masked.fold()
 
 
 @torch.no_grad()

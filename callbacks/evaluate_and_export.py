@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.find import find
@@ -28,9 +29,11 @@ from sparsify.common.run_folder import run_folder
 from sparsify.common.seal import sealed
 from sparsify.common.secrets import redacted
 from sparsify.export.folder import export
+from sparsify.export.read_back import WINDOWS
 from sparsify.export.target import check_target, check_writable
 from sparsify.models.perplexity import Score, score_metrics
-from sparsify.results.result import describe_protocol, make_result, pattern_text, sparsity
+from sparsify.models.token_batch import split_batch
+from sparsify.results.result import describe_protocol, make_result, pattern_text
 
 
 class EvaluateAndExport(Callback):
@@ -110,7 +113,8 @@ class EvaluateAndExport(Callback):
         _log(trainer, split, scores, result)
         folder = self._target(trainer)
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
-        export(pl_module, folder, record, self.overwrite)
+        tokens_BT = _windows(trainer)
+        export(pl_module.masked, folder, record, self.overwrite, tokens_BT, pl_module.measuring)
         self.exported = folder
         if trainer.is_global_zero:
             console(trainer).print(f"exported to {folder}", soft_wrap=True)
@@ -120,7 +124,12 @@ class EvaluateAndExport(Callback):
     ) -> dict[str, Any]:
         result = make_result(
             describe_run(trainer, pl_module),
-            describe_protocol(pl_module, trainer.datamodule, split),
+            describe_protocol(
+                pl_module.masked.base,
+                pl_module.scored_dtype,
+                trainer.datamodule.describe(split),
+                split,
+            ),
             scores,
         )
         result["history"] = {
@@ -139,6 +148,14 @@ class EvaluateAndExport(Callback):
             else:  # the export, on another disk maybe, still happens
                 print(f"WARNING: {path} was not written: {unwritten}", file=sys.stderr)
         return result
+
+
+def _windows(trainer: Any) -> Tensor | None:
+    """A few windows of the test text, int64 ``[B, T]``; None where there is none."""
+    data = trainer.datamodule
+    if not data.test_names:
+        return None
+    return split_batch(next(iter(data.test_dataloader()[0])))[0][:WINDOWS]
 
 
 def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, Any]) -> None:
@@ -181,9 +198,9 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     distils = pl_module.distillation.weight and pl_module.learns
     return {
         "strategy": pl_module.strategy.describe(),
-        "pattern": str(pl_module.pattern) if pl_module.strategy.prunes else "dense",
-        "overrides": pl_module.overrides.describe() if pl_module.strategy.prunes else {},
-        "sparsity": sparsity(pl_module),
+        "pattern": str(pl_module.selection.pattern) if pl_module.strategy.prunes else "dense",
+        "overrides": pl_module.selection.overrides.describe() if pl_module.strategy.prunes else {},
+        "sparsity": pl_module.masked.sparsity(),
         "calibration": pl_module.calibrated,
         "distillation": asdict(pl_module.distillation) if distils else None,
         "seed": pl_module.seed,

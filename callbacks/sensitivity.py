@@ -74,14 +74,16 @@ class MeasureSensitivity(Callback):
 def _report(trainer: Any, pl_module: Any, found: Sensitivity) -> None:
     result = make_result(
         describe_run(trainer, pl_module),
-        describe_protocol(pl_module, trainer.datamodule, SPLIT),
+        describe_protocol(
+            pl_module.masked.base, pl_module.scored_dtype, trainer.datamodule.describe(SPLIT), SPLIT
+        ),
         found.pruned,
     )
     del result["scores"]
     path = run_folder(trainer) / "sensitivity.json"
     write_json(path, result | {"schema": SENSITIVITY_SCHEMA} | found.describe())
     title = f"{type(pl_module.strategy).__name__} {pattern_text(result['run'])}"
-    title = f"{title} on {pl_module.base_name}"
+    title = f"{title} on {pl_module.masked.base.name}"
     out = console(trainer)
     out.print(_block_table(found, f"{title}: {SPLIT} perplexity"), _other_table(found))
     out.print(f"result in {path}", soft_wrap=True)

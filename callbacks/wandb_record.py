@@ -99,15 +99,17 @@ def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str,
     Two runs with the same ``protocol`` measured the same model on the same text in the same way.
     """
     strategy = pl_module.strategy
-    protocol = describe_protocol(pl_module, trainer.datamodule, split)
+    protocol = describe_protocol(
+        pl_module.masked.base, pl_module.scored_dtype, trainer.datamodule.describe(split), split
+    )
     fits = trainer.state.fn == TrainerFn.FITTING  # which at its end measures whole texts
     limit = "limit_test_batches" if split == "test" else "limit_val_batches"
     protocol["limit_batches"] = 1.0 if fits else getattr(trainer, limit)
-    overrides = pl_module.overrides.describe()
-    pattern = pattern_text({"pattern": str(pl_module.pattern), "overrides": overrides})
+    overrides = pl_module.selection.overrides.describe()
+    pattern = pattern_text({"pattern": str(pl_module.selection.pattern), "overrides": overrides})
     return {
-        "base": pl_module.base_name,
-        "base_hash": pl_module.base_hash[:SHORT],
+        "base": pl_module.masked.base.name,
+        "base_hash": pl_module.masked.base.hash[:SHORT],
         "strategy": strategy_name(type(strategy)),
         "pattern": pattern if strategy.prunes else "dense",
         "weights": strategy.weights,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsify.common.console import Progress, quiet
+from sparsify.common.console import Progress
+from sparsify.common.quiet import quiet
 from sparsify.common.ranks import rank_zero, together
 from sparsify.common.signals import Interrupted
 from sparsify.data import TextDataModule
 from sparsify.export.folder import export, mask_lineage
 from sparsify.export.mask_file.file import write_masks
-from sparsify.masking.inject import fold, hard_masks
 from sparsify.masking.layer import layer_patterns, masked_layers
 from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
 from sparsify.masking.strategy import SparsityStrategy
@@ -44,31 +44,31 @@ class Sparsified:
     trainer: Trainer
 
     def __repr__(self) -> str:
-        strategy, pattern = type(self.module.strategy).__name__, str(self.module.pattern)
-        pattern += " with overrides" if self.module.overrides.patterns else ""
+        strategy, pattern = type(self.module.strategy).__name__, str(self.module.selection.pattern)
+        pattern += " with overrides" if self.module.selection.overrides.patterns else ""
         return f"Sparsified({strategy} {pattern}, {self.module.steps} steps)"
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The hard masks by layer name: bool ``[O, I]``, True = kept."""
-        return dict(hard_masks(self.model))
+        return self.module.masked.hard_masks()
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the sparse model, its tokenizer, masks and manifest as a Hugging Face folder."""
-        export(self.module, Path(folder), {}, overwrite)
+        export(self.module.masked, Path(folder), {}, overwrite, None, self.module.measuring)
 
     def save_masks(self, path: str | Path) -> None:
         """Write the masks alone: a file that ``prior`` takes."""
-        patterns = layer_patterns(self.model)
-        lineage, masks = mask_lineage(self.module), self.masks()
+        masked, masks = self.module.masked, self.masks()
+        patterns, lineage = layer_patterns(self.model), mask_lineage(masked)
         with together():
             if rank_zero():
-                write_masks(Path(path), masks, patterns, self.module.base_hash, lineage)
+                write_masks(Path(path), masks, patterns, masked.base.hash, lineage)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense
         weights are gone then.
         """
-        fold(self.model)
+        self.module.masked.fold()
         return self.model
 
 

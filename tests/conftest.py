@@ -12,9 +12,20 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from sparsify import SparsityStrategy
 from sparsify.cli.main import main
+from sparsify.masking.layer import base_parameters
+from sparsify.masking.masked_model import MaskedModel
+from sparsify.masking.select import Selection
+from sparsify.models.base import BaseModel
+from sparsify.models.hashes import hash_parameters
 from sparsify.training.trainer import Trainer
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
@@ -91,6 +102,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words.append(WORDS[at])
         (folder / f"{split}.txt").write_text(" ".join(words), encoding="utf-8")
     return folder
+
+
+def masked_model(
+    model: PreTrainedModel, strategy: SparsityStrategy, selection: Selection = Selection()
+) -> MaskedModel:
+    """The model with masked layers, whose maskers have no values yet."""
+    digest = hash_parameters(base_parameters(model))
+    return MaskedModel(BaseModel(model, "tiny", model.dtype, digest), strategy, selection)
 
 
 class Cli:

@@ -17,6 +17,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 import sparsify
 from sparsify.calibration import Layerwise
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama
 
 
@@ -62,7 +63,7 @@ def test_the_seed_decides_where_the_logits_start(model, tokenizer, text: Path) -
             tiny_llama(), tokenizer, MaskLLM(prior=None), seed=seed
         )
         module.configure_model()
-        module._calibrate()
+        calibrate(module)
         starts.append(module.lm.model.layers[0].mlp.up_proj.masker.logits_OKG.detach())
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])

@@ -6,21 +6,19 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sparsify import NMPattern
 from sparsify import serving as runtime
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.export.folder import export
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking import noise
-from sparsify.masking.inject import inject
 from sparsify.masking.masker import Draw
 from sparsify.masking.registry import make_strategy
-from sparsify.masking.select import select
 from sparsify.models.perplexity import token_losses
 from sparsify.serving.backends import BACKENDS, Backend
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.build import calibrate
 from sparsify.training.module import SparseCausalLM
-from tests.conftest import SIZES, Cli, tiny_llama, word_tokenizer
+from tests.conftest import SIZES, Cli, masked_model, tiny_llama, word_tokenizer
 from tests.export.test_folder import masked_module
 
 pytestmark = [
@@ -40,9 +38,9 @@ def test_a_draw_gives_the_same_loss_and_gradients_on_both_devices() -> None:
     for device in ("cpu", "cuda"):
         module = SparseCausalLM.from_model(tiny_llama(), word_tokenizer(), MaskLLM("magnitude"))
         module.configure_model()
-        module._calibrate()
+        calibrate(module)
         module.to(device)
-        with module.scope.use(Draw(0, 0, 0)):
+        with module.masked.scope.use(Draw(0, 0, 0)):
             logits = module.lm(input_ids=tokens.to(device)).logits
         loss = token_losses(logits, tokens.to(device)).mean()
         loss.backward()
@@ -61,11 +59,11 @@ def test_calibration_moves_blocks_to_the_gpu_and_back(name: str, offload: bool) 
     tokens = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
     found = []
     for device in ("cpu", "cuda"):
-        model, pattern = tiny_llama(), NMPattern(2, 4)
-        strategy = make_strategy(name)
-        scope = inject(model, select(model, pattern)[0], pattern, strategy.make_masker)
+        model, strategy = tiny_llama(), make_strategy(name)
         settings = Calibration(samples=8, offload=offload, cache=False)
-        engine = Layerwise(model, scope, lambda: tokens, settings, "", torch.device(device))
+        engine = Layerwise(
+            masked_model(model, strategy), lambda: tokens, settings, torch.device(device)
+        )
         found.append({layer: result.mask for layer, result in engine.run(strategy)})
         assert {mask.device.type for mask in found[-1].values()} == {"cpu"}
         assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -96,7 +94,7 @@ def wide_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name.endswith("bias"):
                 parameter.data.normal_(std=0.3)
     folder = tmp_path_factory.mktemp("wide") / "out"
-    export(masked_module(model.bfloat16(), word_tokenizer()), folder, {})
+    export(masked_module(model.bfloat16(), word_tokenizer()).masked, folder, {})
     return folder
 
 

@@ -16,17 +16,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparsify.calibration.activations import Activations, moved
 from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
+from sparsify.calibration.shared import on_rank_zero
 from sparsify.calibration.statistics import Statistic
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
-from sparsify.masking.layer import MaskedLinear, MaskScope, layer_patterns, masked_layers
+from sparsify.common.ranks import from_rank_zero
+from sparsify.masking.layer import MaskedLinear, layer_patterns
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
@@ -67,31 +69,27 @@ class Layerwise:
     """Calibrates one model.
 
     Args:
-        model: with masked layers; on CPU or on ``device``, it comes back to where it was.
-        scope: its scope.
+        masked: its model, on CPU or on ``device``, comes back to where it was.
         windows: gives the token ids, int64 ``[S, T]``; called once, when a statistic is first
             asked for.
         settings: see :class:`Calibration`.
-        base_hash: the name of the model's weights, for the cache.
         device: where to compute. Blocks that are elsewhere are moved there one by one.
         watch: wraps the iteration over blocks, to show how far it is.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        scope: MaskScope,
+        masked: MaskedModel,
         windows: Callable[[], Tensor],
         settings: Calibration,
-        base_hash: str,
         device: torch.device,
         watch: Callable[[Iterable[str]], Iterable[str]] = iter,
     ) -> None:
-        self._model, self._scope, self._settings = model, scope, settings
-        self._base_hash, self._device, self._watch = base_hash, device, watch
-        self._modules = decoder_blocks(model)
-        self._layers = masked_layers(model)
-        self._patterns = layer_patterns(model)
+        self._model, self._scope, self._settings = masked.model, masked.scope, settings
+        self._base_hash, self._device, self._watch = masked.base.hash, device, watch
+        self._modules = decoder_blocks(masked.model)
+        self._layers = masked.layers
+        self._patterns = layer_patterns(masked.model)
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
         self._activations: Activations | None = None
@@ -109,8 +107,14 @@ class Layerwise:
 
         Results come when their block is finished, so that the caller can apply them then: no pass
         over a block sees weights that were changed. Afterwards ``record`` tells what was done, or
-        is None if no text was asked for.
+        is None if no text was asked for. In a run of several processes rank 0 computes, and all
+        yield its results.
         """
+        yield from on_rank_zero(self._run(strategy), self._model.device)
+        (self.record,) = from_rank_zero([self.record])
+
+    def _run(self, strategy: SparsityStrategy) -> Iterator[tuple[str, LayerResult]]:
+        """As :meth:`run`, in this process."""
         self._strategy = strategy
         self._start_time = start = time.perf_counter()
         folder: Path | None = None

@@ -59,7 +59,7 @@ def run(name: str, tool: Tool, words: list[str]) -> int:
 def _quiet(tool: Tool, words: list[str]) -> AbstractContextManager[None]:
     if not tool.loads_models or {"-h", "--help"} & {*words}:
         return nullcontext()
-    from sparsify.common.console import quiet
+    from sparsify.common.quiet import quiet
 
     return quiet()
 

@@ -1,27 +1,30 @@
 """The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sparsify.callbacks.sensitivity import MeasureSensitivity
 from sparsify.cli.short_forms import RUNS, expand
 from sparsify.cli.table import TRAINER_COMMANDS
 from sparsify.common import yaml_text
-from sparsify.common.console import Progress, quiet
+from sparsify.common.console import Progress
 from sparsify.common.errors import SparsifyError
 from sparsify.common.files import full_disk
+from sparsify.common.quiet import quiet
 from sparsify.common.ranks import leave_process_group
 from sparsify.common.secrets import holds_redacted, redacted
 from sparsify.data import TextDataModule
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, plugins
-from sparsify.training.module import ADAMW, SparseCausalLM
+from sparsify.training.module import SparseCausalLM
+from sparsify.training.optimizers import ADAMW
 from sparsify.training.trainer import Trainer
 
 TRAINER_DEFAULTS = {
@@ -100,6 +103,30 @@ class Parser(LightningArgumentParser):
         return names
 
 
+class CommandTrainer(Trainer):
+    """The Trainer of the command line, of which each command is a method."""
+
+    def sensitivity(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Measure on the validation text how much each decoder block loses by its masks.
+
+        Args:
+            model: the module; its strategy leaves the base weights as they are.
+            datamodule: its data.
+            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one these are
+                the masks with which the strategy starts, before it learns anything.
+        """
+        self.sensing = True
+        callback = MeasureSensitivity()
+        cast(Any, self).callbacks.append(callback)
+        try:
+            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            self.sensing = False
+            cast(Any, self).callbacks.remove(callback)
+
+
 class SparsifyCLI(LightningCLI):
     """LightningCLI with our Trainer and its commands, and the entry points' callbacks."""
 
@@ -123,7 +150,7 @@ class SparsifyCLI(LightningCLI):
         parser.add_lightning_class_args(TextDataModule, "data")
         for name, point in plugins(CALLBACKS).items():
             parser.add_lightning_class_args(point.load(), name)
-        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(CommandTrainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -181,7 +208,7 @@ def run(words: list[str]) -> None:
             SparsifyCLI(
                 SparseCausalLM,
                 TextDataModule,
-                trainer_class=Trainer,
+                trainer_class=CommandTrainer,
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,

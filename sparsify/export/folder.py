@@ -23,24 +23,28 @@ from sparsify.common.replace import partial_folder, replace_folder
 from sparsify.export.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
-from sparsify.export.read_back import Measured, check_read_back, measured_logits, windows_to_compare
+from sparsify.export.read_back import Measured, Measuring, check_read_back, measure
 from sparsify.export.target import check_target, keep_others
 from sparsify.masking.layer import (
     MaskedConv1D,
     MaskedLinear,
     base_parameters,
     layer_patterns,
-    masked_layers,
 )
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.sharded_rows import hard_mask, shipped, whole
 from sparsify.models.hashes import hash_parameters, hash_tensor
 from sparsify.models.stored_weights import StoredWeights
-from sparsify.training.module import SparseCausalLM
 
 
 @torch.no_grad()
 def export(
-    module: SparseCausalLM, folder: Path, record: Mapping[str, Any], overwrite: bool = False
+    masked: MaskedModel,
+    folder: Path,
+    record: Mapping[str, Any],
+    overwrite: bool = False,
+    tokens_BT: Tensor | None = None,
+    measuring: Measuring | None = None,
 ) -> None:
     """Write the folder whole, or leave everything as it was.
 
@@ -48,24 +52,27 @@ def export(
     all do.
 
     Args:
-        module: the model with its masks; it is not changed.
+        masked: the model with its masks; it is not changed.
         folder: the place to write to.
         record: lineage, protocol and results, for the manifest.
         overwrite: replace an earlier export.
+        tokens_BT: windows of text, int64, for which what was written is compared with what was
+            measured; None takes drawn token ids.
+        measuring: the masks and the precision under which scores were measured; None takes the hard
+            masks alone.
 
     Raises:
         SparsifyError: the place is taken, the disk is full, weights changed that must not, or the
-            folder, read back as plain Transformers, does not compute what the module does.
+            folder, read back as plain Transformers, does not compute what the masked model does.
     """
     with together():
         if rank_zero():
-            check_target(folder, overwrite, module.name_or_path)
-    whole_model = _gather(module)
-    tokens_BT = windows_to_compare(module)
-    measured = Measured(tokens_BT, measured_logits(module, tokens_BT))
+            check_target(folder, overwrite, masked.base.name_or_path)
+    whole_model = _gather(masked)
+    measured = measure(masked, tokens_BT, measuring or masked.hard)
     with together():
         if rank_zero():
-            _write(module, folder, whole_model, measured, record, overwrite)
+            _write(masked, folder, whole_model, measured, record, overwrite)
 
 
 class _Whole(NamedTuple):
@@ -76,14 +83,14 @@ class _Whole(NamedTuple):
     shipped: dict[str, Tensor]
 
 
-def _gather(module: SparseCausalLM) -> _Whole:
+def _gather(masked: MaskedModel) -> _Whole:
     """All that rank 0 writes, one tensor at a time; on the other ranks nothing is kept."""
     model = _Whole({}, {}, {})
-    for name, parameter in base_parameters(module.lm).items():
+    for name, parameter in base_parameters(masked.model).items():
         weight = whole(parameter)
         if rank_zero():
             model.weights[name] = weight.cpu() if isinstance(parameter, DTensor) else weight
-    for name, layer in masked_layers(module.lm).items():
+    for name, layer in masked.layers.items():
         mask_OI, weight_OI = hard_mask(layer), shipped(layer)
         if rank_zero():
             model.masks[name] = mask_OI.cpu()
@@ -93,7 +100,7 @@ def _gather(module: SparseCausalLM) -> _Whole:
 
 
 def _write(
-    module: SparseCausalLM,
+    masked: MaskedModel,
     folder: Path,
     whole_model: _Whole,
     measured: Measured,
@@ -101,38 +108,38 @@ def _write(
     overwrite: bool,
 ) -> None:
     weights, masks, _ = whole_model
-    if not module.strategy.changes_base and hash_parameters(weights) != module.base_hash:
+    if not masked.strategy.changes_base and hash_parameters(weights) != masked.base.hash:
         raise SparsifyError(
             "the base weights changed during the run, though the strategy says that they stay"
         )
-    for name, layer in masked_layers(module.lm).items():
+    for name, layer in masked.layers.items():
         # A weight that two layers share is listed once.
         if (key := f"{name}.weight") in weights:
             weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
-    dtype = _storage_dtype(module, weights.values())
+    dtype = _storage_dtype(masked, weights.values())
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     try:
         with partial_folder(folder) as partial:
-            plain = _plain_model(module.lm, weights, dtype)
+            plain = _plain_model(masked.model, weights, dtype)
             plain.save_pretrained(partial)
-            module.tokenizer.save_pretrained(partial)
+            masked.base.tokenizer.save_pretrained(partial)
             if masks:
                 write_masks(
                     partial / FILE_NAME,
                     masks,
-                    layer_patterns(module.lm),
-                    module.base_hash,
-                    mask_lineage(module),
+                    layer_patterns(masked.model),
+                    masked.base.hash,
+                    mask_lineage(masked),
                 )
-            content = _manifest(module, masks, dtype) | _stored_tensors(partial, plain)
+            content = _manifest(masked, masks, dtype) | _stored_tensors(partial, plain)
             content["files"] = file_hashes(partial, but=MANIFEST)
             write_json(partial / MANIFEST, content | dict(record))
-            check_read_back(partial, module, type(plain), weights, measured)
+            check_read_back(partial, masked.model, type(plain), weights, measured)
             # Whoever serves the model may be another user; some of these were made private.
             for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
             # Again: writing takes minutes, and others write too.
-            check_target(folder, overwrite, module.name_or_path)
+            check_target(folder, overwrite, masked.base.name_or_path)
             keep_others(folder, partial)
             replace_folder(partial, folder)
     except Exception as error:
@@ -154,18 +161,18 @@ def _masked(
     return layer.as_stored(shipped_OI)
 
 
-def mask_lineage(module: SparseCausalLM) -> dict[str, Any]:
-    """Where a module's masks come from, for a mask file."""
-    return {"base": module.base_name, "strategy": module.strategy.describe()}
+def mask_lineage(masked: MaskedModel) -> dict[str, Any]:
+    """Where a model's masks come from, for a mask file."""
+    return {"base": masked.base.name, "strategy": masked.strategy.describe()}
 
 
-def _storage_dtype(module: SparseCausalLM, weights: Any) -> torch.dtype:
+def _storage_dtype(masked: MaskedModel, weights: Any) -> torch.dtype:
     """The type in which the base is stored, if it holds these values exactly; else the one in which
     they were used.
     """
-    stored = module.stored_dtype
+    stored = masked.base.stored_dtype
     exact = all(torch.equal(w.to(stored).to(w.dtype), w) for w in weights)
-    return stored if exact else module.lm.dtype
+    return stored if exact else masked.model.dtype
 
 
 def _plain_model(
@@ -190,18 +197,18 @@ def _plain_model(
 
 
 def _manifest(
-    module: SparseCausalLM, masks: Mapping[str, Tensor], dtype: torch.dtype
+    masked: MaskedModel, masks: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Any]:
-    layers = masked_layers(module.lm)
+    layers, base = masked.layers, masked.base
     return {
         "schema": MANIFEST_SCHEMA,
-        "pattern": str(module.pattern),
+        "pattern": str(masked.selection.pattern),
         "base": {
-            "name": module.base_name,
-            "hash": module.base_hash,
-            "dtype": _dtype_name(module.lm.dtype),
+            "name": base.name,
+            "hash": base.hash,
+            "dtype": _dtype_name(masked.model.dtype),
         },
-        "strategy": module.strategy.describe(),
+        "strategy": masked.strategy.describe(),
         "dtype": _dtype_name(dtype),
         "layers": {
             name: {
@@ -211,7 +218,7 @@ def _manifest(
             }
             for name, mask in masks.items()
         },
-        "dense": module.dense_layers,
+        "dense": masked.dense,
     }
 
 

@@ -7,7 +7,8 @@ object alone.
 Shapes: B windows, T tokens, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,45 +18,45 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from sparsify.common.bits import bits
 from sparsify.common.errors import SparsifyError
-from sparsify.models.token_batch import split_batch
+from sparsify.masking.masked_model import MaskedModel
 
 WINDOWS = 2
 _DRAWN_TOKENS = 16
 
 
+Measuring = Callable[[], AbstractContextManager[None]]
+
+
 class Measured(NamedTuple):
-    """What the masked model computed: logits ``[B, T, V]`` on CPU of tokens ``[B, T]``."""
+    """What the masked model computed: logits ``[B, T, V]`` on CPU of tokens ``[B, T]``, and what
+    it was computed under.
+    """
 
     tokens_BT: Tensor
     logits_BTV: Tensor
+    measuring: Measuring
 
 
-def windows_to_compare(module: Any) -> Tensor:
-    """A few windows, int64 ``[B, T]``, on the module's device: of the test text, as it was
-    measured; where a run has none, drawn token ids.
-    """
-    data = None if module._trainer is None else cast(Any, module.trainer).datamodule
-    if data is not None and data.test_names:
-        tokens_BT = split_batch(next(iter(data.test_dataloader()[0])))[0][:WINDOWS]
-        return tokens_BT.to(module.device)
-    generator = torch.Generator().manual_seed(0)
-    ids = module.lm.get_input_embeddings().num_embeddings
-    return torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator).to(module.device)
-
-
-def measured_logits(module: Any, tokens_BT: Tensor) -> Tensor:
-    """What the model with its hard masks computes, ``[B, T, V]``, on CPU, as scores are measured.
+def measure(masked: MaskedModel, tokens_BT: Tensor | None, measuring: Measuring) -> Measured:
+    """Run the masked model over windows, or over drawn token ids where there are none.
 
     Every rank of a sharded run must call this.
     """
-    with module.measuring():
-        return cast(Tensor, module.lm(input_ids=tokens_BT, use_cache=False).logits.cpu())
+    model = masked.model
+    if tokens_BT is None:
+        generator = torch.Generator().manual_seed(0)
+        ids = model.get_input_embeddings().num_embeddings
+        tokens_BT = torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator)
+    tokens_BT = tokens_BT.to(model.device)
+    with measuring():
+        logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits.cpu()
+    return Measured(tokens_BT, logits_BTV, measuring)
 
 
 @torch.no_grad()
 def check_read_back(
     folder: Path,
-    module: Any,
+    like: PreTrainedModel,
     plain_class: type[PreTrainedModel],
     written: Mapping[str, Tensor],
     measured: Measured,
@@ -67,28 +68,28 @@ def check_read_back(
 
     Args:
         folder: the written one.
-        module: the LightningModule whose model it holds.
+        like: the masked model that it holds.
         plain_class: the model's class without masks.
         written: the Parameters by name, as they should be stored.
-        measured: what the module itself computed.
+        measured: what that model itself computed.
 
     Raises:
         SparsifyError: it does not load whole, or a logit differs by a bit; the tensors that differ
             are named.
     """
-    model = _load(folder, module.lm, plain_class)
-    if module.device.type != "cpu":
+    model = _load(folder, like, plain_class)
+    if like.device.type != "cpu":
         from accelerate import cpu_offload
 
-        model = cpu_offload(model, module.device)
-    with module.measuring():
+        model = cpu_offload(model, like.device)
+    with measured.measuring():
         found_BTV = model(input_ids=measured.tokens_BT, use_cache=False).logits.cpu()
     if torch.equal(found_BTV, measured.logits_BTV):
         return
     difference = float((found_BTV.double() - measured.logits_BTV.double()).abs().max())
     raise SparsifyError(
         f"what was written, read back as plain Transformers, does not compute what was measured "
-        f"(logits differ by up to {difference:.3g}): {_reason(model, module.lm, written)}; nothing "
+        f"(logits differ by up to {difference:.3g}): {_reason(model, like, written)}; nothing "
         "was exported"
     )
 

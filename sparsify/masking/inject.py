@@ -1,4 +1,4 @@
-"""Which layers of a model are masked, and how they get in and out of it."""
+"""How masked layers get into a model, and out of it."""
 
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -10,29 +10,31 @@ from torch.distributed.tensor import DTensor
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.layer import MaskScope, linear_shape, masked, masked_layers
 from sparsify.masking.masker import Masker
-from sparsify.masking.overrides import Overrides
 from sparsify.masking.pattern import NMPattern
+from sparsify.masking.select import Selection
 from sparsify.masking.sharded_rows import hard_mask
 
 MakeMasker = Callable[[str, tuple[int, int], NMPattern], Masker]
 
 
 def inject(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    pattern: NMPattern,
-    make_masker: MakeMasker,
-    overrides: Overrides = Overrides(),
+    model: nn.Module, layers: dict[str, nn.Module], selection: Selection, make_masker: MakeMasker
 ) -> MaskScope:
     """Replace the layers by masked ones over the same Parameters; layers that share a weight share
-    the masker. What :func:`select` chose has a pattern, ``pattern`` or one of the overrides.
+    the masker.
+
+    Args:
+        model: holds the layers; changed in place.
+        layers: by qualified name, as :func:`~sparsify.masking.select.select` chose them.
+        selection: tells the pattern of each.
+        make_masker: makes the masker of a layer of this name, shape (O, I) and pattern.
     """
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
     for name, layer in layers.items():
         weight = cast(torch.Tensor, layer.weight)
         if id(weight) not in maskers:
-            own = cast(NMPattern, overrides.pattern(name, pattern))
+            own = cast(NMPattern, selection.pattern_of(name))
             maskers[id(weight)] = make_masker(name, linear_shape(layer), own).to(weight.device)
         masker = maskers[id(weight)]
         model.set_submodule(name, masked(layer, masker, scope))

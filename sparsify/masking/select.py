@@ -1,6 +1,7 @@
 """Which layers of a model are masked, and by which patterns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -33,21 +34,55 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{i}": block for i, block in enumerate(blocks)}
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which layers of a model are to be masked, and by which patterns.
+
+    Attributes:
+        pattern: of all that have no other.
+        include: globs on qualified names; None means every linear layer of the decoder blocks.
+        exclude: globs of layers to leave dense.
+        overrides: patterns of some of the layers that are left.
+    """
+
+    pattern: NMPattern = NMPattern(2, 4)
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    overrides: Overrides = Overrides()
+
+    @classmethod
+    def parse(
+        cls,
+        pattern: str,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        overrides: Mapping[str, str] | None = None,
+    ) -> "Selection":
+        """Read it as the command line gives it; a glob may stand alone.
+
+        Raises:
+            SparsifyError: a pattern is none.
+        """
+        return cls(
+            NMPattern.parse(pattern),
+            [include] if isinstance(include, str) else include,
+            [exclude] if isinstance(exclude, str) else exclude or (),
+            Overrides.parse(overrides),
+        )
+
+    def pattern_of(self, name: str) -> NMPattern | None:
+        """The pattern of a layer; None if it stays dense by override."""
+        return self.overrides.pattern(name, self.pattern)
+
+
 def select(
-    model: PreTrainedModel,
-    pattern: NMPattern,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    overrides: Overrides = Overrides(),
+    model: PreTrainedModel, selection: Selection
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Choose the layers to mask.
 
     Args:
         model: the dense model.
-        pattern: the pattern of all that have no other.
-        include: globs on qualified names; None means every linear layer of the decoder blocks.
-        exclude: globs of layers to leave dense.
-        overrides: patterns of some of the layers that are left.
+        selection: what is asked for.
 
     Returns:
         The layers to mask by name, and for every other matrix of the model the reason why it stays
@@ -63,7 +98,8 @@ def select(
             "same object; load it again"
         )
     layers = {name: module for name, module in model.named_modules() if can_mask(module)}
-    for glob in [*(include or ()), *exclude]:
+    include, overrides = selection.include, selection.overrides
+    for glob in [*(include or ()), *selection.exclude]:
         if not any(fnmatchcase(name, glob) for name in layers):
             raise SparsifyError(
                 f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}"
@@ -83,7 +119,7 @@ def select(
             if include is None
             else any(fnmatchcase(name, glob) for glob in include)
         )
-        left_out = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
+        left_out = next((glob for glob in selection.exclude if fnmatchcase(name, glob)), None)
         if layer is model.get_output_embeddings() and include is None:
             dense[name] = "output head"
         elif left_out is not None:
@@ -97,10 +133,10 @@ def select(
             f"overrides: {unused!r} matches no layer that would be masked; there are "
             f"{', '.join(_families(candidates))}"
         )
-    _check_shared(candidates, pattern, overrides)
+    _check_shared(candidates, selection)
     chosen: dict[str, nn.Module] = {}
     for name, layer in candidates.items():
-        own = overrides.pattern(name, pattern)
+        own = selection.pattern_of(name)
         if own is None:
             dense[name] = f"dense by override {overrides.glob(name)!r}"
         else:
@@ -130,11 +166,11 @@ def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, st
         )
 
 
-def _check_shared(layers: dict[str, nn.Module], pattern: NMPattern, overrides: Overrides) -> None:
+def _check_shared(layers: dict[str, nn.Module], selection: Selection) -> None:
     first: dict[int, str] = {}
     for name, layer in layers.items():
         other = first.setdefault(id(layer.weight), name)
-        own, others = (overrides.pattern(n, pattern) for n in (name, other))
+        own, others = selection.pattern_of(name), selection.pattern_of(other)
         if own != others:
             raise SparsifyError(
                 f"{name} is {own or DENSE} and {other}, whose weight it shares, is "

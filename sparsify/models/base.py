@@ -2,6 +2,7 @@
 it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import (
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
-from sparsify.models.load_checks import check_loaded, correct_tie
+from sparsify.models.hashes import hash_parameters
+from sparsify.models.load_checks import check_finite, check_loaded, check_model, correct_tie
 from sparsify.models.load_errors import check_plain, load_errors
 from sparsify.models.model_files import check_model_files
 
@@ -98,6 +100,61 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
     with load_errors("tokenizer", name_or_path):
         return AutoTokenizer.from_pretrained(**_location(name_or_path))
+
+
+@dataclass
+class BaseModel:
+    """A dense model that was checked, and what names it.
+
+    Attributes:
+        model: in evaluation mode.
+        name_or_path: where it came from.
+        stored_dtype: the type in which its weights are stored.
+        hash: of its Parameters, see :func:`~sparsify.models.hashes.hash_parameters`.
+        own_tokenizer: the tokenizer that came with it; None to load it from where the model is.
+    """
+
+    model: PreTrainedModel
+    name_or_path: str
+    stored_dtype: torch.dtype
+    hash: str
+    own_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name for records: of a local path the last part, as they travel."""
+        path = Path(self.name_or_path).expanduser()
+        return path.resolve().name if path.exists() else self.name_or_path
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to it."""
+        if self.own_tokenizer is None:
+            self.own_tokenizer = load_tokenizer(self.name_or_path)
+        return self.own_tokenizer
+
+
+def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
+    """Load a model that can be masked; arguments and errors as :func:`load_model`.
+
+    Raises:
+        SparsifyError: its weights are quantised, or not finite.
+    """
+    model = load_model(name_or_path, dtype)
+    return check_base(model, name_or_path, stored_dtype(name_or_path))
+
+
+def check_base(
+    model: PreTrainedModel,
+    name_or_path: str,
+    stored: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> BaseModel:
+    """Name a model object by its hash; errors as :func:`load_base`."""
+    check_model(model)
+    check_finite(model.named_parameters())
+    digest = hash_parameters(dict(model.named_parameters()))
+    return BaseModel(model, name_or_path, stored, digest, tokenizer)
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:

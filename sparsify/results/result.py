@@ -1,6 +1,5 @@
 """The result of a run: how it is made, what it says of the run, and what it must hold."""
 
-import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -8,10 +7,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 from sparsify.common.version import version
-from sparsify.masking.layer import base_parameters, masked_layers
-from sparsify.masking.select import decoder_blocks
+from sparsify.models.base import BaseModel
 from sparsify.models.perplexity import OVERALL, Score
-from sparsify.training.module import SparseCausalLM
 
 NUMBER, TEXT, TABLE, LIST = "a number", "text", "a table", "a list"
 COUNT, SECONDS = "a number, whole and not negative", "a number, not negative"
@@ -81,34 +78,23 @@ METRIC = (
 )
 
 
-def describe_protocol(module: SparseCausalLM, datamodule: Any, split: str) -> dict[str, Any]:
-    """How a score on a split is measured: what must agree for two to be compared."""
-    precision = None if module._trainer is None else module.trainer.precision
+def describe_protocol(
+    base: BaseModel, dtype: str, text: Mapping[str, Any], split: str
+) -> dict[str, Any]:
+    """How a score on a split is measured: what must agree for two to be compared.
+
+    Args:
+        base: the dense model.
+        dtype: in which scores are computed.
+        text: as :meth:`~sparsify.data.TextDataModule.describe` describes that of the split.
+        split: its name.
+    """
     return {
         "metric": METRIC,
         "split": split,
-        "base": {
-            "name": module.base_name,
-            "hash": module.base_hash,
-            "dtype": module.dtype_name + (f", {precision}" if precision == "bf16-mixed" else ""),
-        },
-        "data": datamodule.describe(split),
+        "base": {"name": base.name, "hash": base.hash, "dtype": dtype},
+        "data": dict(text),
     }
-
-
-def sparsity(module: SparseCausalLM) -> float:
-    """The share of zeros that the masks make, of the blocks' weights: of all their matrices, and
-    of stacks of matrices, as which experts may be held; not of depthwise convolutions.
-    """
-    maskers = [layer.masker for layer in masked_layers(module.lm).values()]
-    zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)
-    total = sum(
-        parameter.numel()
-        for block in decoder_blocks(module.lm).values()
-        for parameter in base_parameters(block).values()
-        if parameter.ndim == 2 or (parameter.ndim == 3 and min(parameter.shape[1:]) > 1)
-    )
-    return zeros / total
 
 
 def make_result(

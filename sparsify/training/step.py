@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.masking.layer import MaskScope
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masking
 from sparsify.masking.strategy import RunResult
 from sparsify.models.perplexity import mean_loss, token_losses
@@ -23,13 +24,12 @@ class BatchRun:
     """Runs a model on one micro-batch as often as a strategy asks.
 
     Args:
-        model: the masked model.
-        scope: its scope.
+        masked: the model with its masks.
         batch: token ids, with their targets where not all are.
         first: the draw of a strategy that takes one a micro-batch; index = micro-batch x
             data-parallel ranks + rank.
         distillation: mixes the divergence from the dense model into the loss.
-        teacher: the dense model, where training changes the weights of ``model``.
+        teacher: the dense model, where training changes its weights.
 
     Attributes:
         task_loss: of the last run, 0-d, without a graph.
@@ -37,14 +37,13 @@ class BatchRun:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        scope: MaskScope,
+        masked: MaskedModel,
         batch: Tensor | TokenBatch,
         first: Draw,
         distillation: Distillation = Distillation(),
         teacher: PreTrainedModel | None = None,
     ) -> None:
-        self._model, self._scope = model, scope
+        self._model, self._scope = masked.model, masked.scope
         self._distillation, self._teacher = distillation, teacher
         self._teacher_BTV: Tensor | None = None
         self._tokens_BT, self._targets_BT = split_batch(batch)

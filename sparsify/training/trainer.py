@@ -1,10 +1,10 @@
-"""Lightning's Trainer with two more entry points."""
+"""Lightning's Trainer, which can also export a checkpoint, and leaves signals alone."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -37,8 +37,7 @@ class _Signals(_SignalConnector):
 
 
 class Trainer(LightningTrainer):
-    """A Trainer that can also export a checkpoint, and measure its blocks; everything else is
-    Lightning's.
+    """A Trainer that can also export a checkpoint; everything else is Lightning's.
 
     Args:
         strategy: how the processes of a run share the work; ``fsdp`` is
@@ -53,7 +52,7 @@ class Trainer(LightningTrainer):
 
     Attributes:
         exporting: whether ``export`` is at work.
-        sensing: whether ``sensitivity`` is at work.
+        sensing: whether the sensitivity of blocks is measured, and not the model.
         restores: whether a checkpoint is about to be loaded, so that nothing that it holds needs to
             be computed.
     """
@@ -120,28 +119,6 @@ class Trainer(LightningTrainer):
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-
-    def sensitivity(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
-    ) -> None:
-        """Measure on the validation text how much each decoder block loses by its masks.
-
-        Args:
-            model: the module; its strategy leaves the base weights as they are.
-            datamodule: its data.
-            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one these are
-                the masks with which the strategy starts, before it learns anything.
-        """
-        from sparsify.callbacks.sensitivity import MeasureSensitivity  # which needs this module
-
-        self.sensing = True
-        callback = MeasureSensitivity()
-        cast(Any, self).callbacks.append(callback)
-        try:
-            self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        finally:
-            self.sensing = False
-            cast(Any, self).callbacks.remove(callback)
 
 
 class _Restorer(_CheckpointConnector):

@@ -149,7 +149,7 @@ class Scenario:
         self.known = known
 
     def export(self, version: str) -> None:
-        export(self.modules[version], self.place, {"run": version}, overwrite=True)
+        export(self.modules[version].masked, self.place, {"run": version}, overwrite=True)
 
     def run(self, before: str, exchange: bool = True, start: int = 0) -> dict[str, Any]:
         operations: list[str] = []
@@ -201,7 +201,7 @@ def main(folder: Path) -> None:
     }
     known: dict[str, Digest] = {"nothing": None}
     for version, module in modules.items():
-        export(module, folder / version, {"run": version})
+        export(module.masked, folder / version, {"run": version})
         known[version] = digest(folder / version)
     one, two = known["version 1"] or {}, known["version 2"] or {}
     changed = {name for name in one if one[name] != two[name]}

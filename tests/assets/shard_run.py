@@ -77,7 +77,7 @@ class Watch(Callback):
         self.out["calibrated"] = module.calibrated
         shown = trainer.callback_metrics.items()
         self.out["metrics"] = {k: float(v) for k, v in shown if k.startswith("masks/")}
-        export(module, self.folder / "export", {}, overwrite=True)
+        export(module.masked, self.folder / "export", {}, overwrite=True)
 
 
 def learn(

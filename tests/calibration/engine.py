@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
+from sparsify import Block, LayerResult, NMPattern, SparsityStrategy
 from sparsify.calibration import Calibration, Layerwise
-from sparsify.masking.inject import inject
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.overrides import Overrides
-from sparsify.masking.select import decoder_blocks, select
-from sparsify.models.hashes import hash_parameters
+from sparsify.masking.select import Selection, decoder_blocks
+from tests.conftest import masked_model
 
 TWO_FOUR = NMPattern(2, 4)
 TEXT = torch.randint(2, 64, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -30,16 +29,11 @@ def masked(
     **globs: list[str],
 ) -> Layerwise:
     """An engine for a model whose layers are masked now."""
-    layers, _ = select(model, pattern, overrides=overrides, **globs)
-    scope = inject(model, layers, pattern, FixedMasker, overrides)
-    return Layerwise(
-        model,
-        scope,
-        (lambda: text) if isinstance(text, Tensor) else text,
-        settings,
-        base_hash or hash_parameters(base_parameters(model)),
-        torch.device("cpu"),
-    )
+    made = masked_model(model, SparsityStrategy(), Selection(pattern, overrides=overrides, **globs))
+    if base_hash is not None:
+        made.base.hash = base_hash
+    windows = (lambda: text) if isinstance(text, Tensor) else text
+    return Layerwise(made, windows, settings, torch.device("cpu"))
 
 
 def calibrated(

@@ -1,6 +1,7 @@
 """What strategies are told of the calibration text, against whole plain models."""
 
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from sparsify import Block, FixedMasker, LayerResult, SparsifyError, SparsityStrategy
 from sparsify.calibration import Calibration, Hessian, Layerwise, Moments
 from sparsify.masking.inject import inject
-from sparsify.masking.select import decoder_blocks
+from sparsify.masking.layer import masked_layers
+from sparsify.masking.select import Selection, decoder_blocks
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.pruner_zero import PrunerZero
 from sparsify.strategies.wanda import Wanda
@@ -367,9 +369,12 @@ class Chain(nn.Module):
     def results(self, strategy: SparsityStrategy) -> dict[str, LayerResult]:
         """Calibrate its three layers."""
         layers = {f"blocks.{i}.linear": block.linear for i, block in enumerate(self.blocks)}
-        scope = inject(self, layers, TWO_FOUR, FixedMasker)
-        settings, cpu = Calibration(cache=False), torch.device("cpu")
-        return dict(Layerwise(self, scope, lambda: TEXT, settings, "", cpu).run(strategy))  # type: ignore[arg-type]
+        scope = inject(self, layers, Selection(TWO_FOUR), FixedMasker)
+        made: Any = SimpleNamespace(
+            model=self, scope=scope, layers=masked_layers(self), base=SimpleNamespace(hash="")
+        )
+        settings, self.device = Calibration(cache=False), torch.device("cpu")
+        return dict(Layerwise(made, lambda: TEXT, settings, self.device).run(strategy))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from sparsify.data import Source, TextDataModule
 from sparsify.data.documents import Instruction, read_documents
 from sparsify.data.packing import pack, to_batch
 from sparsify.data.sources import BadRows
-from sparsify.masking.layer import MaskScope
 from sparsify.models.perplexity import PerplexityMeter, mean_loss, token_losses
 from sparsify.models.token_batch import TokenBatch, split_batch
+from sparsify.strategies.dense import Dense
 from sparsify.training.step import BatchRun
-from tests.conftest import tiny_llama
+from tests.conftest import masked_model, tiny_llama
 from tests.data.conftest import words, write_jsonl, write_parquet, write_rows
 
 # A turn is "w190 <user> text w191": each part is one word of the tokenizer.
@@ -237,7 +237,8 @@ def batch() -> TokenBatch:
 
 def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
     model = tiny_llama()
-    run = BatchRun(model, MaskScope(), batch, Draw(0, 0, 0))
+    masked = masked_model(model, Dense())
+    run = BatchRun(masked, batch, Draw(0, 0, 0))
     loss, task_loss, logits, _ = run("dense")
     assert torch.equal(loss, task_loss)
     losses = [value for window in by_hand(logits, batch) for value in window]
@@ -245,8 +246,8 @@ def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
     assert run.task_loss is not None
     assert run.task_loss.item() == loss.item()
     everything = batch._replace(targets_BT=torch.ones_like(batch.targets_BT))
-    plain = BatchRun(model, MaskScope(), batch.tokens_BT, Draw(0, 0, 0))("dense").task_loss
-    assert BatchRun(model, MaskScope(), everything, Draw(0, 0, 0))("dense").task_loss.item() == (
+    plain = BatchRun(masked, batch.tokens_BT, Draw(0, 0, 0))("dense").task_loss
+    assert BatchRun(masked, everything, Draw(0, 0, 0))("dense").task_loss.item() == (
         pytest.approx(plain.item(), rel=1e-6)
     )
 
@@ -254,7 +255,7 @@ def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
 def test_a_batch_without_target_has_loss_zero_and_a_graph(batch: TokenBatch) -> None:
     model = tiny_llama()
     nothing = batch._replace(targets_BT=torch.zeros_like(batch.targets_BT))
-    loss = BatchRun(model, MaskScope(), nothing, Draw(0, 0, 0))("dense").task_loss
+    loss = BatchRun(masked_model(model, Dense()), nothing, Draw(0, 0, 0))("dense").task_loss
     assert loss.item() == 0
     loss.backward()
     gradient = model.lm_head.weight.grad

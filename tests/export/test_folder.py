@@ -29,10 +29,10 @@ from sparsify.export.target import check_target
 from sparsify.masking.inject import hard_masks
 from sparsify.masking.layer import masked_layers
 from sparsify.models.hashes import hash_parameters
-from sparsify.results.result import sparsity
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama
 from tests.tiny_models import FAMILIES
 
@@ -45,7 +45,7 @@ def masked_module(
     """A module with magnitude masks, without a Trainer."""
     module = SparseCausalLM.from_model(model, tokenizer, Magnitude(), **options)
     module.configure_model()
-    module._calibrate()
+    calibrate(module)
     return module
 
 
@@ -63,7 +63,7 @@ def test_the_folder_loads_as_the_masked_model(
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     dense = model(input_ids=TOKENS).logits
     module = masked_module(model, tokenizer, pattern=pattern)
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     masks = {name: mask.clone() for name, mask in hard_masks(model)}
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
 
@@ -107,7 +107,7 @@ def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     model = tiny_llama()
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     module = masked_module(model, tokenizer, overrides=MIXED)
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     stored = load_file(tmp_path / "out" / "model.safetensors")
     wanted = {
         f"model.layers.{i}.self_attn.{kind}_proj": NMPattern(1, 4)
@@ -138,13 +138,13 @@ def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     assert masks.keys() == wanted.keys()
     assert all(torch.equal(masks[name], mask) for name, mask in hard_masks(module.lm))
     total = sum(p.numel() for name, p in base.items() if "proj" in name)
-    assert sparsity(module) == pytest.approx(zeros / total, abs=1e-9)
+    assert module.masked.sparsity() == pytest.approx(zeros / total, abs=1e-9)
 
     again = SparseCausalLM.from_model(
         tiny_llama(), tokenizer, MaskLLM(str(tmp_path / "out"), alpha=1e3), overrides=MIXED
     )
     again.configure_model()
-    again._calibrate()
+    calibrate(again)
     assert all(torch.equal(masks[name], mask) for name, mask in hard_masks(again.lm))
 
 
@@ -162,20 +162,20 @@ def test_a_prior_of_other_patterns_is_refused(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    export(masked_module(tiny_llama(), tokenizer, overrides=MIXED), tmp_path / "out", {})
+    export(masked_module(tiny_llama(), tokenizer, overrides=MIXED).masked, tmp_path / "out", {})
     module = SparseCausalLM.from_model(
         tiny_llama(), tokenizer, MaskLLM(prior=str(tmp_path / "out")), overrides=overrides
     )
     module.configure_model()
     with pytest.raises(SparsifyError, match=message):
-        module._calibrate()
+        calibrate(module)
 
 
 def test_the_square_conv1d_is_masked_along_its_inputs(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = FAMILIES["gpt2"]()
-    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    export(masked_module(model, tokenizer).masked, tmp_path / "out", {})
     stored = load_file(tmp_path / "out" / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
     assert stored.shape == (
         32,
@@ -189,7 +189,7 @@ def test_the_manifest_says_what_it_is(tokenizer: PreTrainedTokenizerFast, tmp_pa
     model = tiny_llama()
     base_hash = hash_parameters({name: p.clone() for name, p in model.named_parameters()})
     module = masked_module(model, tokenizer, exclude=["*down_proj"])
-    export(module, tmp_path / "a" / "b", {"scores": {"x": 1}})
+    export(module.masked, tmp_path / "a" / "b", {"scores": {"x": 1}})
     manifest = read_manifest(tmp_path / "a" / "b")
     assert manifest["schema"] == "sparsify.manifest/1"
     assert manifest["pattern"] == "2:4"
@@ -213,7 +213,7 @@ def test_the_manifest_hashes_what_is_stored(
 ) -> None:
     model = FAMILIES[family]()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    export(masked_module(model, tokenizer).masked, tmp_path / "out", {})
     manifest = read_manifest(tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert manifest["tensors"].keys() == stored.keys()
@@ -281,12 +281,12 @@ def test_a_folder_that_computes_something_else_is_refused(
         spoil(folder)
 
     module = masked_module(tiny_llama(), tokenizer)
-    export(module, tmp_path / "former", {})
+    export(module.masked, tmp_path / "former", {})
     former = files(tmp_path / "former")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
     for place in ("new", "former"):
         with pytest.raises(SparsifyError, match="nothing was exported") as error:
-            export(module, tmp_path / place, {}, overwrite=True)
+            export(module.masked, tmp_path / place, {}, overwrite=True)
         assert says in str(error.value)
     assert files(tmp_path / "former") == former
     assert [path.name for path in tmp_path.iterdir()] == ["former"]
@@ -299,7 +299,7 @@ def test_a_setting_that_the_model_object_alone_has_is_found(
     module = masked_module(model, tokenizer)
     model.model.norm.variance_epsilon = 0.1
     with pytest.raises(SparsifyError, match="so the model object computes otherwise"):
-        export(module, tmp_path / "out", {})
+        export(module.masked, tmp_path / "out", {})
 
 
 def test_buffers_that_a_conversion_has_rounded_are_named(
@@ -307,17 +307,20 @@ def test_buffers_that_a_conversion_has_rounded_are_named(
 ) -> None:
     module = masked_module(tiny_llama().bfloat16(), tokenizer)
     with pytest.raises(SparsifyError, match=r"other values in model.rotary_emb.inv_freq"):
-        export(module, tmp_path / "out", {})
+        export(module.masked, tmp_path / "out", {})
 
 
 def test_the_folder_holds_its_masks_and_its_tokenizer(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     module = masked_module(tiny_llama(), tokenizer, pattern="2:8")
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     found = read_masks(tmp_path / "out")
-    assert found.base_hash == module.base_hash
-    assert found.index.lineage == {"base": module.base_name, "strategy": Magnitude().describe()}
+    assert found.base_hash == module.masked.base.hash
+    assert found.index.lineage == {
+        "base": module.masked.base.name,
+        "strategy": Magnitude().describe(),
+    }
     masks = dict(hard_masks(module.lm))
     assert found.keys() == masks.keys()
     assert all(torch.equal(found[name], mask) for name, mask in masks.items())
@@ -331,7 +334,7 @@ def test_a_kept_weight_that_is_zero_is_still_in_the_mask(
 ) -> None:
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[0, :4] = 0
-    export(masked_module(model, tokenizer), tmp_path / "out", {})
+    export(masked_module(model, tokenizer).masked, tmp_path / "out", {})
     mask = read_masks(tmp_path / "out" / FILE_NAME)["model.layers.0.mlp.up_proj"]
     assert mask[0, :4].tolist() == [True, True, False, False]
 
@@ -343,7 +346,7 @@ def test_the_dense_reference_exports_the_base(
     expected = model(input_ids=TOKENS).logits
     module = SparseCausalLM.from_model(model, tokenizer, Dense())
     module.configure_model()
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded(input_ids=TOKENS).logits, expected)
     assert read_manifest(tmp_path / "out")["layers"] == {}
@@ -359,8 +362,8 @@ def test_a_base_stored_in_fp16_is_exported_in_fp16(
     base = load_file(tmp_path / "base" / "model.safetensors")
     module = SparseCausalLM(Magnitude(), name_or_path=str(tmp_path / "base"), dtype=used)  # type: ignore[arg-type]
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module)
+    export(module.masked, tmp_path / "out", {})
     manifest = read_manifest(tmp_path / "out")
     assert manifest["dtype"] == "float16"
     assert manifest["base"]["dtype"] == ("float16" if used == "auto" else used)
@@ -386,10 +389,10 @@ def test_changed_frozen_weights_are_detected(
     before = layer.weight.data[3, 5].item()
     layer.weight.data[3, 5] = before * (1 + 2**-22)  # the last bits of one weight
     with pytest.raises(SparsifyError, match="base weights changed"):
-        export(module, tmp_path / "out", {})
+        export(module.masked, tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
     layer.weight.data[3, 5] = before
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
 
 
 def test_a_foreign_folder_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -400,7 +403,7 @@ def test_a_foreign_folder_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
         with pytest.raises(SparsifyError, match="not an export and stays; name another folder"):
             check_target(tmp_path / "out", overwrite)
         with pytest.raises(SparsifyError, match="not an export"):
-            export(module, tmp_path / "out", {}, overwrite)
+            export(module.masked, tmp_path / "out", {}, overwrite)
     assert files(tmp_path) == {"out/thesis.txt": b"precious"}
     check_target(tmp_path / "free", False)
 
@@ -409,13 +412,13 @@ def test_an_earlier_export_is_replaced_only_if_asked(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     module = masked_module(tiny_llama(), tokenizer)
-    export(module, tmp_path / "out", {"run": 1})
+    export(module.masked, tmp_path / "out", {"run": 1})
     (tmp_path / "out" / "note.txt").write_text("the user's own")
     before = files(tmp_path)
     with pytest.raises(SparsifyError, match="holds an earlier export; replace it with overwrite"):
-        export(module, tmp_path / "out", {"run": 2})
+        export(module.masked, tmp_path / "out", {"run": 2})
     assert files(tmp_path) == before
-    export(module, tmp_path / "out", {"run": 2}, overwrite=True)
+    export(module.masked, tmp_path / "out", {"run": 2}, overwrite=True)
     assert read_manifest(tmp_path / "out")["run"] == 2
     assert set(before) == set(files(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -434,7 +437,7 @@ def test_a_failed_write_leaves_the_former_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = masked_module(tiny_llama(), tokenizer)
-    export(module, tmp_path / "out", {"run": 1})
+    export(module.masked, tmp_path / "out", {"run": 1})
     before = files(tmp_path)
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -450,9 +453,9 @@ def test_a_failed_write_leaves_the_former_export(
             SparsifyError if full else OSError,
             match="disk is full.*sparsify export" if full else "put/output",
         ):
-            export(module, tmp_path / "out", {"run": 2}, overwrite=True)
+            export(module.masked, tmp_path / "out", {"run": 2}, overwrite=True)
         with pytest.raises((SparsifyError, OSError)):
-            export(module, tmp_path / "new", {})
+            export(module.masked, tmp_path / "new", {})
     assert files(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -460,7 +463,7 @@ def test_a_failed_write_leaves_the_former_export(
 def test_masks_do_not_change_the_module(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     module = masked_module(tiny_llama(), tokenizer)
     state: dict[str, Tensor] = {key: value.clone() for key, value in module.state_dict().items()}
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert len(masked_layers(module.lm)) == 14
 
@@ -473,5 +476,5 @@ def test_a_full_disk_that_safetensors_tells_of_is_a_message(
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     with pytest.raises(SparsifyError, match="disk is full.*nothing else was lost"):
-        export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {})
+        export(masked_module(tiny_llama(), tokenizer).masked, tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []

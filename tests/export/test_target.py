@@ -30,7 +30,7 @@ def test_overwriting_keeps_what_the_user_added(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     module, out = masked_module(tiny_llama(), tokenizer), tmp_path / "out"
-    export(module, out, {})
+    export(module.masked, out, {})
     (out / "README.md").write_text("mine")
     os.chmod(out / "README.md", 0o640)
     os.utime(out / "README.md", ns=(10**18, 10**18 + 1))
@@ -38,7 +38,7 @@ def test_overwriting_keeps_what_the_user_added(
     (out / ".git" / "HEAD").write_text("ref: main")
     (out / "nowhere").symlink_to("missing")
     os.utime(out / ".git", ns=(10**18, 10**18))
-    export(module, out, {"note": "second"}, overwrite=True)
+    export(module.masked, out, {"note": "second"}, overwrite=True)
     assert json.loads((out / MANIFEST).read_text())["note"] == "second"
     status = (out / "README.md").stat()
     assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o640, 10**18 + 1)

@@ -12,7 +12,7 @@ from sparsify import FixedMasker, Masker, NMPattern, SparsifyError
 from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import MaskScope, layer_patterns, masked_layers
 from sparsify.masking.overrides import Overrides
-from sparsify.masking.select import decoder_blocks, select
+from sparsify.masking.select import Selection, decoder_blocks, select
 from tests.tiny_models import FAMILIES, tied_llama, tiny_gpt2, tiny_qwen2
 
 TWO_FOUR = NMPattern(2, 4)
@@ -23,15 +23,15 @@ LAYERS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 
 def mask_by_magnitude(model: PreTrainedModel, **globs: list[str]) -> MaskScope:
     """Mask the selected layers and keep their largest weights."""
-    layers, _ = select(model, TWO_FOUR, **globs)
-    scope = inject(model, layers, TWO_FOUR, FixedMasker)
+    layers, _ = select(model, Selection(TWO_FOUR, **globs))
+    scope = inject(model, layers, Selection(TWO_FOUR), FixedMasker)
     for layer in masked_layers(model).values():
         layer.masker.set_mask(TWO_FOUR.top(layer.weight_OI.detach().abs()))
     return scope
 
 
 def test_the_default_is_every_linear_layer_of_the_blocks(model: PreTrainedModel) -> None:
-    chosen, dense = select(model, TWO_FOUR)
+    chosen, dense = select(model, Selection(TWO_FOUR))
     assert list(chosen) == [f"model.layers.{i}.{layer}" for i in (0, 1) for layer in LAYERS]
     assert dense == {
         "lm_head": "output head",
@@ -41,14 +41,16 @@ def test_the_default_is_every_linear_layer_of_the_blocks(model: PreTrainedModel)
 
 
 def test_gpt2_layers_are_chosen_and_its_tables_named() -> None:
-    chosen, dense = select(tiny_gpt2(), TWO_FOUR)
+    chosen, dense = select(tiny_gpt2(), Selection(TWO_FOUR))
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     assert list(chosen) == [f"transformer.h.{i}.{name}" for i in (0, 1) for name in names]
     assert set(dense) == {"lm_head", "transformer.wte", "transformer.wpe"}
 
 
 def test_include_and_exclude_are_globs_on_names(model: PreTrainedModel) -> None:
-    chosen, dense = select(model, TWO_FOUR, include=["*.0.mlp.*", "*q_proj"], exclude=["*down*"])
+    chosen, dense = select(
+        model, Selection(TWO_FOUR, include=["*.0.mlp.*", "*q_proj"], exclude=["*down*"])
+    )
     assert set(chosen) == {
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
@@ -62,8 +64,8 @@ def test_include_and_exclude_are_globs_on_names(model: PreTrainedModel) -> None:
 
 
 def test_an_untied_head_is_masked_if_it_is_named(model: PreTrainedModel) -> None:
-    assert set(select(model, TWO_FOUR, include=["lm_head"])[0]) == {"lm_head"}
-    assert len(select(model, TWO_FOUR, include=["*"])[0]) == 15
+    assert set(select(model, Selection(TWO_FOUR, include=["lm_head"]))[0]) == {"lm_head"}
+    assert len(select(model, Selection(TWO_FOUR, include=["*"]))[0]) == 15
 
 
 @pytest.mark.parametrize("globs", [{"include": ["*w1*"]}, {"exclude": ["*w1*"]}])
@@ -71,7 +73,7 @@ def test_a_glob_that_matches_nothing_lists_what_there_is(
     model: PreTrainedModel, globs: dict[str, list[str]]
 ) -> None:
     with pytest.raises(SparsifyError, match=r"'\*w1\*' matches no linear layer") as error:
-        select(model, TWO_FOUR, **globs)
+        select(model, Selection(TWO_FOUR, **globs))
     for layer in LAYERS:
         assert f"model.layers.*.{layer}" in str(error.value)
     assert "lm_head" in str(error.value)
@@ -79,7 +81,7 @@ def test_a_glob_that_matches_nothing_lists_what_there_is(
 
 def test_nothing_left_to_mask_is_an_error(model: PreTrainedModel) -> None:
     with pytest.raises(SparsifyError, match="no layer is left to mask; there are model.layers"):
-        select(model, TWO_FOUR, exclude=["*"])
+        select(model, Selection(TWO_FOUR, exclude=["*"]))
 
 
 def test_inputs_that_do_not_divide_are_named_with_the_fix(model: PreTrainedModel) -> None:
@@ -88,25 +90,25 @@ def test_inputs_that_do_not_divide_are_named_with_the_fix(model: PreTrainedModel
     with pytest.raises(
         SparsifyError, match=rf"model\.layers\.1\.mlp\.down_proj: in_features=30.*m=4; {fix}"
     ):
-        select(model, TWO_FOUR)
-    assert len(select(model, TWO_FOUR, exclude=["*down_proj"])[0]) == 12
-    assert len(select(model, NMPattern(1, 2))[0]) == 14  # 30 divides by 2
+        select(model, Selection(TWO_FOUR))
+    assert len(select(model, Selection(TWO_FOUR, exclude=["*down_proj"]))[0]) == 12
+    assert len(select(model, Selection(NMPattern(1, 2)))[0]) == 14  # 30 divides by 2
 
 
 def test_conv1d_counts_its_inputs_not_its_outputs() -> None:
     gpt2 = tiny_gpt2()
     gpt2.transformer.h[0].mlp.c_fc = Conv1D(128, 30)
     with pytest.raises(SparsifyError, match="in_features=30 is not a multiple"):
-        select(gpt2, TWO_FOUR)
+        select(gpt2, Selection(TWO_FOUR))
     gpt2.transformer.h[0].mlp.c_fc = Conv1D(30, 32)
-    assert "transformer.h.0.mlp.c_fc" in select(gpt2, TWO_FOUR)[0]
+    assert "transformer.h.0.mlp.c_fc" in select(gpt2, Selection(TWO_FOUR))[0]
 
 
 @pytest.mark.parametrize("make", [tied_llama, tiny_gpt2])
 @pytest.mark.parametrize("include", ["lm_head", "*"])
 def test_a_tied_head_is_refused(make: Callable[[], PreTrainedModel], include: str) -> None:
     with pytest.raises(SparsifyError, match=r"lm_head: its weight is tied to .*(embed_tokens|wte)"):
-        select(make(), TWO_FOUR, include=[include])
+        select(make(), Selection(TWO_FOUR, include=[include]))
     select(make(), TWO_FOUR)  # by default it stays dense
 
 
@@ -119,7 +121,7 @@ def test_layers_that_share_a_weight_share_the_masker(model: PreTrainedModel) -> 
         made.append(name)
         return FixedMasker(name, shape, pattern)
 
-    inject(model, select(model, TWO_FOUR)[0], TWO_FOUR, make)
+    inject(model, select(model, Selection(TWO_FOUR))[0], Selection(TWO_FOUR), make)
     layers = masked_layers(model)
     a, b = (layers[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
     assert a.masker is b.masker
@@ -136,8 +138,8 @@ def test_overrides_by_glob_the_last_wins(model: PreTrainedModel) -> None:
     overrides = Overrides.parse(
         {"*.mlp.*": "1:4", "*.down_proj": "4:8", "*.1.*": "dense", "*.1.mlp.up_proj": "2:8"}
     )
-    layers, dense = select(model, TWO_FOUR, exclude=["*k_proj"], overrides=overrides)
-    inject(model, layers, TWO_FOUR, FixedMasker, overrides)
+    layers, dense = select(model, Selection(TWO_FOUR, exclude=["*k_proj"], overrides=overrides))
+    inject(model, layers, Selection(TWO_FOUR, overrides=overrides), FixedMasker)
     found = {name: str(pattern) for name, pattern in layer_patterns(model).items()}
     assert found == {
         **{f"model.layers.0.self_attn.{kind}_proj": "2:4" for kind in "qvo"},
@@ -157,7 +159,7 @@ def test_an_override_of_no_masked_layer_lists_what_there_is(
 ) -> None:
     overrides = Overrides.parse({"*q_proj": "1:4", glob: "dense"})
     with pytest.raises(SparsifyError, match="matches no layer that would be masked") as error:
-        select(model, TWO_FOUR, exclude=["*k_proj"], overrides=overrides)
+        select(model, Selection(TWO_FOUR, exclude=["*k_proj"], overrides=overrides))
     assert repr(glob) in str(error.value)
     assert "model.layers.*.self_attn.q_proj, model.layers.*.self_attn.v_proj" in str(error.value)
     assert "model.layers.*.self_attn.k_proj" not in str(error.value)
@@ -171,18 +173,18 @@ def test_a_bad_pattern_is_named_with_its_glob(pattern: str) -> None:
 
 def test_inputs_divide_by_the_layers_own_pattern(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.down_proj = nn.Linear(36, 32)
-    select(model, TWO_FOUR)
+    select(model, Selection(TWO_FOUR))
     for overrides, m in (({"*down_proj": "4:8"}, 8), ({"*.1.*": "3:5"}, 5)):
         with pytest.raises(SparsifyError, match=f"in_features=.* is not a multiple of m={m}"):
-            select(model, TWO_FOUR, overrides=Overrides.parse(overrides))
+            select(model, Selection(TWO_FOUR, overrides=Overrides.parse(overrides)))
     eight = NMPattern(4, 8)
     for overrides in ({"*.1.*down_proj": "2:4"}, {"*.1.*down_proj": "dense"}):
-        select(model, eight, overrides=Overrides.parse(overrides))
+        select(model, Selection(eight, overrides=Overrides.parse(overrides)))
 
 
 def test_all_dense_by_override_is_an_error(model: PreTrainedModel) -> None:
     with pytest.raises(SparsifyError, match="no layer is left to mask"):
-        select(model, TWO_FOUR, overrides=Overrides.parse({"*": "dense"}))
+        select(model, Selection(TWO_FOUR, overrides=Overrides.parse({"*": "dense"})))
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "dense"])
@@ -194,8 +196,10 @@ def test_layers_that_share_a_weight_have_one_pattern(model: PreTrainedModel, pat
         match=rf"layers\.1\.mlp\.up_proj is {pattern} and model\.layers\.0\.mlp\.up_proj, whose "
         r"weight it shares, is 2:4; .*--model\.overrides",
     ):
-        select(model, TWO_FOUR, overrides=Overrides.parse({"*.1.mlp.up_proj": pattern}))
-    chosen, _ = select(model, TWO_FOUR, overrides=Overrides.parse({"*.mlp.up_proj": pattern}))
+        select(model, Selection(TWO_FOUR, overrides=Overrides.parse({"*.1.mlp.up_proj": pattern})))
+    chosen, _ = select(
+        model, Selection(TWO_FOUR, overrides=Overrides.parse({"*.mlp.up_proj": pattern}))
+    )
     assert len(chosen) == (14 if pattern == "1:4" else 12)
 
 

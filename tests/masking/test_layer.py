@@ -19,7 +19,7 @@ from sparsify.masking import noise
 from sparsify.masking.inject import inject
 from sparsify.masking.layer import MaskedConv1D, MaskedLinear, MaskScope, linear_shape, masked
 from sparsify.masking.masker import Masking
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.strategies.maskllm import CandidateMasker
 from sparsify.training.step import checkpoint_activations
 
@@ -333,8 +333,8 @@ def test_two_draws_in_flight_survive_activation_checkpointing(model: Any) -> Non
         pattern = NMPattern(2, 4)
         scope = inject(
             lm,
-            select(lm, pattern)[0],
-            pattern,
+            select(lm, Selection(pattern))[0],
+            Selection(pattern),
             lambda *args: CandidateMasker(*args, VALUES, False),
         )
         if checkpointed:

@@ -16,6 +16,7 @@ from sparsify.masking.inject import hard_masks
 from sparsify.models.base import EMBEDDED, load_model, load_tokenizer, stored_dtype
 from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.wanda import Wanda
+from sparsify.training.build import calibrate
 from tests.conftest import EOS, SIZES, Cli, tiny_llama
 
 gguf = pytest.importorskip("gguf")
@@ -166,13 +167,12 @@ def test_a_model_from_a_gguf_file_is_exported_as_a_plain_folder(
     held = write_gguf(path, tiny_llama(), quantised)
     settings = Calibration(cache=False)
     module = SparseCausalLM(Wanda(), name_or_path=str(path), calibration=settings)
-    module._tokenizer = tokenizer
-    module.calibration_windows = lambda: TOKENS  # type: ignore[method-assign]
+    module.origin._tokenizer = tokenizer
     module.configure_model()
-    module._calibrate()
+    calibrate(module, windows=lambda: TOKENS)
     masks = dict(hard_masks(module.lm))
     assert len(masks) == 14
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     assert read_manifest(tmp_path / "out")["dtype"] == "float32"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert plain.dtype == torch.float32

@@ -25,19 +25,19 @@ from sparsify import SparseCausalLM, SparsifyError
 from sparsify.calibration import Calibration
 from sparsify.export.folder import export
 from sparsify.masking.inject import fold
-from sparsify.masking.layer import MaskScope, masked_layers
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.base import load_model, load_tokenizer
 from sparsify.models.load_checks import check_positions, check_tokenizer
 from sparsify.models.stored_weights import StoredWeights
-from sparsify.results.result import sparsity
 from sparsify.serving.verify.base_check import BaseCheck
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.wanda import Wanda
+from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun, checkpoint_activations
-from tests.conftest import Cli, tiny_llama, word_tokenizer
+from tests.conftest import Cli, masked_model, tiny_llama, word_tokenizer
 from tests.tiny_models import tiny_gpt2, tiny_mamba, tiny_mixtral, tiny_opt
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -140,10 +140,10 @@ def test_buffers_that_older_versions_saved_are_passed_over(
 
 def exported(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> SparseCausalLM:
     module = SparseCausalLM(Magnitude(), name_or_path=name)
-    module._tokenizer = tokenizer
+    module.origin._tokenizer = tokenizer
     module.configure_model()
-    module._calibrate()
-    export(module, folder, {})
+    calibrate(module, windows=lambda: TOKENS)
+    export(module.masked, folder, {})
     return module
 
 
@@ -169,8 +169,8 @@ def test_a_model_object_whose_head_was_untied_is_exported_so(
     model.config.tie_word_embeddings = True
     module = SparseCausalLM.from_model(model, tokenizer, Magnitude())
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module, windows=lambda: TOKENS)
+    export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
 
@@ -255,12 +255,12 @@ def test_the_mode_is_restored_when_a_run_fails(
 
 def test_a_recomputed_block_drops_nothing() -> None:
     model = with_dropout("opt")
-    scope = MaskScope()
+    masked = masked_model(model, Dense())
     expected = model(TOKENS).logits
-    checkpoint_activations(model, scope)
+    checkpoint_activations(model, masked.scope)
     assert decoder_blocks(model)["model.decoder.layers.0"].training
     model.requires_grad_(True)
-    run = BatchRun(model, scope, TOKENS, Draw(0, 0, 0))("dense")
+    run = BatchRun(masked, TOKENS, Draw(0, 0, 0))("dense")
     assert torch.equal(run.logits, expected)
     run.loss.backward()
     assert decoder_blocks(model)["model.decoder.layers.0"].training
@@ -297,13 +297,12 @@ def test_activations_that_overflow_are_named_with_the_fix(
     module = SparseCausalLM.from_model(
         model, tokenizer, Wanda(), calibration=Calibration(cache=False)
     )
-    module.calibration_windows = lambda: TOKENS  # type: ignore[method-assign]
     module.configure_model()
     with pytest.raises(
         SparsifyError,
         match=rf"output of model.layers.{block} is not finite in float16 .*--model.dtype bfloat16",
     ):
-        module._calibrate()
+        calibrate(module, windows=lambda: TOKENS)
 
 
 # -- layers that are not called --------------------------------------------------------------------
@@ -326,8 +325,8 @@ def test_without_it_the_export_is_the_measured_model(
 ) -> None:
     module = SparseCausalLM.from_model(tiny_mamba(), tokenizer, Magnitude(), exclude="*dt_proj")
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module, windows=lambda: TOKENS)
+    export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(plain(TOKENS).logits, module.lm(TOKENS).logits, rtol=0, atol=1e-6)
 
@@ -446,8 +445,8 @@ def test_experts_in_stacks_count_in_the_share_of_zeros(tokenizer: PreTrainedToke
     model = tiny_mixtral()
     module = SparseCausalLM.from_model(model, tokenizer, Magnitude())
     module.configure_model()
-    module._calibrate()
-    share = sparsity(module)
+    calibrate(module, windows=lambda: TOKENS)
+    share = module.masked.sparsity()
     fold(model)
     weights = [
         p for b in decoder_blocks(model).values() for p in b.parameters() if p.ndim in (2, 3)

@@ -32,7 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def exports(family: str, folder: Path) -> dict[str, Path]:
     """Some exports of one base."""
     for name, options in OPTIONS.items():
-        export(masked_module(FAMILIES[family](), word_tokenizer(), **options), folder / name, {})
+        export(
+            masked_module(FAMILIES[family](), word_tokenizer(), **options).masked, folder / name, {}
+        )
     return {name: folder / name for name in OPTIONS}
 
 
@@ -252,7 +254,7 @@ def test_a_base_is_known_in_the_type_of_the_masks(tmp_path: Path) -> None:
     base = LlamaForCausalLM._from_config(tiny_llama().config, dtype=torch.bfloat16)
     base.load_state_dict(tiny_llama().bfloat16().state_dict())
     module = masked_module(base, word_tokenizer())
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     for model in (tiny_llama().bfloat16(), tiny_llama().bfloat16().float()):
         adapters = MaskAdapters(model)
         adapters.add("x", tmp_path / "out")
@@ -280,7 +282,9 @@ def test_the_base_is_hashed_once_and_only_if_masks_ask(
 
 
 def test_several_patterns_in_one_mask(tmp_path: Path) -> None:
-    export(masked_module(tiny_llama(), word_tokenizer(), overrides=MIXED), tmp_path / "out", {})
+    export(
+        masked_module(tiny_llama(), word_tokenizer(), overrides=MIXED).masked, tmp_path / "out", {}
+    )
     adapters = MaskAdapters(tiny_llama())
     adapters.add("x", tmp_path / "out")
     adapters.use("x")

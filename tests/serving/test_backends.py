@@ -109,7 +109,7 @@ def test_a_model_loads_onto_pytorchs_compressed_tensors(
     sizes = SIZES | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
     # Made in this type: .bfloat16() would round the rotary frequencies too, as no loader does.
     model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), dtype=torch.bfloat16)
-    export(masked_module(model, word_tokenizer()), tmp_path / "out", {})
+    export(masked_module(model, word_tokenizer()).masked, tmp_path / "out", {})
     sparse = serving.load(tmp_path / "out", device="cpu", choose="sparse", backends=[CUTLASS])
     assert {choice.backend for choice in serving.choices(sparse).values()} == {"cutlass"}
     dense = serving.load(tmp_path / "out", device="cpu", choose="dense")

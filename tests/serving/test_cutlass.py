@@ -11,7 +11,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparsify import NMPattern, SparsifyError
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.models.base import load_model
 from sparsify.serving.backends import CUTLASS
 from sparsify.serving.cutlass import cutlass_metadata, cutlass_values
@@ -58,7 +58,7 @@ def test_it_is_what_pytorch_makes(dtype: torch.dtype, shape: tuple[int, int]) ->
 def test_of_every_eligible_layer_of_the_embedded_model(dtype: torch.dtype) -> None:
     model = load_model("embedded")
     count = 0
-    for layer in select(model, TWO_FOUR)[0].values():
+    for layer in select(model, Selection(TWO_FOUR))[0].values():
         assert isinstance(layer, torch.nn.Linear)
         weight = layer.weight.detach()
         mask = TWO_FOUR.top(weight.abs())

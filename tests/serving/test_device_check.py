@@ -20,6 +20,7 @@ from sparsify.serving.backends import SparseLinear
 from sparsify.serving.device_check import TOKENS, DeviceCheck, cuda_check
 from sparsify.serving.verify import verify
 from sparsify.strategies.magnitude import Magnitude
+from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama, word_tokenizer
 
 CPU = torch.device("cpu")
@@ -127,8 +128,8 @@ def test_verify_runs_the_layers_that_hold_their_pattern(
         tiny_llama(), word_tokenizer(), Magnitude(), overrides={"*.mlp.*": "4:8"}
     )
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module)
+    export(module.masked, tmp_path / "out", {})
     report = verify(tmp_path / "out", device="cuda")
     # Eight layers of attention are 2:4 in fp32, to be packed as bf16; 4:8 is not run.
     assert len(seen) == 8 + 2  # and a random one of each shape is timed
@@ -167,8 +168,8 @@ def test_no_such_device(tmp_path: Path) -> None:
 def test_a_gpu_multiplies_an_export_right(tmp_path: Path) -> None:
     module = SparseCausalLM.from_model(tiny_llama(), word_tokenizer(), Magnitude())
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module)
+    export(module.masked, tmp_path / "out", {})
     report = verify(tmp_path / "out", device="cuda")
     assert report.ok, report.to_dict()
     assert all(row.product is not None for row in report.layers)

@@ -44,14 +44,14 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every family with magnitude masks."""
     folders = {name: tmp_path_factory.mktemp("exports") / "out" for name in FAMILIES}
     for name, folder in folders.items():
-        export(masked_module(FAMILIES[name](), word_tokenizer()), folder, {})
+        export(masked_module(FAMILIES[name](), word_tokenizer()).masked, folder, {})
     return folders
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """The tiny Llama with magnitude masks, to be damaged."""
-    export(masked_module(tiny_llama(), tokenizer), tmp_path / "out", {})
+    export(masked_module(tiny_llama(), tokenizer).masked, tmp_path / "out", {})
     return tmp_path / "out"
 
 
@@ -156,7 +156,7 @@ def test_shards_load_as_one_file(tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 def test_a_bias_in_a_later_shard_is_not_lost(tmp_path: Path) -> None:
     """Weight and bias may come in any order."""
-    export(masked_module(FAMILIES["qwen2"](), word_tokenizer()), tmp_path / "out", {})
+    export(masked_module(FAMILIES["qwen2"](), word_tokenizer()).masked, tmp_path / "out", {})
     out = tmp_path / "out"
     wanted = serving.load(out, device="cpu")(input_ids=TOKENS).logits
     tensors = load_file(out / SINGLE)
@@ -198,7 +198,9 @@ def test_experts_that_are_stored_one_by_one(
         **SIZES, head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
     )
     out = tmp_path / "out"
-    export(masked_module(AutoModelForCausalLM.from_config(config).eval(), tokenizer), out, {})
+    export(
+        masked_module(AutoModelForCausalLM.from_config(config).eval(), tokenizer).masked, out, {}
+    )
     assert any("experts.3.up_proj" in name for name in StoredWeights(out))
     wanted = AutoModelForCausalLM.from_pretrained(out)(input_ids=TOKENS).logits
     model = serving.load(out, **SPARSE, backends=[FakeBackend()])
@@ -311,7 +313,7 @@ def test_memory_stays_near_that_of_the_sparse_model(
     config = LlamaConfig(
         **SIZES | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 10}
     )
-    export(masked_module(LlamaForCausalLM(config), tokenizer), tmp_path / "out", {})
+    export(masked_module(LlamaForCausalLM(config), tokenizer).masked, tmp_path / "out", {})
     dense = (tmp_path / "out" / SINGLE).stat().st_size
     live = LiveBytes()
 

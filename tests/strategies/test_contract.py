@@ -43,6 +43,7 @@ from sparsify.strategies.ria import RIA
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
 from sparsify.strategies.wanda import Wanda
+from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun
 from sparsify.training.trainer import Trainer
 from tests.conftest import quiet_trainer, tiny_llama
@@ -163,9 +164,8 @@ class Setting:
     def built(self, case: Case, **options: Any) -> SparseCausalLM:
         """A module with its first masks, without a Trainer."""
         module = self.module(case, **options)
-        module.calibration_windows = lambda: self.data().calibration(16)  # type: ignore[method-assign]
         module.configure_model()
-        module._calibrate()
+        calibrate(module, windows=lambda: self.data().calibration(16))
         return module
 
     def data(self) -> TextDataModule:
@@ -213,7 +213,7 @@ class HandRun:
 
     def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
         lm = self.module.lm
-        with torch.set_grad_enabled(grad), self.module.scope.use(masking) as penalties:
+        with torch.set_grad_enabled(grad), self.module.masked.scope.use(masking) as penalties:
             logits = lm(input_ids=self.batch, use_cache=False).logits
         shifted = logits[:, :-1].flatten(0, 1), self.batch[:, 1:].flatten()
         loss = F.cross_entropy(*shifted)
@@ -281,7 +281,7 @@ def test_a_run_changes_what_the_strategy_declares_and_nothing_else(
     trainer, recorder = setting.fit(module)
     assert trainer.global_step == (3 if case.learns else 1)
     assert all(math.isfinite(loss) for loss in recorder.losses)
-    assert module.base_hash == before
+    assert module.masked.base.hash == before
     if not module.strategy.changes_base:
         assert hash_parameters(base_parameters(module.lm)) == before
     if module.strategy.weights == "updated":
@@ -391,7 +391,7 @@ def test_what_is_measured_is_what_ships(case: Case, setting: Setting) -> None:
     trainer, _ = setting.fit(module)
     trainer.test(module, datamodule=setting.data(), verbose=False)
     score = module.scores["overall"]
-    export(module, setting.folder / "out", {})
+    export(module.masked, setting.folder / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(setting.folder / "out", dtype=torch.float32)
     data = setting.data()
     data.setup("test")
@@ -485,7 +485,7 @@ def test_noise_follows_seed_step_and_draw(case: Case, setting: Setting) -> None:
 
     def loss(step: int, index: int, seed: int = 0) -> float:
         module.seed = seed
-        run = BatchRun(module.lm, module.scope, batch, Draw(module.seed, step, index))
+        run = BatchRun(module.masked, batch, Draw(module.seed, step, index))
         return module.strategy.loss(run).item()
 
     values = [loss(0, 0), loss(0, 1), loss(1, 0), loss(0, 0, seed=1)]

@@ -18,7 +18,7 @@ from sparsify.export.mask_file.file import write_masks
 from sparsify.masking import noise
 from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import MaskedLinear, MaskScope, base_parameters, masked_layers
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.fixed_mask import AdaptedMasker, FixedMask
 from sparsify.strategies.sparsegpt import SparseGPT
@@ -77,7 +77,7 @@ def test_full_steps_are_adamws_on_kept_weights(
             )
     for name, mask in hard_masks(module.lm):
         assert torch.equal(mask, first[name]), name
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, mask in first.items():
         shipped = plain.get_parameter(f"{name}.weight").detach()
@@ -169,11 +169,11 @@ def test_what_is_trained_is_what_ships(
         assert torch.equal(layer.masker.harden(layer.weight_OI), start), name
     taken = train(module, text, tmp_path)
     assert all(".masker.lora_" in name for name in taken.gradients[0])
-    with module.scope.use(DRAW), torch.no_grad():
+    with module.masked.scope.use(DRAW), torch.no_grad():
         trained = module.lm(input_ids=TOKENS).logits
     assert not torch.equal(module.window_losses(TOKENS), before)
-    assert hash_parameters(base_parameters(module.lm)) == module.base_hash
-    export(module, tmp_path / "out", {})
+    assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
+    export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=TOKENS).logits, trained)
@@ -184,7 +184,7 @@ def test_what_is_trained_is_what_ships(
         assert torch.equal(masks[name], layer.masker.hard_mask(layer.weight_OI)), name
         assert not bool(shipped[~mask].any() | shipped[~mask].signbit().any()), name
         assert float((shipped != layer.weight_OI)[mask].float().mean()) > 0.5, name
-    assert hash_parameters(base_parameters(module.lm)) == module.base_hash
+    assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
     fold(module.lm)
     for name, parameter in plain.named_parameters():
         assert torch.equal(module.lm.get_parameter(name), parameter), name
@@ -193,7 +193,7 @@ def test_what_is_trained_is_what_ships(
 def test_the_base_that_an_addition_is_to_stays(tokenizer: PreTrainedTokenizerFast) -> None:
     prior = SparseGPT(update_weights=True)
     module = built(FixedMask(prior=prior, lora_rank=2), tokenizer)
-    assert hash_parameters(base_parameters(module.lm)) == module.base_hash
+    assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
     full = built(FixedMask(prior=prior), tokenizer)
     assert hash_parameters(base_parameters(full.lm)) != full.base_hash
 
@@ -202,7 +202,7 @@ def test_a_shared_weight_gets_its_addition_once(model: LlamaForCausalLM) -> None
     first, second = (block.mlp.up_proj for block in model.model.layers)
     second.weight = first.weight
     strategy = FixedMask(lora_rank=2)
-    inject(model, select(model, TWO_FOUR)[0], TWO_FOUR, strategy.make_masker)
+    inject(model, select(model, Selection(TWO_FOUR))[0], Selection(TWO_FOUR), strategy.make_masker)
     for layer in masked_layers(model).values():
         mask = TWO_FOUR.top(layer.weight_OI.abs())
         strategy.init_masker(layer.masker, layer.weight_OI, LayerResult(mask))

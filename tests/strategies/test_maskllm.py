@@ -27,6 +27,7 @@ from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
+from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun
 from tests.conftest import tiny_llama
 
@@ -67,9 +68,8 @@ def built(
 ) -> SparseCausalLM:
     """A module with its first logits."""
     module = SparseCausalLM.from_model(model, tokenizer, strategy, **options)
-    module.calibration_windows = lambda: TEXT  # type: ignore[method-assign]
     module.configure_model()
-    module._calibrate()
+    calibrate(module, windows=lambda: TEXT)
     return module
 
 
@@ -264,7 +264,7 @@ def test_the_loss_is_cross_entropy_less_the_retained_norm(
 ) -> None:
     strategy = MaskLLM(prior="magnitude", penalty_weight=Schedule(1e-2, 0.0))
     module = built(strategy, model, tokenizer, seed=5)
-    loss = strategy.loss(BatchRun(module.lm, module.scope, TOKENS, Draw(5, 3, 1)))
+    loss = strategy.loss(BatchRun(module.masked, TOKENS, Draw(5, 3, 1)))
     # By hand: put the sampled weights into a plain copy of the model.
     plain = LlamaForCausalLM(model.config).eval()
     weights = {n: p for n, p in model.named_parameters() if ".masker." not in n}
@@ -336,9 +336,9 @@ def test_a_prior_is_a_strategy_a_file_or_a_folder(
 ) -> None:
     first = SparseCausalLM.from_model(model, tokenizer, Magnitude())
     first.configure_model()
-    first._calibrate()
+    calibrate(first, windows=lambda: TEXT)
     masks = dict(hard_masks(model))
-    export(first, tmp_path / "out", {})
+    export(first.masked, tmp_path / "out", {})
     priors: dict[str, Any] = {
         "name": "magnitude",
         "object": Magnitude(),
@@ -375,7 +375,7 @@ def test_a_prior_that_updates_weights_gives_its_masks_only(
 ) -> None:
     strategy = MaskLLM(prior=SparseGPT(update_weights=True))
     module = built(strategy, model, tokenizer, calibration=Calibration(cache=False))
-    assert hash_parameters(base_parameters(model)) == module.base_hash
+    assert hash_parameters(base_parameters(model)) == module.masked.base.hash
 
 
 def test_a_layer_without_a_prior_is_an_error(

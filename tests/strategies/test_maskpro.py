@@ -16,16 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import Draw, LayerResult, NMPattern, RunResult, SparsifyError
 from sparsify.masking import noise
-from sparsify.masking.inject import inject
-from sparsify.masking.layer import MaskScope, masked, masked_layers
+from sparsify.masking.layer import MaskScope, masked
 from sparsify.masking.masker import Masking
 from sparsify.masking.plackett_luce import mask_probabilities
-from sparsify.masking.select import select
 from sparsify.strategies import logit_masker
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker
 from sparsify.strategies.maskpro import MaskPro
 from sparsify.training.step import BatchRun
-from tests.conftest import SIZES
+from tests.conftest import SIZES, masked_model
 
 TWO_FOUR = NMPattern(2, 4)
 ESTIMATORS = ("residual", "leave_one_out", "control_variate")
@@ -385,13 +383,11 @@ def test_a_step_allocates_less_than_a_byte_a_weight(
         torch.manual_seed(0)  # with others a good first draw is drawn again, and so is worth 0
         model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).eval().requires_grad_(False)
     strategy = MaskPro("magnitude", estimator=estimator, strength=2.0)  # type: ignore[arg-type]
-    layers, _ = select(model, TWO_FOUR)
-    scope = inject(model, layers, TWO_FOUR, strategy.make_masker)
-    masks = masked_layers(model)
-    for layer in masks.values():
-        strategy.init_masker(
-            layer.masker, layer.weight_OI, LayerResult(TWO_FOUR.top(layer.weight_OI.abs()))
-        )
+    masked = masked_model(model, strategy)
+    masks = masked.layers
+    masked.calibrate(
+        (name, LayerResult(TWO_FOUR.top(layer.weight_OI.abs()))) for name, layer in masks.items()
+    )
     weights = sum(layer.weight_OI.numel() for layer in masks.values())
     beside = sum(
         p.nbytes
@@ -403,7 +399,7 @@ def test_a_step_allocates_less_than_a_byte_a_weight(
     optimizer = strategy.optimizer([], masks, None)  # type: ignore[arg-type]
 
     def step(number: int) -> None:
-        run = BatchRun(model, scope, tokens, Draw(0, number, 0))
+        run = BatchRun(masked, tokens, Draw(0, number, 0))
         optimizer.step(lambda: strategy.loss(run).item())
 
     step(0)

@@ -17,7 +17,7 @@ from sparsify import Draw, NMPattern, SparsifyError
 from sparsify.export.folder import export
 from sparsify.masking.inject import hard_masks, inject
 from sparsify.masking.layer import base_parameters, masked_layers
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.models.hashes import hash_parameters
 from sparsify.strategies import proxsparse
 from sparsify.strategies.proxsparse import ProxSparse, ProxyMasker, proximal_
@@ -179,16 +179,16 @@ def test_the_copy_trains_dense_and_the_base_ships(
 ) -> None:
     module = built(ProxSparse(strength=0.3), tokenizer, optimizer=adamw(0.02, 0.0))
     first = dict(hard_masks(module.lm))
-    loss = module.strategy.loss(BatchRun(module.lm, module.scope, TOKENS, DRAW))
+    loss = module.strategy.loss(BatchRun(module.masked, TOKENS, DRAW))
     assert loss.item() == pytest.approx(loss_of(tiny_llama()), rel=1e-6)  # a copy of all weights
     train(module, text, tmp_path)
     proxies = {n: layer.masker.proxy_OI.detach() for n, layer in masked_layers(module.lm).items()}
     copy = tiny_llama()
     for name, proxy in proxies.items():
         copy.get_parameter(f"{name}.weight").data.copy_(proxy)
-    loss = module.strategy.loss(BatchRun(module.lm, module.scope, TOKENS, DRAW))
+    loss = module.strategy.loss(BatchRun(module.masked, TOKENS, DRAW))
     assert loss.item() == pytest.approx(loss_of(copy), rel=1e-6)
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     base = tiny_llama()
     flips = 0
@@ -198,7 +198,7 @@ def test_the_copy_trains_dense_and_the_base_ships(
         shipped = torch.where(mask, base.get_parameter(f"{name}.weight"), 0)
         assert torch.equal(plain.get_parameter(f"{name}.weight"), shipped), name
     assert flips > 20
-    assert hash_parameters(base_parameters(module.lm)) == module.base_hash
+    assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
 
 
 def loss_of(model: LlamaForCausalLM) -> float:
@@ -242,7 +242,7 @@ def test_the_anchor_is_added_to_the_loss(tokenizer: PreTrainedTokenizerFast) -> 
     prior = SparseGPT(update_weights=True)
     with_anchor = ProxSparse(prior=prior, anchor=0.25, anchor_eps=0.5)
     modules = [built(s, tokenizer) for s in (with_anchor, ProxSparse(prior=prior))]
-    losses = [m.strategy.loss(BatchRun(m.lm, m.scope, TOKENS, DRAW)) for m in modules]
+    losses = [m.strategy.loss(BatchRun(m.masked, TOKENS, DRAW)) for m in modules]
     total = 0.0
     for layer in masked_layers(modules[0].lm).values():
         proxy = layer.masker.proxy_OI.detach().double().numpy()
@@ -254,7 +254,7 @@ def test_the_anchor_is_added_to_the_loss(tokenizer: PreTrainedTokenizerFast) -> 
 def test_a_prior_is_the_first_mask(tokenizer: PreTrainedTokenizerFast) -> None:
     expected = dict(hard_masks(built(SparseGPT(), tokenizer).lm))
     module = built(ProxSparse(prior="sparsegpt"), tokenizer)
-    assert hash_parameters(base_parameters(module.lm)) == module.base_hash
+    assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
     for name, layer in masked_layers(module.lm).items():
         assert torch.equal(layer.masker.hard_mask(layer.weight_OI), expected[name]), name
         assert not torch.equal(TWO_FOUR.top(layer.weight_OI.abs()), expected[name]), name
@@ -269,7 +269,7 @@ def test_a_shared_copy_takes_one_step(model: LlamaForCausalLM) -> None:
     first, second = (block.mlp.up_proj for block in model.model.layers)
     second.weight = first.weight
     strategy = ProxSparse(strength=0.5)
-    inject(model, select(model, TWO_FOUR)[0], TWO_FOUR, strategy.make_masker)
+    inject(model, select(model, Selection(TWO_FOUR))[0], Selection(TWO_FOUR), strategy.make_masker)
     layers = masked_layers(model)
     for layer in layers.values():
         strategy.init_masker(layer.masker, layer.weight_OI, None)

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from sparsify import Draw, LayerResult, NMPattern, SparsifyError
 from sparsify.masking.inject import hard_masks, inject
 from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE, MagnitudeMasker
@@ -136,7 +136,7 @@ def test_a_gradient_is_that_of_the_plain_model_with_masked_weights(
 ) -> None:
     strategy = SRSTE()
     module = built(strategy, tokenizer)
-    strategy.loss(BatchRun(module.lm, module.scope, TOKENS, DRAW)).backward()
+    strategy.loss(BatchRun(module.masked, TOKENS, DRAW)).backward()
     plain = model.requires_grad_()
     for name in masked_layers(module.lm):
         weight = plain.get_parameter(f"{name}.weight")
@@ -152,7 +152,7 @@ def test_a_weight_under_two_names_decays_once(model: LlamaForCausalLM) -> None:
     first, second = (block.mlp.up_proj for block in model.model.layers)
     second.weight = first.weight
     strategy = SRSTE(decay=2.0)
-    inject(model, select(model, TWO_FOUR)[0], TWO_FOUR, strategy.make_masker)
+    inject(model, select(model, Selection(TWO_FOUR))[0], Selection(TWO_FOUR), strategy.make_masker)
     before = first.weight.detach().clone()
     strategy.after_step(masked_layers(model), 0.1)
     mask = TWO_FOUR.top(before.abs())

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsify import Calibration, SparseCausalLM, SparsityStrategy, TextDataModule
 from sparsify.callbacks.annealing import Annealing
+from sparsify.training.build import calibrate
 from tests.conftest import quiet_trainer, tiny_llama
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -64,9 +65,8 @@ def built(
     """A module at its start."""
     options = {"calibration": Calibration(samples=8, cache=False)} | options
     module = SparseCausalLM.from_model(model or tiny_llama(), tokenizer, strategy, **options)
-    module.calibration_windows = lambda: WINDOWS  # type: ignore[method-assign]
     module.configure_model()
-    module._calibrate()
+    calibrate(module, windows=lambda: WINDOWS)
     return module
 
 

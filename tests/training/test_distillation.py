@@ -112,7 +112,9 @@ class Counter:
 
     def __init__(self, module: SparseCausalLM) -> None:
         self.maskings: list[Any] = []
-        module.lm.register_forward_pre_hook(lambda *_: self.maskings.append(module.scope.masking))
+        module.lm.register_forward_pre_hook(
+            lambda *_: self.maskings.append(module.masked.scope.masking)
+        )
 
 
 @kinds
@@ -122,7 +124,7 @@ def test_without_weight_nothing_is_run_or_held(
     module = built(MAKE[kind](), tokenizer)
     counter = Counter(module)
     assert module.teacher is None
-    run = BatchRun(module.lm, module.scope, TOKENS, DRAW, module.distillation, module.teacher)
+    run = BatchRun(module.masked, TOKENS, DRAW, module.distillation, module.teacher)
     result = run(run.draw())
     assert counter.maskings == [DRAW]
     assert result.loss is result.task_loss
@@ -141,7 +143,7 @@ def test_the_teacher_is_the_model_as_it_was(
     batch = TokenBatch(TOKENS, TARGETS) if instructions else TOKENS
     targets = TARGETS if instructions else None
     for _ in range(3):
-        run = BatchRun(module.lm, module.scope, batch, DRAW, distillation, module.teacher)
+        run = BatchRun(module.masked, batch, DRAW, distillation, module.teacher)
         result = run(run.draw())
         expected = slow(result.logits.detach().double(), dense.double(), 2.0, targets)
         losses = F.cross_entropy(
@@ -160,14 +162,14 @@ def test_the_teacher_is_the_model_as_it_was(
     if module.teacher is not None:
         assert not any(p.requires_grad for p in module.teacher.parameters())
         assert all(p.grad is None for p in module.teacher.parameters())
-        assert hash_parameters(dict(module.teacher.named_parameters())) == module.base_hash
-        assert hash_parameters(base_parameters(module.lm)) != module.base_hash
+        assert hash_parameters(dict(module.teacher.named_parameters())) == module.masked.base.hash
+        assert hash_parameters(base_parameters(module.lm)) != module.masked.base.hash
 
 
 def test_the_dense_model_runs_once_a_micro_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     module = built(MAKE["frozen"](), tokenizer, distillation=Distillation(1.0))
     counter = Counter(module)
-    run = BatchRun(module.lm, module.scope, TOKENS, DRAW, module.distillation, module.teacher)
+    run = BatchRun(module.masked, TOKENS, DRAW, module.distillation, module.teacher)
     for k in range(3):
         run(run.draw(k, 3))
     assert counter.maskings.count("dense") == 1
@@ -179,12 +181,12 @@ def test_its_gradient_is_that_of_the_plain_loss(
     kind: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     module = built(MAKE[kind](), tokenizer, distillation=Distillation(1.0))
-    run = BatchRun(module.lm, module.scope, TOKENS, DRAW, module.distillation, module.teacher)
+    run = BatchRun(module.masked, TOKENS, DRAW, module.distillation, module.teacher)
     run(run.draw()).loss.backward()
     found = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     p = torch.softmax(tiny_llama()(input_ids=TOKENS).logits.detach()[:, :-1], -1)
-    with module.scope.use(DRAW):
+    with module.masked.scope.use(DRAW):
         logits = module.lm(input_ids=TOKENS).logits
     # The entropy of the dense model is a constant.
     (-(p * torch.log_softmax(logits[:, :-1], -1)).sum(-1).mean()).backward()

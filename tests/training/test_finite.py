@@ -10,6 +10,7 @@ from sparsify import SparseCausalLM, SparsifyError
 from sparsify.models.perplexity import PerplexityMeter, token_losses
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.training.build import calibrate
 from sparsify.training.guards import check_learned, finite_scores, not_finite
 from tests.conftest import Cli, quiet_trainer, tiny_llama
 
@@ -19,7 +20,7 @@ TOKENS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0
 def module_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> SparseCausalLM:
     module = SparseCausalLM.from_model(model, tokenizer, Magnitude())
     module.configure_model()
-    module._calibrate()
+    calibrate(module)
     return module
 
 

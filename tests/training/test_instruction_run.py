@@ -64,7 +64,11 @@ def test_the_gap_of_the_masks_is_of_the_responses_at_the_run_s_precision(
     found: list[float] = []
 
     def look(self: MaskLogging, trainer: Any, module: Any, outputs: Any, batch: Any, at: int):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), module.scope.use("hard"):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16),
+            module.masked.scope.use("hard"),
+        ):
             logits = module.lm(input_ids=batch.tokens_BT).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), batch.tokens_BT[:, 1:], reduction="none")
         own = losses[batch.targets_BT[:, 1:]].mean()

@@ -4,8 +4,9 @@ Shapes: O out, I in.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -22,10 +23,12 @@ from sparsify.export.exchange.pt import read_pt
 from sparsify.export.exchange.zeros import LayerZeros, read_zero_pattern
 from sparsify.export.folder import export
 from sparsify.export.target import check_target
+from sparsify.masking.masked_model import MaskedModel
+from sparsify.masking.masker import FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
-from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
-from sparsify.models.base import Dtype, load_skeleton
-from sparsify.training.module import SparseCausalLM
+from sparsify.masking.select import Selection
+from sparsify.masking.strategy import LayerResult, SparsityStrategy
+from sparsify.models.base import Dtype, load_base, load_skeleton
 
 __all__ = [
     "GivenMasks",
@@ -80,10 +83,10 @@ class GivenMasks(SparsityStrategy):
         self._masks = masks
         self.source = source
 
-    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        for block in blocks:
-            for name, layer in block.layers.items():
-                yield name, LayerResult(self._masks[name])
+    def init_masker(
+        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        cast(FixedMasker, masker).set_mask(self._masks[masker.name])
 
 
 def apply_masks(
@@ -120,15 +123,13 @@ def apply_masks(
     known = stored_shapes(load_skeleton(base))
     check_layers("the masks", {name: tuple(masks[name].shape) for name in masks}, known)
     most = Counter(patterns[name] for name in masks).most_common(1)[0][0]
-    module = SparseCausalLM(
-        GivenMasks(masks, source),
-        name_or_path=base,
-        pattern=str(most),
+    selection = Selection.parse(
+        str(most),
         include=list(masks),
         overrides={name: str(patterns[name]) for name in masks if patterns[name] != most},
-        dtype=dtype,
     )
-    module.configure_model()
-    BaseHashes(module.lm).check(base_hash, "the masks")
-    module._calibrate()
-    export(module, folder, {}, overwrite)
+    masked = MaskedModel(load_base(base, dtype), GivenMasks(masks, source), selection)
+    masked.check_called()
+    BaseHashes(masked.model).check(base_hash, "the masks")
+    masked.calibrate()
+    export(masked, folder, {}, overwrite)

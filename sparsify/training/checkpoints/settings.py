@@ -18,6 +18,7 @@ from sparsify.common.secrets import REDACTED
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, own_plugins
 
 SHARDED = "sparsify.training.parallel.Sharded"
+FORMER_SHARDED = "sparsify.distributed.Sharded"  # in checkpoints and configs of version 0.1.0
 DEPTH = 20  # of settings in settings; ours have six
 
 # What a resumed run needs of its Trainer; everything else is of the machine, or writes somewhere.
@@ -173,9 +174,9 @@ def _trainer(given: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     strategy = given.get("strategy")
     if isinstance(strategy, Mapping):
         path, options = _spec(strategy, "trainer.strategy")
-        if path == SHARDED:
+        if path in (SHARDED, FORMER_SHARDED):
             args = {key: _scalars(v, f"trainer.strategy.{key}") for key, v in options.items()}
-            taken["strategy"] = {"class_path": path, "init_args": args}
+            taken["strategy"] = {"class_path": SHARDED, "init_args": args}
         else:
             tell(
                 f"trainer.strategy of the checkpoint's run is left out ({_shown(path)}): give "

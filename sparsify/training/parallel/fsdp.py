@@ -23,6 +23,7 @@ from sparsify.common.replace import partial_folder, replace_folder
 from sparsify.masking.layer import local_rows
 from sparsify.masking.sharded_rows import rows_of, sharded, whole
 from sparsify.training.checkpoints.files import check_whole, partial_path
+from sparsify.training.checkpoints.hooks import saved_keys
 from sparsify.training.checkpoints.shards import (
     StoredRows,
     is_sharded,
@@ -71,7 +72,7 @@ class Sharded(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What the module saves; gathered it is on rank 0 only."""
         module: Any = self.lightning_module
-        keys = module.saved_keys()
+        keys = saved_keys(module)
         return self._out({key: value for key, value in self._state().items() if key in keys})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import Layerwise, layerwise
 from sparsify.masking import noise, plackett_luce
-from sparsify.masking.inject import inject
-from sparsify.masking.layer import MaskScope, base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
-from sparsify.masking.select import decoder_blocks, select
+from sparsify.masking.select import Selection, decoder_blocks
 from sparsify.masking.strategy import SparsityStrategy
-from sparsify.models.base import load_skeleton, stored_dtype
+from sparsify.models.base import BaseModel, load_skeleton, stored_dtype
 from sparsify.models.load_checks import check_positions
-from sparsify.training.module import ADAMW
+from sparsify.training.optimizers import ADAMW
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
 from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.step import BatchRun, checkpoint_activations
@@ -86,15 +86,15 @@ def dry_run(settings: PlanSettings) -> DryRun:
         if settings.distillation.weight and strategy.weights == "trained":
             teacher = _without_values(second, dtype).requires_grad_(False)
             ledger.label(TEACHER, teacher.parameters())
-        scope = _prepare(model, strategy, settings)
+        masked = _masked(model, dtype, strategy, settings)
         maskers = _masker_tensors(model)
         ledger.label(MASKERS, maskers)
         ledger.phase = CALIBRATION
-        reads_text = _calibrate(model, scope, strategy, settings)
+        reads_text = _calibrate(masked, settings)
         params = [p for p in model.parameters() if p.requires_grad]
         kept: dict[str, int] = {}
         if params:
-            kept = _train(ledger, model, scope, strategy, teacher, params, settings)
+            kept = _train(ledger, masked, teacher, params, settings)
         blocks = decoder_blocks(model).values()
         hidden = model.config.get_text_config().hidden_size
         base = list(base_parameters(model).values())
@@ -137,25 +137,27 @@ def _without_values(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model.eval()
 
 
-def _prepare(
-    model: PreTrainedModel, strategy: SparsityStrategy, settings: PlanSettings
-) -> MaskScope:
-    """Mask the model as the LightningModule does."""
-    layers, _ = select(model, NMPattern.parse(settings.pattern))
-    model.requires_grad_(strategy.weights == "trained")
-    scope = MaskScope()
+def _masked(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    strategy: SparsityStrategy,
+    settings: PlanSettings,
+) -> MaskedModel:
+    """Mask the model as a run does."""
+    make = strategy.make_masker
 
     def make_masker(name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
-        masker = strategy.make_masker(name, shape, pattern)
+        masker = make(name, shape, pattern)
         # Module.to would exchange fake tensors, which the ledger's weak references forbid.
         masker.to = lambda device: masker  # type: ignore[method-assign, assignment]
         return masker
 
-    if strategy.prunes:
-        scope = inject(model, layers, NMPattern.parse(settings.pattern), make_masker)
+    selection = Selection(NMPattern.parse(settings.pattern))
+    with patch.object(strategy, "make_masker", make_masker):
+        masked = MaskedModel(BaseModel(model, settings.model, dtype, ""), strategy, selection)
     if settings.gradient_checkpointing:
-        checkpoint_activations(model, scope)
-    return scope
+        checkpoint_activations(model, masked.scope)
+    return masked
 
 
 def _masker_tensors(module: nn.Module) -> list[Tensor]:
@@ -163,40 +165,26 @@ def _masker_tensors(module: nn.Module) -> list[Tensor]:
     return [t for m in maskers for t in (*m.parameters(), *m.buffers())]
 
 
-def _calibrate(
-    model: PreTrainedModel,
-    scope: MaskScope,
-    strategy: SparsityStrategy,
-    settings: PlanSettings,
-) -> bool:
+def _calibrate(masked: MaskedModel, settings: PlanSettings) -> bool:
     """Whether it reads text."""
     plain = type(settings.calibration)(activations=settings.calibration.activations, cache=False)
     windows = min(WINDOWS, settings.calibration.samples), settings.block_size
     tokens_ST = torch.zeros(windows, dtype=torch.long)
-    engine = Layerwise(model, scope, lambda: tokens_ST, plain, "", torch.device("cpu"))
-    left = masked_layers(model)
+    engine = Layerwise(masked, lambda: tokens_ST, plain, torch.device("cpu"))
     with patch.object(layerwise, "text_hash", lambda _: ""):
-        for name, result in engine.run(strategy):
-            layer = left.pop(name)
-            strategy.init_masker(layer.masker, layer.weight_OI, result)
-            if result.weight is not None:
-                layer.weight_OI.data.copy_(result.weight)
-    for layer in left.values():
-        strategy.init_masker(layer.masker, layer.weight_OI, None)
+        masked.calibrate(engine.run(masked.strategy))
     return engine.record is not None
 
 
 def _train(
     ledger: Ledger,
-    model: PreTrainedModel,
-    scope: MaskScope,
-    strategy: SparsityStrategy,
+    masked: MaskedModel,
     teacher: PreTrainedModel | None,
     params: list[nn.Parameter],
     settings: PlanSettings,
 ) -> dict[str, int]:
     """What lives after the step, in bytes by label."""
-    layers = masked_layers(model)
+    strategy, layers = masked.strategy, masked.layers
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
     def adamw(params: Any) -> torch.optim.Optimizer:
@@ -204,7 +192,7 @@ def _train(
         return torch.optim.AdamW(params, foreach=settings.device == "cuda", **ADAMW)
 
     def loss() -> Tensor:
-        run = BatchRun(model, scope, tokens_BT, Draw(0, 0, 0), settings.distillation, teacher)
+        run = BatchRun(masked, tokens_BT, Draw(0, 0, 0), settings.distillation, teacher)
         mixed = settings.precision == "bf16-mixed"
         with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
             found = strategy.loss(run)

@@ -63,7 +63,7 @@ def test_the_folder_is_that_of_an_export(family: str, pattern: str, tmp_path: Pa
 
 def test_each_layer_keeps_its_pattern_and_others_stay_dense(tmp_path: Path) -> None:
     module = masked_module(tiny_llama(), word_tokenizer(), overrides=MIXED)
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     masks = dict(hard_masks(module.lm))
     exported("llama", "2:4", tmp_path / "x")
     apply_masks(str(tmp_path / "x/base"), masks, patterns_of(masks), tmp_path / "applied")

@@ -62,7 +62,7 @@ def test_shards_come_back(tmp_path: Path) -> None:
 
 def test_every_layer_has_its_own_pattern(tmp_path: Path) -> None:
     module = masked_module(tiny_llama(), word_tokenizer(), overrides=MIXED)
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     found = {layer.name: layer for layer in read_zero_pattern(tmp_path / "out")}
     masks = dict(hard_masks(module.lm))
     assert equal({n: layer.mask for n, layer in found.items() if layer.mask is not None}, masks)

@@ -34,7 +34,7 @@ def exported(family: str, pattern: str, folder: Path) -> dict[str, Tensor]:
     model.save_pretrained(folder / "base")
     word_tokenizer().save_pretrained(folder / "base")
     module = masked_module(model, word_tokenizer(), pattern=pattern)
-    export(module, folder / "out", {})
+    export(module.masked, folder / "out", {})
     return dict(hard_masks(model))
 
 

@@ -43,7 +43,7 @@ SHAPES = [(2, 8), (1, 1), (3, 21)]  # as traced, the smallest, and another
 def sparse_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any
 ) -> Path:
-    export(masked_module(model, tokenizer, **options), folder, {})
+    export(masked_module(model, tokenizer, **options).masked, folder, {})
     return folder
 
 

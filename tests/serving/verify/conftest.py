@@ -11,6 +11,7 @@ from sparsify import SparseCausalLM
 from sparsify.export.folder import export
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.strategies.magnitude import Magnitude
+from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama
 
 
@@ -25,8 +26,8 @@ def write(
     model.save_pretrained(folder / "base")
     module = SparseCausalLM.from_model(model, tokenizer, strategy or Magnitude(), **options)
     module.configure_model()
-    module._calibrate()
-    export(module, folder / "out", {})
+    calibrate(module)
+    export(module.masked, folder / "out", {})
     return module
 
 

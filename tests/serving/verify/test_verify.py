@@ -33,6 +33,7 @@ from sparsify.serving.verify.report import Report
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.magnitude import Magnitude
+from sparsify.training.build import calibrate
 from tests.conftest import SIZES, tiny_llama
 from tests.serving.verify.conftest import write
 from tests.tiny_models import FAMILIES
@@ -161,8 +162,8 @@ def test_a_base_stored_in_bf16_and_used_in_fp32(
     tokenizer.save_pretrained(tmp_path / "base")
     module = SparseCausalLM(Magnitude(), name_or_path=str(tmp_path / "base"), dtype="float32")
     module.configure_model()
-    module._calibrate()
-    export(module, tmp_path / "out", {})
+    calibrate(module)
+    export(module.masked, tmp_path / "out", {})
     report = verify(tmp_path / "out", str(tmp_path / "base"))
     assert problems(report) == []
     assert {row.cast for row in report.layers} == {None}
@@ -198,7 +199,7 @@ def test_changed_weights_are_said_to_be_so(
             if weights == "trained" or "lora_B" in name:
                 parameter.add_(0.25 if parameter.is_floating_point() else 0)
     shutil.rmtree(tmp_path / "out")
-    export(module, tmp_path / "out", {})
+    export(module.masked, tmp_path / "out", {})
     before = load_file(tmp_path / "base" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     kept = after[f"{UP}.weight"] != 0

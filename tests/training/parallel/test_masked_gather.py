@@ -14,7 +14,7 @@ from sparsify.masking.inject import inject
 from sparsify.masking.layer import masked_layers
 from sparsify.masking.masker import FixedMasker
 from sparsify.masking.pattern import NMPattern
-from sparsify.masking.select import select
+from sparsify.masking.select import Selection, select
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
 from sparsify.strategies.sr_ste import SRSTE
@@ -80,7 +80,7 @@ def test_what_cannot_gather_masked_weights_is_refused() -> None:
         (tiny_gpt2(), 2, r"stored as \[in, out\]"),
         (tiny_llama(), 20, "some of 20 ranks would hold none of its"),
     ):
-        inject(model, select(model, pattern)[0], pattern, FixedMasker)
+        inject(model, select(model, Selection(pattern))[0], Selection(pattern), FixedMasker)
         with pytest.raises(SparsifyError, match=message):  # noqa: PT012
             for name, layer in masked_layers(model).items():
                 check_gatherable(name, layer, ranks_)

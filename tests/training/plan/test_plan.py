@@ -13,12 +13,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sparsify.calibration import Calibration
 from sparsify.cli.main import main
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.inject import inject
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
-from sparsify.masking.select import select
 from sparsify.training.distillation import Distillation
 from sparsify.training.plan import (
     DryRun,
@@ -32,7 +30,7 @@ from sparsify.training.plan import (
 from sparsify.training.plan.estimate import BASE, BUCKETS, CPU_BASE
 from sparsify.training.plan.ledger import Ledger, Peak
 from sparsify.training.step import BatchRun
-from tests.conftest import SIZES, tiny_llama
+from tests.conftest import SIZES, masked_model, tiny_llama
 
 PATTERN = NMPattern(2, 4)
 B, T = 4, 16
@@ -72,14 +70,12 @@ class Saved:
 def one_real_step(name: str) -> tuple[dict[str, int], int]:
     """(bytes held after a step, bytes saved for its backward) of real tensors."""
     model, strategy = tiny_llama(), make_strategy(name, prior=None)
-    model.requires_grad_(strategy.weights == "trained")
-    scope = inject(model, select(model, PATTERN)[0], PATTERN, strategy.make_masker)
-    for layer in masked_layers(model).values():
-        strategy.init_masker(layer.masker, layer.weight_OI, None)
+    masked = masked_model(model, strategy)
+    masked.calibrate()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params)
     saved = Saved([*model.parameters(), *model.buffers()])
-    run = BatchRun(model, scope, torch.zeros(B, T, dtype=torch.long), Draw(0, 0, 0))
+    run = BatchRun(masked, torch.zeros(B, T, dtype=torch.long), Draw(0, 0, 0))
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
         loss = strategy.loss(run)
     loss.backward()

@@ -1,0 +1,81 @@
+"""From the settings of a run to its masked, calibrated model.
+
+Shapes: S windows, T tokens.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsify.calibration import Layerwise
+from sparsify.common.console import tracked
+from sparsify.masking.masked_model import MaskedModel
+from sparsify.models.load_checks import check_positions, check_tokenizer, check_tokens
+from sparsify.training.guards import check_dtype, check_text
+from sparsify.training.step import checkpoint_activations
+
+
+def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | None]:
+    """Load the base model and mask it.
+
+    Args:
+        module: the LightningModule, for its settings.
+        trainer: Lightning's; None without one.
+
+    Returns:
+        The masked model, whose maskers have no values yet; and the dense one that it learns from,
+        where the run keeps one.
+
+    Raises:
+        SparsifyError: the model, the text and the settings do not fit together.
+    """
+    base, strategy = module.origin.base(), module.strategy
+    if trainer is not None and trainer.datamodule is not None:
+        check_positions(base.model, trainer.datamodule.block_size)
+        check_tokenizer(base.model, module.tokenizer)
+    check_dtype(strategy, base.model.dtype)
+    teacher = None
+    fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
+    if module.distillation.weight and strategy.weights == "trained" and fits:
+        teacher = copy.deepcopy(base.model).requires_grad_(False)
+    masked = MaskedModel(base, strategy, module.selection)
+    masked.check_called()
+    if module.gradient_checkpointing:
+        checkpoint_activations(masked.model, masked.scope)
+    return masked, teacher
+
+
+def calibrate(
+    module: Any, trainer: Any = None, windows: Callable[[], Tensor] | None = None
+) -> dict[str, Any] | None:
+    """Give the maskers of a built module their first values.
+
+    Args:
+        module: the LightningModule.
+        trainer: Lightning's; None without one.
+        windows: gives the calibration text, int64 ``[S, T]``; None takes the trainer's.
+
+    Returns:
+        What was read, for records; None if it was no text.
+    """
+
+    def watch(blocks: Iterable[str]) -> Iterable[str]:
+        return tracked(blocks, "calibrating", trainer)
+
+    def of_trainer() -> Tensor:
+        data, settings = trainer.datamodule, module.calibration
+        check_text(module.name_or_path, data.embedded, "compute")
+        windows_ST = data.calibration(settings.samples, settings.seed)
+        check_tokens(module.lm, windows_ST)
+        return cast(Tensor, windows_ST)
+
+    device = module.lm.device if trainer is None else trainer.strategy.root_device
+    engine = Layerwise(module.masked, windows or of_trainer, module.calibration, device, watch)
+    module.masked.calibrate(engine.run(module.strategy))
+    if engine.record is not None and trainer is not None:
+        engine.record["sources"] = trainer.datamodule.describe("train")["sources"]
+    return engine.record

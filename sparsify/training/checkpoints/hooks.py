@@ -1,0 +1,70 @@
+"""What a checkpoint holds beside Lightning's own: what was learned, and the name of the base."""
+
+from typing import Any, cast
+
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sparsify.common.seal import content_hash
+from sparsify.masking.layer import base_parameters
+from sparsify.training.checkpoints.content import check_content, check_training
+from sparsify.training.checkpoints.new_settings import keep_patience
+from sparsify.training.checkpoints.resume import check_fits, check_resumes, continue_on, step_shape
+
+
+def saved_keys(module: Any) -> set[str]:
+    """The state's keys that checkpoints hold: all but base weights that stay as they are."""
+    kept = {name for name in module.state_dict() if not name.startswith("teacher.")}
+    if module.strategy.changes_base:
+        return kept
+    return kept - {f"model.{name}" for name in base_parameters(module.lm, all_names=True)}
+
+
+def save(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Make Lightning's checkpoint of a run one of ours."""
+    kept = saved_keys(module)
+    checkpoint["state_dict"] = {
+        key: value for key, value in checkpoint["state_dict"].items() if key in kept
+    }
+    checkpoint["base_hash"] = module.masked.base.hash
+    if "config" in (settings := checkpoint.get("hyper_parameters", {})):
+        checkpoint["settings_sha256"] = content_hash(settings["config"])
+    checkpoint["schedule_values"] = dict(module.strategy.values)
+    checkpoint["calibration"] = module.calibrated
+    # Once fit has returned, Lightning has forgotten where in the data it was.
+    checkpoint["resumable"] = module.trainer.training
+    checkpoint["step_shape"] = step_shape(module.trainer)
+
+
+def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Check a checkpoint against a module, build the module, and set what Lightning does not.
+
+    Args:
+        module: the LightningModule.
+        checkpoint: as it was read.
+        trainer: None where Lightning has read it without one.
+
+    Raises:
+        SparsifyError: it is damaged, or of another run.
+    """
+    check_content(checkpoint, getattr(trainer, "ckpt_path", None) or "the checkpoint")
+    module.configure_model()
+    module.steps_before = checkpoint["global_step"]
+    module.calibrated = checkpoint.get("calibration")
+    # What describes the masks depends on them; a run that trains on sets them anew.
+    module.strategy.values.update(checkpoint.get("schedule_values") or {})
+    state = module.state_dict()
+    expected = {key: state[key] for key in saved_keys(module)}
+    check_fits(checkpoint, module.masked.base.hash, expected)
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        check_resumes(checkpoint, trainer.max_steps, trainer.ckpt_path)
+        check_training(checkpoint, trainer)
+        keep_patience(checkpoint["callbacks"], cast(Any, trainer).callbacks)
+        if (now := step_shape(trainer)) != checkpoint["step_shape"]:
+            continue_on(checkpoint, now, epoch_batches(trainer))
+
+
+def epoch_batches(trainer: Any) -> int:
+    """Micro-batches of an epoch on this rank."""
+    batches = len(trainer.datamodule.train_dataloader())
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
