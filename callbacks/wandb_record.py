@@ -22,7 +22,7 @@ from sparsify.export.manifest import MANIFEST, read_manifest
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.registry import strategy_name
-from sparsify.models.layer_names import block_number, place
+from sparsify.models.layer_names import block_and_kind, block_number
 from sparsify.results.result import describe_protocol, pattern_text
 
 RESULT = "result.json"
@@ -148,7 +148,7 @@ def layer_table(
     metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
     rows: list[list[Any]] = []
     for layer, row in layers.items():
-        _, kind = place(layer)
+        _, kind = block_and_kind(layer)
         rows.append([block_number(layer), kind, layer, *(row.get(metric) for metric in metrics)])
     return ["block", "kind", "layer", *metrics], rows
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify.common.ranks import gather, place
+from sparsify.common.ranks import gather, rank_and_size
 from sparsify.masking.masker import Draw
 from sparsify.strategies.logit_masker import LogitMasker
 
@@ -91,7 +91,7 @@ def coefficients(
     """
     if not micro_batches:
         return []
-    rank, ranks = place()
+    rank, ranks = rank_and_size()
     values = [torch.stack([term.value() for term in terms]) for terms in micro_batches]
     values_RAK = gather(torch.stack(values))
     found = []

@@ -10,7 +10,7 @@ Shapes: S windows, T tokens, O out, I in.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sparsify.calibration.activations import Activations, moved
 from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
+from sparsify.calibration.collecting import collect_inputs
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.shared import on_rank_zero
-from sparsify.calibration.statistics import Statistic
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
 from sparsify.common.ranks import from_rank_zero
@@ -242,36 +242,7 @@ class Layerwise:
                 "activations"
             )
         activations = self._activations or self._start(block)
-        found: dict[str, Statistic] = {}
-        owners: set[str] = set()  # the first layer with each input
-        window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
-
-        def see(name: str, x_BI: Tensor) -> None:
-            if name not in found:
-                shared = next((stat for x, stat in window if _same(x, x_BI)), None)
-                if shared is None:
-                    owners.add(name)
-                    shared = kind(x_BI.shape[-1], x_BI.device)
-                found[name] = shared
-            if name in owners:
-                found[name].add(x_BI.flatten(0, -2))
-                if len(found) < len(layers):
-                    window.append((x_BI, found[name]))
-
-        with ExitStack() as stack:
-            for name, layer in layers.items():
-                hook = layer.register_forward_pre_hook(
-                    lambda _, args, name=name: see(name, args[0])
-                )
-                stack.callback(hook.remove)
-            for _ in activations.run(block, {}):
-                window.clear()
-        if missing := [name for name in layers if name not in found]:
-            raise SparsifyError(
-                f"no calibration token reached {', '.join(missing)}; every masked layer must be "
-                "used: raise --model.calibration.samples, or leave it dense with --model.exclude"
-            )
-        return found
+        return collect_inputs(layers, kind, activations.run(block, {}))
 
     def gradient_norms(self, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
         """See :meth:`Block.gradient_norms`."""
@@ -309,10 +280,6 @@ class Layerwise:
             stored = layer.as_stored(pruned_OI.to(layer.weight))
             weights[f"{name.removeprefix(f'{block}.')}.weight"] = stored
         return weights
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.is_set_to(y)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """(rank, number of ranks) of this process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -138,7 +138,7 @@ def gather(values: Tensor) -> Tensor:
     Returns:
         ``[R, *values.shape]`` of the same dtype, equal to the last bit on all ranks.
     """
-    _, ranks = place()
+    _, ranks = rank_and_size()
     if ranks == 1:
         return values[None]
     mine = values.double().contiguous()  # holds exactly whatever they were computed in

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of a block.
 """
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,12 @@ from sparsify.data.blend import (
     apportion,
     check_weights,
 )
-from sparsify.data.documents import Judge, open_source, read_documents
+from sparsify.data.documents import read_documents
 from sparsify.data.loaders import BlockDataset, StreamLoader, TrainLoader, check_trainer_of_stream
-from sparsify.data.packing import PackedText, Packer, pack, unmarked
+from sparsify.data.packing import PackedText, pack, unmarked
 from sparsify.data.sources import BadRows, BadRowsPolicy
-from sparsify.data.splits import Sources, Split, embedded_sources, named_sources
-from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks
+from sparsify.data.splits import Sources, Split, at_least, embedded_sources, named_sources
+from sparsify.data.streaming import Streaming
 from sparsify.models.token_batch import TokenBatch
 
 SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
@@ -79,10 +78,10 @@ class TextDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        _at_least("block_size", block_size, 2)
-        _at_least("batch_size", batch_size, 1)
-        _at_least("eval_batch_size", eval_batch_size, 1)
-        _at_least("seed", seed, 0)
+        at_least("block_size", block_size, 2)
+        at_least("batch_size", batch_size, 1)
+        at_least("eval_batch_size", eval_batch_size, 1)
+        at_least("seed", seed, 0)
         self.block_size = block_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -168,7 +167,8 @@ class TextDataModule(LightningDataModule):
         packed = self._pack("train")["train"]
         rank, world = data_parallel(self.trainer)
         if self.endless:
-            return self._stream_loader(packed, rank, world)
+            check_trainer_of_stream(self.trainer)
+            return self._streaming().loader(packed, self.weights, self.batch_size, rank, world)
         sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
         if len(sampler) < self.batch_size * world:
             raise SparsifyError(
@@ -176,11 +176,12 @@ class TextDataModule(LightningDataModule):
                 f"each of {world} processes; add text, or lower --data.batch_size or "
                 "--data.block_size"
             )
+        marked = any(source.masked for source in self.sources["train"].values())
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return TrainLoader(
-                ConcatDataset([BlockDataset(p, self._masked) for p in packed.values()]),
+                ConcatDataset([BlockDataset(p, marked) for p in packed.values()]),
                 batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
                 # Its own generator: a loader draws a number at the start of each epoch, and drawing
                 # it from the global one would make a resumed run's dropout differ.
@@ -208,7 +209,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             SparsifyError: A source has fewer blocks than its share of `samples`.
         """
-        _at_least("samples", samples, 1)
+        at_least("samples", samples, 1)
         packed = self._pack("train")["train"]
         names = list(self.sources["train"])
         # A stream's share comes from weights; without any there is no other source.
@@ -216,7 +217,11 @@ class TextDataModule(LightningDataModule):
         rng = np.random.default_rng(seed)
         chosen = []
         for name, share in zip(names, apportion(samples, self.weights or sizes), strict=True):
-            blocks = packed[name].blocks if name in packed else self._first_blocks(name, share)
+            blocks = (
+                packed[name].blocks
+                if name in packed
+                else self._streaming().first_blocks(name, share)
+            )
             if share > len(blocks):
                 raise SparsifyError(
                     f"calibration asks for {share} of {samples} blocks from train source {name}, "
@@ -229,9 +234,6 @@ class TextDataModule(LightningDataModule):
     def describe(self, split: Split) -> dict[str, Any]:
         """What a split holds, for the record of a run; free of absolute paths.
 
-        Args:
-            split: "train", "validation" or "test".
-
         Returns:
             ``block_size``, and under ``sources`` for each name the file name, the numbers of
             documents, tokens, blocks and dropped tokens, and the digest of the token ids; of a
@@ -242,7 +244,7 @@ class TextDataModule(LightningDataModule):
             "block_size": self.block_size,
             "sources": {
                 name: source.describe()
-                | (_numbers(packed[name]) if name in packed else {"streaming": True})
+                | (packed[name].describe() if name in packed else {"streaming": True})
                 for name, source in self.sources[split].items()
             },
         }
@@ -280,65 +282,10 @@ class TextDataModule(LightningDataModule):
             )
         return tokenizer
 
-    @property
-    def _masked(self) -> bool:
-        return any(source.masked for source in self.sources["train"].values())
-
-    def _stream_loader(
-        self, packed: Mapping[str, PackedText], rank: int, world: int
-    ) -> StreamLoader:
-        check_trainer_of_stream(self.trainer)
-        sources: list[Blocks] = []
-        identity: dict[str, Any] = {}
-        for number, (name, source) in enumerate(self.sources["train"].items()):
-            identity[name] = source.identity()
-            if name in packed:
-                identity[name]["blocks"] = len(packed[name].blocks)
-                sources.append(PackedBlocks(packed[name].blocks, self.seed, number))
-            else:
-                stream = self._stream(name)
-                identity[name]["parts"] = len(stream.shards)
-                sources.append(stream)
-        return StreamLoader(
-            sources,
-            self.weights or [1.0],
-            self._masked,
-            self.seed,
-            self.batch_size,
-            rank,
-            world,
-            {
-                "sources": identity,
-                "seed": self.seed,
-                "batch_size": self.batch_size,
-                "block_size": self.block_size,
-            },
+    def _streaming(self) -> Streaming:
+        return Streaming(
+            self.sources["train"], self._tokenizer(), self.bad_rows, self.block_size, self.seed
         )
-
-    def _stream(self, name: str) -> StreamedBlocks:
-        source, tokenizer, report = self.sources["train"][name], self._tokenizer(), BadRows()
-        return StreamedBlocks(
-            name,
-            open_source(source, stream=True),
-            Judge(source, self.bad_rows, report, tokenizer),
-            report,
-            Packer(tokenizer, name),
-            self.block_size,
-            self.seed,
-            list(self.sources["train"]).index(name),
-            source.shuffle_buffer,
-        )
-
-    def _first_blocks(self, name: str, count: int) -> Tensor:
-        """The first blocks of a stream, or all of its first epoch if they are fewer."""
-        stream, blocks = self._stream(name), list[Tensor]()
-        while len(blocks) < count:
-            block = next(stream)
-            if stream.epoch:
-                break
-            blocks.append(block)
-        empty = torch.empty(0, self.block_size, dtype=torch.int32)
-        return torch.stack(blocks) if blocks else empty
 
     def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor | TokenBatch]]:
         # Every process reads all blocks: a sum over them is then exact and the same on each with no
@@ -351,18 +298,3 @@ class TextDataModule(LightningDataModule):
             )
             for name, packed in self._pack(split)[split].items()
         ]
-
-
-def _numbers(packed: PackedText) -> dict[str, Any]:
-    return {
-        "documents": packed.documents,
-        "tokens": packed.tokens,
-        "blocks": len(packed.blocks),
-        "dropped": packed.dropped,
-        "sha256": packed.sha256,
-    }
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise SparsifyError(f"{name} is {value}; it must be at least {least}: raise it")

@@ -51,6 +51,16 @@ class PackedText:
     dropped: int
     sha256: str
 
+    def describe(self) -> dict[str, Any]:
+        """Its numbers, for records."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "blocks": len(self.blocks),
+            "dropped": self.dropped,
+            "sha256": self.sha256,
+        }
+
 
 class Packer:
     """Joins documents with the end-of-text token.

@@ -73,3 +73,9 @@ def named_sources(split: Split, sources: Any) -> dict[str, Source]:
             name = f"{base}-{number}"
         named[name] = _located(Source(path), split)
     return named
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number that is too small."""
+    if value < least:
+        raise SparsifyError(f"{name} is {value}; it must be at least {least}: raise it")

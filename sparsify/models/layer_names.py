@@ -10,7 +10,7 @@ def family(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def place(name: str) -> tuple[str, str]:
+def block_and_kind(name: str) -> tuple[str, str]:
     """The block and the kind of a layer: ``model.layers.0`` and ``self_attn.q_proj``; numbers
     within a kind, as those of experts, become ``*``, and a layer in no block is in ``other``.
     """
@@ -20,5 +20,5 @@ def place(name: str) -> tuple[str, str]:
 
 def block_number(name: str) -> int | None:
     """The number of a layer's block; None of a layer in no block."""
-    block, _ = place(name)
+    block, _ = block_and_kind(name)
     return None if block == OTHER else int(block.rpartition(".")[2])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.layer_names import place
+from sparsify.models.layer_names import block_and_kind
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class MaskDiff:
         """By decoder block and kind of layer, as ``{"model.layers.0": {"q_proj": ...}}``; layers
         that are in no block have the block ``other``.
         """
-        places = {name: place(name) for name in self.layers}
+        places = {name: block_and_kind(name) for name in self.layers}
         kinds = _short_kinds({kind for _, kind in places.values()})
         grid: dict[str, dict[str, Counts]] = {}
         for name, (block, kind) in places.items():

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsify.common.ranks import gather, place
+from sparsify.common.ranks import gather, rank_and_size
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def test_every_ranks_values_come_in_order_and_exactly(sent: list[Tensor]) -> None:
-    assert place() == (1, 3)
+    assert rank_and_size() == (1, 3)
     values = torch.tensor([[0.1, -2.0], [3.0, 1e-30]])
     found = gather(values)
     assert found.dtype == torch.float32
@@ -53,6 +53,6 @@ def test_values_that_do_not_lie_side_by_side_are_sent_in_their_order(sent: list[
 
 def test_one_process_keeps_its_values_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(dist, "all_gather")
-    assert place() == (0, 1)
+    assert rank_and_size() == (0, 1)
     values = torch.tensor([0.1, 0.2])
     assert torch.equal(gather(values), values[None])

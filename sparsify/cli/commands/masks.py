@@ -149,7 +149,7 @@ def diff(
     masks = [read_masks(file) for file in files]
     found: MaskDiff | DiffMatrix
     if more:
-        found = diff_matrix(dict(zip(_names(files), masks, strict=True)))
+        found = diff_matrix(dict(zip(_file_names(files), masks, strict=True)))
     else:
         found = diff_of(masks[0], masks[1], masks[0].patterns)
     if format == "json":
@@ -169,7 +169,7 @@ def diff(
         say_written(plot)
 
 
-def _names(files: list[Path]) -> list[str]:
+def _file_names(files: list[Path]) -> list[str]:
     """The last parts of the paths that tell all of them apart."""
     parts = [file.resolve().parts for file in files]
     for count in range(1, max(map(len, parts)) + 1):

@@ -104,11 +104,11 @@ class Sharded(ModelParallelStrategy):
                     self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(filepath)
-        for place in from_rank_zero(self._place(path)):
+        for folder in from_rank_zero(self._shard_folder(path)):
             with together(), disk_full(path.parent):
-                write_shard(place, checkpoint, self.global_rank, self.world_size)
+                write_shard(folder, checkpoint, self.global_rank, self.world_size)
 
-    def _place(self, path: Path) -> Any:
+    def _shard_folder(self, path: Path) -> Any:
         """Yield the folder to write to; it takes its place when all ranks have."""
         if path == partial_path(path):  # whoever asks will put it in its place
             with disk_full(path.parent):
@@ -134,13 +134,13 @@ class Sharded(ModelParallelStrategy):
             for index, parameter in enumerate(_parameters(optimizer)):
                 likes[f"optimizer_{number}/{index}"] = parameter
 
-        def place(stored: StoredRows) -> Tensor:
+        def own_part(stored: StoredRows) -> Tensor:
             like = likes.get(stored.name, likes.get(stored.name.rpartition("/")[0]))
             if not isinstance(like, DTensor) or tuple(like.shape) != stored.shape:
                 return read_whole(stored)  # for the module to refuse, or not to need
             return sharded(stored.read(*rows_of(like)), like)
 
-        return read_shards(path, place)
+        return read_shards(path, own_part)
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -97,7 +97,7 @@ class Ledger(TorchDispatchMode):
         if func is _ATEN.nonzero.default:
             return args[0].new_empty(0, args[0].ndim, dtype=torch.long)
         if func is _ATEN.is_set_to.default:
-            return _place(args[0]) == _place(args[1])
+            return _storage_key(args[0]) == _storage_key(args[1])
         if func.overloadpacket in (_ATEN.index, _ATEN.index_put_) and _by_mask(args[1]):
             if func.overloadpacket is _ATEN.index_put_:
                 return args[0]
@@ -186,7 +186,7 @@ def _nothing_found(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()
     return id(storage), tensor.storage_offset(), tensor.shape, tensor.stride()
 

@@ -1,0 +1,109 @@
+"""A training blend in which at least one source streams."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.data.documents import Judge, open_source
+from sparsify.data.loaders import StreamLoader
+from sparsify.data.packing import PackedText, Packer
+from sparsify.data.sources import BadRows, BadRowsPolicy, Source
+from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks
+
+
+class Streaming:
+    """Reads the streams of a blend.
+
+    Args:
+        sources: the blend's, by name.
+        tokenizer: turns text into token ids.
+        bad_rows: what becomes of rows without a usable text.
+        block_size: tokens a block, T.
+        seed: of the order of what is read.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        tokenizer: PreTrainedTokenizerBase,
+        bad_rows: BadRowsPolicy,
+        block_size: int,
+        seed: int,
+    ) -> None:
+        self._sources, self._tokenizer, self._bad_rows = sources, tokenizer, bad_rows
+        self._block_size, self._seed = block_size, seed
+
+    def stream(self, name: str) -> StreamedBlocks:
+        """The blocks of one streamed source, from its start."""
+        source, report = self._sources[name], BadRows()
+        return StreamedBlocks(
+            name,
+            open_source(source, stream=True),
+            Judge(source, self._bad_rows, report, self._tokenizer),
+            report,
+            Packer(self._tokenizer, name),
+            self._block_size,
+            self._seed,
+            list(self._sources).index(name),
+            source.shuffle_buffer,
+        )
+
+    def first_blocks(self, name: str, count: int) -> Tensor:
+        """The first blocks of a stream, ``[count, T]``, or all of its first epoch if they are
+        fewer.
+        """
+        stream, blocks = self.stream(name), list[Tensor]()
+        while len(blocks) < count:
+            block = next(stream)
+            if stream.epoch:
+                break
+            blocks.append(block)
+        empty = torch.empty(0, self._block_size, dtype=torch.int32)
+        return torch.stack(blocks) if blocks else empty
+
+    def loader(
+        self,
+        packed: Mapping[str, PackedText],
+        weights: list[float] | None,
+        batch_size: int,
+        rank: int,
+        world: int,
+    ) -> StreamLoader:
+        """This process's batches.
+
+        Args:
+            packed: the sources of the blend that lie in memory.
+            weights: shares of the sources; None where there is only one.
+            batch_size: blocks a batch on each process.
+            rank: this process among those that see different data.
+            world: how many these are.
+        """
+        sources: list[Blocks] = []
+        identity: dict[str, Any] = {}
+        for number, (name, source) in enumerate(self._sources.items()):
+            identity[name] = source.identity()
+            if name in packed:
+                identity[name]["blocks"] = len(packed[name].blocks)
+                sources.append(PackedBlocks(packed[name].blocks, self._seed, number))
+            else:
+                stream = self.stream(name)
+                identity[name]["parts"] = len(stream.shards)
+                sources.append(stream)
+        return StreamLoader(
+            sources,
+            weights or [1.0],
+            any(source.masked for source in self._sources.values()),
+            self._seed,
+            batch_size,
+            rank,
+            world,
+            {
+                "sources": identity,
+                "seed": self._seed,
+                "batch_size": batch_size,
+                "block_size": self._block_size,
+            },
+        )
