@@ -96,6 +96,43 @@ def test_no_page_makes_a_browser_ask_another_host(site: Path) -> None:
                 assert (file.parent / url.partition("?")[0].partition("#")[0]).exists(), (file, url)
 
 
+def _headings(page: Path) -> set[str]:
+    """The anchors that headings of a page have."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    words = [re.sub(r"[^\w\s-]", "", line).strip() for line in re.findall(r"^#+ (.*)$", text, re.M)]
+    return {re.sub(r"[-\s]+", "-", heading).lower() for heading in words}
+
+
+def _dead_links(page: Path) -> list[str]:
+    """Those to files that are not there, or to headings that their page lacks."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    dead = []
+    for url in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = url.partition("#")
+        target = page.parent / name if name else page
+        if "//" not in url and not (
+            target.exists() and (not anchor or anchor in _headings(target))
+        ):
+            dead.append(url)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert _dead_links(page) == []
+
+
+def test_a_dead_link_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One and two\n[a](page.md#one-and-two) [b](#two) [c](no.md) [d](page.md)\n")
+    assert _dead_links(page) == ["#two", "no.md"]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]))
+    assert named == {page.relative_to(DOCS).as_posix() for page in PAGES[1:]}
+
+
 def test_equations_are_mathml(site: Path) -> None:
     equations = [e for file in site.rglob("*.html") for e in _Page(file).equations]
     assert len(equations) > len(NAMES)

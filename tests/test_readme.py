@@ -1,4 +1,4 @@
-"""The README's first table holds what the newest `make compare` measured."""
+"""The tables of the README and of docs/results.md hold what the newest `make compare` measured."""
 
 import json
 import statistics
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 NEWEST = sorted((ROOT / "benchmarks" / "results").glob("compare-*.json"))[-1]
+RESULTS: dict[str, list[dict[str, Any]]] = json.loads(NEWEST.read_text())
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -19,25 +21,56 @@ def spent(run: dict[str, Any]) -> float:
     return float(run["seconds"] + (run["calibration"] or {}).get("seconds", 0))
 
 
-def test_the_first_table_is_the_newest_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
-    table = [line.strip("| ").replace("`", "").replace("*", "") for line in lines]
-    columns = [cell.strip() for cell in head.strip("| ").split("|")]
-    results: dict[str, list[dict[str, Any]]] = json.loads(NEWEST.read_text())
+def loss(name: str) -> float:
+    return statistics.mean(run["scores"]["overall"]["loss"] for run in RESULTS[name])
+
+
+def first_table(page: Path) -> list[dict[str, str]]:
+    """Its rows, by the heads of its columns."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    head, _, *rows = [line[1:-1].replace("`", "").replace("*", "") for line in lines[start:end]]
+    columns = [cell.strip() for cell in head.split("|")]
+    return [
+        dict(zip(columns, (cell.strip() for cell in row.split("|")), strict=True)) for row in rows
+    ]
+
+
+def check(page: Path) -> list[str]:
+    """Check the first table's figures, and give its rows' names."""
     found = []
-    for line in table[: len(results)]:
-        cells = dict(zip(columns, (cell.strip() for cell in line.split("|")), strict=True))
-        own = results[name := cells.pop("test perplexity")]
+    for cells in first_table(page):
+        own = RESULTS[name := cells.pop("test perplexity")]
         found.append(name)
         cells.pop("what changes")
         seconds = [spent(one["run"]) for one in own]
         assert cells.pop("seconds") == (spread(seconds, 0) if any(seconds) else ""), name
         memory = [one["run"]["peak_memory_gib"] for one in own]
         assert cells.pop("peak GiB") == spread(memory, 2), name
+        assert "overall" in cells
         for part, value in cells.items():
             scores = [one["scores"][part]["perplexity"] for one in own]
             assert value == spread(scores, 2), (name, part)
-    losses = {name: [r["scores"]["overall"]["loss"] for r in own] for name, own in results.items()}
-    assert found == sorted(results, key=lambda name: statistics.mean(losses[name]))
-    assert f"({NEWEST.relative_to(ROOT)})" in text
+    assert NEWEST.name in page.read_text(encoding="utf-8")
+    return found
+
+
+def test_the_first_table_of_the_results_is_the_newest_results() -> None:
+    assert check(ROOT / "docs" / "results.md") == sorted(RESULTS, key=loss)
+    assert len(first_table(ROOT / "docs" / "results.md")[0]) == 8
+
+
+def test_the_first_table_of_the_readme_is_part_of_it() -> None:
+    found = check(README)
+    assert found == sorted(found, key=loss)
+    assert {"dense", "magnitude"} < set(found)
+    assert len(found) <= 6
+    assert f"({NEWEST.relative_to(ROOT)})" in README.read_text(encoding="utf-8")
+    assert f"Six of {len(RESULTS)} rows" in README.read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_says_at_once_what_was_not_measured() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert "Nothing has run on a GPU" in " ".join(lines[:12])
