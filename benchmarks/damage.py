@@ -75,7 +75,7 @@ class Files:
             self._make()
 
     def _make(self) -> None:
-        embedded = HERE.parent / "sparsify" / "embedded"
+        embedded = HERE.parent / "sparsify" / "models" / "embedded"
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (self.root / "model").mkdir(exist_ok=True)
             shutil.copy(embedded / name, self.root / "model")

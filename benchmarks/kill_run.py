@@ -107,7 +107,7 @@ def _phases(root: Path) -> list[str]:
 
 def _texts(folder: Path) -> None:
     """Short texts, so that a run takes seconds."""
-    source = HERE.parent / "sparsify" / "embedded" / "text" / "shakespeare"
+    source = HERE.parent / "sparsify" / "models" / "embedded" / "text" / "shakespeare"
     for split, size in (("train", 200_000), ("validation", 10_000), ("test", 10_000)):
         with gzip.open(source / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
             text = "\n".join(json.loads(line)["text"] for line in lines)
@@ -151,7 +151,8 @@ def _finish(process: subprocess.Popen[str]) -> str:
     err = process.communicate(timeout=900)[1]
     if process.returncode not in (0, 2):
         raise SystemExit(err)
-    return err.splitlines()[-1] if process.returncode else ""
+    # Two ranks that print the same message at once may leave an empty line at the end.
+    return [line for line in err.splitlines() if line.strip()][-1] if process.returncode else ""
 
 
 def _runs(root: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The folders import each other in one direction, as docs/architecture.md says."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -118,3 +119,24 @@ def test_the_picture_is_of_these_imports(tmp_path: Path) -> None:
 
 def test_only_what_no_other_way_stands_for_is_drawn() -> None:
     assert direct({("a", "b"), ("b", "c"), ("a", "c")}) == {("a", "b"), ("b", "c")}
+
+
+def defined(file: Path) -> set[str]:
+    """The functions, classes and methods of a file, the latter as ``Class.method``."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            parts = (n for n in node.body if isinstance(n, ast.FunctionDef))
+            found |= {f"{node.name}.{part.name}" for part in parts}
+    return found
+
+
+def test_every_file_and_function_of_the_page_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w/]+\.py)` \| `([\w.]+)` \|$", text, re.MULTILINE)
+    assert len(rows) > 25
+    assert [row for row in rows if row[1] not in defined(ROOT / row[0])] == []
+    folders = set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE))
+    assert folders == MAY_IMPORT.keys() - {"api"}

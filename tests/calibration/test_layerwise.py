@@ -197,13 +197,13 @@ def test_gradient_norms_are_of_the_dense_model_window_by_window(family: str) -> 
 
 
 def test_gradients_leave_no_trace_in_the_model(model: LlamaForCausalLM) -> None:
-    model.requires_grad_(False)
+    engine = masked(model)
     model.lm_head.weight.requires_grad_(True)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
     before = {n: (p.requires_grad, p.grad, p.clone()) for n, p in model.named_parameters()}
     probe = Probe(gradients=True)
-    calibrated(model, probe)
+    dict(engine.run(probe))
     assert len(probe.found["gradients"]) == 14
     for name, (requires_grad, grad, value) in before.items():
         parameter = model.get_parameter(name)

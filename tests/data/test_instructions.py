@@ -255,7 +255,9 @@ def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
 def test_a_batch_without_target_has_loss_zero_and_a_graph(batch: TokenBatch) -> None:
     model = tiny_llama()
     nothing = batch._replace(targets_BT=torch.zeros_like(batch.targets_BT))
-    loss = BatchRun(masked_model(model, Dense()), nothing, Draw(0, 0, 0))("dense").task_loss
+    masked = masked_model(model, Dense())
+    model.requires_grad_(True)
+    loss = BatchRun(masked, nothing, Draw(0, 0, 0))("dense").task_loss
     assert loss.item() == 0
     loss.backward()
     gradient = model.lm_head.weight.grad

@@ -211,7 +211,7 @@ def test_calibration_takes_the_first_blocks(
     assert len(set(rows)) == 8
     firsts: list[list[int]] = []
     for number, (name, count) in enumerate({"hub": 4, "web": 2}.items()):
-        stream = data._stream(name)
+        stream = data._streaming().stream(name)
         firsts += [next(stream).tolist() for _ in range(count)]
         assert stream.epoch == 0
         assert list(blend)[number] == name
