@@ -151,7 +151,8 @@ def _finish(process: subprocess.Popen[str]) -> str:
     err = process.communicate(timeout=900)[1]
     if process.returncode not in (0, 2):
         raise SystemExit(err)
-    return err.splitlines()[-1] if process.returncode else ""
+    # Two ranks that print the same message at once may leave an empty line at the end.
+    return [line for line in err.splitlines() if line.strip()][-1] if process.returncode else ""
 
 
 def _runs(root: Path) -> list[Path]:
