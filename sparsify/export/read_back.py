@@ -45,7 +45,7 @@ def measure(masked: MaskedModel, tokens_BT: Tensor | None, measuring: Measuring)
     model = masked.model
     if tokens_BT is None:
         generator = torch.Generator().manual_seed(0)
-        ids = model.get_input_embeddings().num_embeddings
+        ids = cast(int, model.get_input_embeddings().num_embeddings)
         tokens_BT = torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator)
     tokens_BT = tokens_BT.to(model.device)
     with measuring():
