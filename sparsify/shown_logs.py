@@ -24,7 +24,7 @@ def shown_logs() -> Iterator[None]:
         return printable(format_(message, *place, **more))  # type: ignore[arg-type]
 
     logging.setLogRecordFactory(_ShownRecord)
-    warnings.formatwarning = shown  # type: ignore[assignment]
+    warnings.formatwarning = shown
     try:
         yield
     finally:
