@@ -1,51 +1,80 @@
 """Figures of mask differences and of sensitivity."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsify.results.sensitivity import Sensitivity
 
 INCREASE, DECREASE, ZERO = "#b5442e", "#2f6690", "#555555"
+MISSING = "#e8e8e8"  # of a heat map's cells
+MOST_NUMBERS = 100  # in a heat map's cells
 
-MISSING = "#e8e8e8"
 
-
-def plot_heat_map(
-    shares: Mapping[str, Mapping[str, float]], title: str, file: Path, most_numbers: int = 100
+def heat_map(
+    axes: Any,
+    shares: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    cell: str = ".1%",
+    size: float = 8,
 ) -> None:
-    """Draw shares, rows over columns, into a PNG; up to ``most_numbers`` cells show their number.
+    """Draw shares, rows over columns; up to a hundred have their number in their cell.
 
-    Raises:
-        ImportError: Matplotlib is not installed.
+    Args:
+        axes: on which.
+        shares: of each row by column; rows may lack columns.
+        names: of the rows.
+        cell: how a number is formatted.
+        size: of a number, points.
     """
-    # Not through pyplot, whose windows and global state nothing here needs.
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     columns = list(dict.fromkeys(column for row in shares.values() for column in row))
     values = [[row.get(column, float("nan")) for column in columns] for row in shares.values()]
     present = [share for row in values for share in row if share == share]  # not NaN
     top = max(present) or 1.0
-    labels = max((len(name) for name in shares), default=0)
-    size = (2.6 + 0.075 * labels + 0.72 * len(columns), 2.0 + 0.3 * len(shares))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    colours = colormaps["viridis"].with_extremes(bad=MISSING)
-    image = axes.imshow(values, cmap=colours, vmin=0.0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(shares)), list(shares))
+    # From the ground's white on, so that colours still rise from it where a page inverts them.
+    colours = colormaps["Blues"].with_extremes(bad=MISSING)
+    # Not imshow, which in an SVG is a picture that browsers blur.
+    look = {"edgecolors": "face", "linewidth": 0.3}
+    mesh = axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=top, **look)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns)
+    axes.set_yticks([y + 0.5 for y in range(len(values))], names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if len(present) <= most_numbers:
+    if len(present) <= MOST_NUMBERS:
         for y, row in enumerate(values):
             for x, share in enumerate(row):
                 if share == share:
-                    ink = "black" if share > 0.6 * top else "white"
-                    axes.text(x, y, f"{share:.1%}", ha="center", va="center", color=ink, fontsize=8)
-    figure.colorbar(image, format=PercentFormatter(1.0, decimals=None))
+                    ink = "white" if share > 0.6 * top else "black"
+                    look = {"ha": "center", "va": "center", "color": ink, "fontsize": size}
+                    axes.text(x + 0.5, y + 0.5, f"{share:{cell}}", **look)
+    scale = axes.figure.colorbar(mesh, ax=axes, format=PercentFormatter(1.0, decimals=None))
+    scale.outline.set_visible(False)
+
+
+def plot_heat_map(shares: Mapping[str, Mapping[str, float]], title: str, file: Path) -> None:
+    """Draw shares, rows over columns, into a PNG.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    # Not through pyplot, whose windows and global state nothing here needs.
+    from matplotlib.figure import Figure
+
+    columns = {column for row in shares.values() for column in row}
+    labels = max((len(name) for name in shares), default=0)
+    size = (2.6 + 0.075 * labels + 0.72 * len(columns), 2.0 + 0.3 * len(shares))
+    axes = Figure(figsize=size, layout="constrained").subplots()
+    heat_map(axes, shares, list(shares))
+    axes.tick_params(axis="x", rotation=35)
+    for label in axes.get_xticklabels():
+        label.set(ha="right", rotation_mode="anchor")
     axes.set_title(title, loc="left", fontsize=11)
-    figure.savefig(file, dpi=150)
+    axes.figure.savefig(file, dpi=150)
 
 
 def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:

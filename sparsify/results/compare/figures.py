@@ -17,9 +17,9 @@ from sparsify.results.compare.drawing import (
     count_axis,
     loss_axis,
     reference,
+    row_name,
     style,
 )
-from sparsify.results.compare.letters import put_letters
 from sparsify.results.compare.rows import COSTS, Row
 from sparsify.results.compare.verdict import frontier, show_cost, spread
 
@@ -35,7 +35,6 @@ class Picture:
         title: what it shows.
         about: how to read it, and what is not in it.
         svg: the drawing; empty where there is nothing to draw.
-        legend: the numbers of the rows in it.
         columns: of the numbers.
         numbers: all that is drawn, as text.
     """
@@ -43,7 +42,6 @@ class Picture:
     title: str
     about: str
     svg: str = ""
-    legend: list[int] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     numbers: list[list[str]] = field(default_factory=list)
 
@@ -117,14 +115,13 @@ def lines(
     if not any(not rows[one.number].is_dense for one in curves):
         return Picture(title, f"No run recorded this. {about}")
     logarithmic = what == "perplexity"
-    with chart(title, about) as (axes, svg):
+    with chart() as (axes, svg):
         for one in curves:
             if rows[one.number].is_dense:
                 reference(axes, one.mean[-1])
                 continue
-            look = style(one.number)
-            every = max(1, len(one.x) // 6)
-            axes.plot(one.x, one.mean, markevery=every, **look)
+            look, label = style(one.number), row_name(one.number, rows[one.number].label)
+            axes.plot(one.x, one.mean, markevery=max(1, len(one.x) // 6), label=label, **look)
             if one.seeds > 1:
                 axes.fill_between(one.x, one.low, one.high, color=look["color"], alpha=0.22, lw=0)
         if logarithmic:
@@ -138,7 +135,6 @@ def lines(
         title,
         about,
         drawing,
-        [one.number for one in curves if not rows[one.number].is_dense],
         ["row", *apart, "mean", "least", "most", "seeds"],
         [numbers for one in curves for numbers in _numbers(rows[one.number], one, over)],
     )
@@ -167,13 +163,14 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
     )
     if not drawn:
         return Picture(title, f"No run recorded this. {about}")
-    with chart(title, about) as (axes, svg):
+    with chart() as (axes, svg):
         for verdict in comparison.verdicts:
             best = frontier(verdict.rows, cost)
             front = [(row.cost(cost), row.perplexity) for row in best]
             kind = "-" if verdict.rows[0].keeps_base else ":"
             axes.plot(*zip(*front, strict=True), kind, color=INK, lw=0.9, drawstyle="steps-post")
-        points = {number: _point(axes, number, rows[number], cost) for number in drawn}
+        for number in drawn:
+            _point(axes, number, rows[number], cost)
         every = [value for n in drawn for value in rows[n].perplexities()]
         dense = [row.perplexity for row in rows if row.is_dense]
         for value in dense[:1]:
@@ -183,7 +180,6 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
         cost_axis(axes, [price for n in drawn for price in rows[n].costs(cost)])
         axes.set_xlabel(UNITS[cost] + ("" if cost == "memory" else ", calibration included"))
         axes.set_ylabel("perplexity")
-        put_letters(axes, points)
         drawing = svg()
     numbers = [
         [
@@ -194,21 +190,14 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
         ]
         for n in drawn
     ]
-    return Picture(title, about, drawing, drawn, ["row", UNITS[cost], "perplexity", ""], numbers)
+    return Picture(title, about, drawing, ["row", UNITS[cost], "perplexity", ""], numbers)
 
 
-def _point(axes: Any, number: int, row: Row, cost: str) -> tuple[float, float]:
-    """Draw where a row ended, which is returned."""
+def _point(axes: Any, number: int, row: Row, cost: str) -> None:
+    """Draw where a row ended."""
     values, costs = row.perplexities(), row.costs(cost)
     x, y, look = sum(costs) / len(costs), row.perplexity, style(number)
-    axes.errorbar(
-        [x],
-        [y],
-        xerr=[[x - min(costs)], [max(costs) - x]],
-        yerr=[[y - min(values)], [max(values) - y]],
-        fmt=look["marker"],
-        color=look["color"],
-        markersize=7,
-        elinewidth=1.2,
-    )
-    return x, y
+    across, up = [[x - min(costs)], [max(costs) - x]], [[y - min(values)], [max(values) - y]]
+    axes.errorbar([x], [y], up, across, fmt="none", color=look["color"], elinewidth=1.2)
+    look |= {"linestyle": "none", "markersize": 7}
+    axes.plot([x], [y], label=row_name(number, row.label), **look)

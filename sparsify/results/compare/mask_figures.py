@@ -11,11 +11,12 @@ from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.models.layer_names import block_number
 from sparsify.results.compare.curves import FLIPS, Curve, intervals
-from sparsify.results.compare.drawing import WIDTH, chart, heat_map, letter, style
+from sparsify.results.compare.drawing import chart, letter, row_name, style
 from sparsify.results.compare.figures import Picture, curves_of, lines
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row
 from sparsify.results.mask_diff import diff_matrix
+from sparsify.results.plots import heat_map
 
 MOVES = {
     FLIPS: (
@@ -108,12 +109,13 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     title = "Mask differences"
     about = "Share of weights whose state differs, between the first seeds of every two rows."
     found: dict[str, MaskFile] = {}
-    absent = []
+    names, absent = [], []
     for number, row in enumerate(rows):
         if row.is_dense:
             continue
         try:
             found[letter(number)] = read_masks(row.samples[0].path.parent / "export")
+            names.append(row_name(number, row.label))
         except SparsifyError:
             absent.append(row.label)
     if absent:
@@ -124,15 +126,13 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
         matrix = diff_matrix(found)
     except SparsifyError as error:
         return Picture(title, f"These masks do not compare: {error}. {about}")
-    about += f" Over {len(matrix.layers)} layers. Numbers in the cells are percent."
-    with chart(title, about, (WIDTH, 0.6 + 3.4 * min(1.0, len(found) / 8))) as (axes, svg):
-        heat_map(axes, list(found), matrix.shares)
+    about += f" Over {len(matrix.layers)} layers."
+    with chart(0.8 + 0.25 * len(found)) as (axes, svg):
+        heat_map(axes, matrix.shares, names, cell=".0%", size=7)
         drawing = svg()
-    numbers = [
-        [name, *(f"{share:.2%}" for share in row.values())] for name, row in matrix.shares.items()
-    ]
-    legend = [number for number in range(len(rows)) if letter(number) in found]
-    return Picture(title, about, drawing, legend, ["", *found], numbers)
+    shares = [[f"{share:.2%}" for share in row.values()] for row in matrix.shares.values()]
+    numbers = [[one, *row] for one, row in zip(names, shares, strict=True)]
+    return Picture(title, about, drawing, ["", *found], numbers)
 
 
 def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
@@ -145,12 +145,13 @@ def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
     if not norms:
         return Picture(title, f"No run recorded this. {about}")
     about += " Lines span the seeds; the axis does not start at 0."
-    with chart(title, about, (WIDTH, 0.9 + 0.25 * len(norms))) as (axes, svg):
+    names = [row_name(number, rows[number].label) for number in norms]
+    with chart(0.7 + 0.25 * len(norms)) as (axes, svg):
         for place, (number, values) in enumerate(norms.items()):
             look = style(number) | {"linestyle": "none", "markersize": 7}
             axes.plot([min(values), max(values)], [place, place], color=look["color"])
             axes.plot([statistics.fmean(values)], [place], **look)
-        axes.set_yticks(range(len(norms)), [letter(number) for number in norms])
+        axes.set_yticks(range(len(norms)), names)
         axes.set_ylim(len(norms) - 0.4, -0.6)
         axes.set_xlabel("relative norm")
         drawing = svg()
@@ -158,7 +159,7 @@ def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
         [rows[number].label, f"{statistics.fmean(values):.5f}", str(len(values))]
         for number, values in norms.items()
     ]
-    return Picture(title, about, drawing, list(norms), ["row", "relative norm", "seeds"], numbers)
+    return Picture(title, about, drawing, ["row", "relative norm", "seeds"], numbers)
 
 
 def _block_curves(rows: Sequence[Row], values: Callable[[Run], Mapping[int, float]]) -> list[Curve]:

@@ -1,5 +1,6 @@
 """One HTML file that holds all of a comparison, its figures and its style. Needs Matplotlib."""
 
+import base64
 import json
 from datetime import datetime, timezone
 from pathlib import Path
@@ -7,11 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from sparsify.models.perplexity import OVERALL
 from sparsify.results.compare.comparison import Comparison
-from sparsify.results.compare.drawing import key, letter
+from sparsify.results.compare.drawing import letter
 from sparsify.results.compare.figures import cost_pictures, learning_pictures
 from sparsify.results.compare.mask_figures import (
     difference_picture,
@@ -40,7 +40,7 @@ def render(comparison: Comparison, title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawing"] = Markup  # of ours: Matplotlib's SVG, with its labels escaped
+    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
     sections = {
         "What it costs": cost_pictures(comparison),
         "Learning": learning_pictures(comparison),
@@ -66,7 +66,6 @@ def render(comparison: Comparison, title: str) -> str:
 def _row(number: int, row: Row, texts: list[str]) -> dict[str, Any]:
     return {
         "letter": letter(number),
-        "key": key(number, row.is_dense).replace("<svg", f'<svg id="key-{letter(number)}"', 1),
         "label": row.label,
         "changes": row.changes,
         "pattern": row.settings["pattern"],
