@@ -7,7 +7,6 @@ file ``lock``, which is gone with its process.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.file_hashes import hash_file
 from sparsify.common.replace import flush, whole_file
 from sparsify.common.seal import KEY, is_altered, sealed
 from sparsify.masking.pattern import NMPattern
@@ -247,8 +247,3 @@ def _read(path: Path, patterns: Mapping[str, NMPattern]) -> tuple[str, LayerResu
         mask_OI: Tensor = patterns[name].unrank(file.get_tensor("rank_OG"))
         updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
         return name, LayerResult(mask_OI, file.get_tensor("weight_OI") if updated else None)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

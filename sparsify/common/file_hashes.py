@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sparsify.common.values import short
+
 _PIECE = 2**20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_SHOWN = 80
 
 
 def file_hashes(folder: Path, but: str) -> dict[str, str]:
@@ -56,17 +57,3 @@ def _stays(name: str) -> bool:
     path = PurePosixPath(name)
     plain = str(path) == name and name.isprintable()
     return plain and not path.is_absolute() and not {".", ".."} & {*path.parts, name}
-
-
-def short(value: Any) -> str:
-    """A value that somebody else wrote, as far as a message can show it."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print numbers of thousands of digits
-        return "a number of thousands of digits"
-    return cut(text, _SHOWN)
-
-
-def cut(text: str, length: int) -> str:
-    """The beginning of a text that is longer."""
-    return text if len(text) <= length else f"{text[:length]}..."

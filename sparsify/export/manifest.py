@@ -13,8 +13,9 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from sparsify.common.errors import SparsifyError
-from sparsify.common.file_hashes import cut, parse_hashes, short
+from sparsify.common.file_hashes import parse_hashes
 from sparsify.common.files import read_json
+from sparsify.common.values import cut, short
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import Dtype
 

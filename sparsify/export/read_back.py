@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from sparsify.common.bits import bits
 from sparsify.common.errors import SparsifyError
+from sparsify.common.values import first_few
 from sparsify.masking.masked_model import MaskedModel
 
 WINDOWS = 2
@@ -117,7 +118,7 @@ def _load(
         if names := sorted(map(str, info.get(kind) or ())):
             raise SparsifyError(
                 f"what was written, read back by Transformers, has {kind.replace('_', ' ')}: "
-                f"{_some(names)}; nothing was exported"
+                f"{first_few(names)}; nothing was exported"
             )
     return cast(PreTrainedModel, model.eval())
 
@@ -131,25 +132,21 @@ def _reason(model: PreTrainedModel, like: PreTrainedModel, written: Mapping[str,
         if name not in read or not torch.equal(bits(read[name].cpu()), bits(value.to(like.dtype)))
     ]
     if odd:
-        return f"it reads other values for {_some(odd)}"
+        return f"it reads other values for {first_few(odd)}"
     own = dict(like.named_buffers())
     odd = [name for name, value in model.named_buffers() if _differs(value, own.get(name))]
     if odd:
         return (
-            f"the model object has other values in {_some(odd)}, which no file holds; .bfloat16() "
-            "and .half() round them too: load the model with dtype=..., or give --model.dtype"
+            f"the model object has other values in {first_few(odd)}, which no file holds; "
+            ".bfloat16() and .half() round them too: load the model with dtype=..., or give "
+            "--model.dtype"
         )
     one, other = model.config.to_dict(), like.config.to_dict()
     settings = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
     settings = [key for key in settings if key not in ("architectures", "dtype", "_name_or_path")]
-    said = f"in its config, {_some(settings)} differ" if settings else "its config is the same"
+    said = f"in its config, {first_few(settings)} differ" if settings else "its config is the same"
     return f"all tensors are as they were written; {said}, so the model object computes otherwise"
 
 
 def _differs(value: Tensor, other: Tensor | None) -> bool:
     return other is None or value.dtype != other.dtype or not torch.equal(value.cpu(), other.cpu())
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -5,14 +5,14 @@ better known then than after hours of training.
 """
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.file_hashes import hash_file
+from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.index import FILE_NAME
 
@@ -80,7 +80,7 @@ def check_target(folder: Path, overwrite: bool, base: str | None = None) -> None
     edited = [
         name
         for name, digest in _written(place).items()
-        if digest is not None and (place / name).is_file() and _hash(place / name) != digest
+        if digest is not None and (place / name).is_file() and hash_file(place / name) != digest
     ]
     if edited:
         raise SparsifyError(
@@ -186,18 +186,10 @@ def _written(folder: Path) -> dict[str, str | None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except SparsifyError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _exists(path: Path) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.values import first_few
 from sparsify.models.layer_names import family
 
 log = logging.getLogger("sparsify")
 
-_SHOWN = 3
 # Tensors that older versions of Transformers saved though they hold nothing learned: the tables of
 # rotary and absolute positions, the triangle of causal attention, and the number for its zeros.
 _FORMER_BUFFERS = re.compile(
@@ -54,7 +54,7 @@ def check_loaded(model: PreTrainedModel, name_or_path: str, info: Mapping[str, A
             else "fetch or save the model again, or correct config.json"
         )
         raise SparsifyError(
-            f"{name_or_path!r} lacks {_names(missing)}, which {kind} needs and which would be "
+            f"{name_or_path!r} lacks {first_few(missing)}, which {kind} needs and which would be "
             f"random numbers; {fix}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
@@ -72,22 +72,17 @@ def check_loaded(model: PreTrainedModel, name_or_path: str, info: Mapping[str, A
     refused = [n for n in unexpected if n.startswith(lists) or n.rpartition(".")[0] in modules]
     if refused:
         raise SparsifyError(
-            f"{name_or_path!r} holds {_names(refused)}, for which {kind} has no place, so that it "
-            "would compute something else than the model that was saved; correct config.json, or "
-            "save the model without them"
+            f"{name_or_path!r} holds {first_few(refused)}, for which {kind} has no place, so that "
+            "it would compute something else than the model that was saved; correct config.json, "
+            "or save the model without them"
         )
     if unexpected:
         log.warning(
             "%r holds %s, which %s does not use: they are not measured, and not exported",
             name_or_path,
-            _names(unexpected),
+            first_few(unexpected),
             kind,
         )
-
-
-def _names(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more tensors" if rest > 0 else "")
 
 
 def check_model(model: Any) -> None:
@@ -190,7 +185,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
     log.warning(
         "the tokenizer's added tokens %s have ids beyond the embedding's %d rows; text that holds "
         "them cannot be used",
-        _names(sorted(beyond)),
+        first_few(sorted(beyond)),
         rows,
     )
 

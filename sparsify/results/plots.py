@@ -68,13 +68,14 @@ def plot_heat_map(shares: Mapping[str, Mapping[str, float]], title: str, file: P
     columns = {column for row in shares.values() for column in row}
     labels = max((len(name) for name in shares), default=0)
     size = (2.6 + 0.075 * labels + 0.72 * len(columns), 2.0 + 0.3 * len(shares))
-    axes = Figure(figsize=size, layout="constrained").subplots()
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     heat_map(axes, shares, list(shares))
     axes.tick_params(axis="x", rotation=35)
     for label in axes.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def plot_sensitivity(found: Sensitivity, title: str, path: Path) -> None:

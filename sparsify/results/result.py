@@ -6,16 +6,22 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from sparsify.common.values import (
+    COUNT,
+    LIST,
+    NUMBER,
+    SECONDS,
+    SHARE,
+    TABLE,
+    TEXT,
+    is_of,
+    short,
+)
 from sparsify.common.version import version
 from sparsify.models.base import BaseModel
 from sparsify.models.perplexity import OVERALL, Score
 
-NUMBER, TEXT, TABLE, LIST = "a number", "text", "a table", "a list"
-COUNT, SECONDS = "a number, whole and not negative", "a number, not negative"
-SHARE = "a number from 0 to 1"
 PLAIN = "text without control characters"
-# No run counts or lasts beyond the first; the squares of what is beyond the second overflow.
-LARGEST, LARGEST_NUMBER = 2**53, 1e150
 DEEPEST = 40
 NEEDED = {
     "run": TABLE,
@@ -186,19 +192,8 @@ def _at(result: Mapping[str, Any], path: str) -> Any:
 
 
 def _check(path: str, value: Any, kind: str) -> None:
-    counts = isinstance(value, int) and not isinstance(value, bool)
-    number = (counts or isinstance(value, float)) and abs(value) <= LARGEST_NUMBER
-    right = {
-        NUMBER: number,
-        SECONDS: number and 0 <= value <= LARGEST,
-        SHARE: number and 0 <= value <= 1,
-        COUNT: number and counts and 0 <= value <= LARGEST,
-        TEXT: isinstance(value, str),
-        TABLE: isinstance(value, dict),
-        LIST: isinstance(value, list),
-    }[kind]
-    if not right:
-        raise TypeError(f"{path} is {brief(value)} instead of {kind}")
+    if not is_of(kind, value):
+        raise TypeError(f"{path} is {short(value)} instead of {kind}")
 
 
 def check_plain(value: Any, path: str = "", depth: int = 0) -> None:
@@ -218,13 +213,6 @@ def check_plain(value: Any, path: str = "", depth: int = 0) -> None:
         for number, part in enumerate(value):
             check_plain(part, f"{path}[{number}]", depth + 1)
     elif isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
-        raise TypeError(f"{path[:80]} is {brief(value)} instead of {PLAIN}")
+        raise TypeError(f"{path[:80]} is {short(value)} instead of {PLAIN}")
     elif isinstance(value, int) and abs(value) > 2**64:
-        raise TypeError(f"{path[:80]} is {brief(value)} instead of a number that can be shown")
-
-
-def brief(value: Any) -> str:
-    """A value for a message. Huge integers have no text at all; a message needs no long one."""
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return f"an integer of {value.bit_length()} bits"
-    return f"{str(value)[:40]!r}"
+        raise TypeError(f"{path[:80]} is {short(value)} instead of a number that can be shown")

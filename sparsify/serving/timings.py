@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsify.common.files import cache_folder
+from sparsify.common.replace import whole_file
 from sparsify.serving.measure import LayerKind
 
 log = logging.getLogger("sparsify")
@@ -63,10 +63,8 @@ class Timings:
         content = {"machine": self._machine, "seconds": self._read() | new}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.path.parent) as partial:
-                file = Path(partial) / self.path.name
-                file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-                file.replace(self.path)
+            with whole_file(self.path) as file:
+                file.write(json.dumps(content, indent=1).encode())
         except OSError as error:
             log.warning("the measured times are not kept for later: %s", error)
 

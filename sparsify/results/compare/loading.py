@@ -12,14 +12,9 @@ import yaml
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.seal import KEY, is_altered
+from sparsify.common.values import LARGEST_NUMBER
 from sparsify.export.manifest import MANIFEST
-from sparsify.results.result import (
-    LARGEST_NUMBER,
-    RESULT_SCHEMA,
-    UNSEALED_SCHEMA,
-    check,
-    check_plain,
-)
+from sparsify.results.result import RESULT_SCHEMA, UNSEALED_SCHEMA, check, check_plain
 from sparsify.results.sensitivity import SENSITIVITY_SCHEMA
 from sparsify.training.checkpoints.files import FOLDER
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.calibration.prior import SavedMasks
+from sparsify.common.values import first_few
 from sparsify.models.perplexity import OVERALL
 from sparsify.results.compare.loading import CONFIG, Run
 from sparsify.results.compare.settings import labels, seeds, settings, short_name
@@ -116,8 +117,8 @@ def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     if repeats := [str(run.path.parent) for run in runs if run not in kept]:
         remarks.append(
             f"{len(repeats)} of {len(runs)} runs repeat the settings and seeds of another and are "
-            f"left out: {_named(repeats)}. What `sparsify fit` wrote counts before tests and "
-            "exports of it, and what is newer before what is older."
+            f"left out: {first_few(repeats, MOST_NAMED)}. What `sparsify fit` wrote counts before "
+            "tests and exports of it, and what is newer before what is older."
         )
     rows = []
     for label, one, group in zip(names, told, groups.values(), strict=True):
@@ -168,15 +169,10 @@ def _unknown(runs: Sequence[Run]) -> list[str]:
     if not bare:
         return []
     return [
-        f"Without {CONFIG}, and so in rows of their own: {_named(bare)}. Those of them that differ "
-        "only in what stands there alone (optimizer, batch size, training text) are counted as "
-        "seeds of one row."
+        f"Without {CONFIG}, and so in rows of their own: {first_few(bare, MOST_NAMED)}. Those of "
+        "them that differ only in what stands there alone (optimizer, batch size, training text) "
+        "are counted as seeds of one row."
     ]
-
-
-def _named(places: Sequence[str]) -> str:
-    more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
-    return ", ".join(places[:MOST_NAMED]) + more
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """What ``sparsify eval`` leaves: all that was measured and how, as JSON, and its table."""
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from sparsify.common.file_hashes import hash_file
 from sparsify.common.version import version
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.index import FILE_NAME, open_index
@@ -53,7 +53,7 @@ def make_report(
             **protocol,
             "base": manifest["base"],
             "masks": masks,
-            "manifest": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+            "manifest": hash_file(folder / MANIFEST),
             "tasks": {task: scores.protocol for task, scores in sparse.items()},
         },
         "results": results,

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparsify.common.file_hashes import hash_file
+from sparsify.common.values import first_few
 from sparsify.export.manifest import MANIFEST
 from sparsify.models.stored_weights import INDEX
 
@@ -57,8 +58,7 @@ def check_files(folder: Path, listed: Mapping[str, str] | None) -> tuple[list[st
             others.append(shown)
     if listed is None or not others:
         return problems, []
-    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-    return problems, [f"not of the export, and not checked: {', '.join(others[:_NAMED])}{more}"]
+    return problems, [f"not of the export, and not checked: {first_few(others, _NAMED)}"]
 
 
 def _of_weights(name: str) -> bool:

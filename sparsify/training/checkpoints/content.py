@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sparsify.common.errors import CHECKPOINT_ADVICE, SparsifyError
+from sparsify.common.values import COUNT, FLAG, LARGEST, LIST, NUMBER, TABLE, TEXT, is_of, short
 
-# A number that counts; the largest is far above what any run reaches.
-COUNT, TEXT, TABLE, LIST, FLAG = "a count", "text", "a table", "a list", "true or false"
-LARGEST = 2**53
 # What every command reads, and what training reads on top.
 ALWAYS = {
     "epoch": COUNT,
@@ -84,7 +82,7 @@ def check_training(checkpoint: Mapping[str, Any], trainer: Any) -> None:
             _refuse(path, f"step_shape.{field}", 0, "1 or more")
     for field in ("optimizer_states", "lr_schedulers"):
         if [type(value) for value in checkpoint[field]] != [dict]:
-            _refuse(path, field, f"{str(checkpoint[field])[:40]!r}", "a list of one table")
+            _refuse(path, field, short(checkpoint[field]), "a list of one table")
     _check(checkpoint["lr_schedulers"][0], "last_epoch", COUNT, path, "lr_schedulers[0].")
     loops = checkpoint["loops"]["fit_loop"]
     same_version = checkpoint["pytorch-lightning_version"] == lightning.__version__
@@ -107,8 +105,8 @@ def _check_place(path: Any, loops: Mapping[str, Any]) -> None:
     """Check that the place in the data is there."""
     place = _at(loops, ("state_dict", "combined_loader"))
     if not (isinstance(place, list) and len(place) == 1 and isinstance(place[0], dict)):
-        found = "missing" if place is None else f"{str(place)[:40]!r}"
-        _refuse(path, "loops.fit_loop.state_dict.combined_loader", found, "a list of one table")
+        field = "loops.fit_loop.state_dict.combined_loader"
+        _refuse(path, field, _shown(place), "a list of one table")
 
 
 def _check_like(path: Any, field: str, found: Any, own: Any, complete: bool) -> None:
@@ -123,32 +121,27 @@ def _check_like(path: Any, field: str, found: Any, own: Any, complete: bool) -> 
         complete: whether tables must hold every key.
     """
     if isinstance(own, dict):
-        if not isinstance(found, dict):
-            _refuse(path, field, _brief(found), TABLE)
+        _check_kind(path, field, found, TABLE)
         for key, value in own.items():
             if key in found:
                 _check_like(path, f"{field}.{key}", found[key], value, complete)
             elif complete:
                 _refuse(path, f"{field}.{key}", "missing", "there")
     elif isinstance(own, bool):
-        if not isinstance(found, bool):
-            _refuse(path, field, _brief(found), FLAG)
+        _check_kind(path, field, found, FLAG)
     elif isinstance(own, int):
-        if not _is_count(found):
-            _refuse(path, field, _brief(found), COUNT)
+        _check_kind(path, field, found, COUNT)
     elif isinstance(own, float):
         _check_number(path, field, found, least=0)
     elif isinstance(own, list):
-        if not isinstance(found, list):
-            _refuse(path, field, _brief(found), LIST)
+        _check_kind(path, field, found, LIST)
         for where, value in _numbers(path, field, found):
             _check_number(path, where, value)
 
 
 def _numbers(path: Any, field: str, rows: list[Any]) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            _refuse(path, f"{field}[{number}]", _brief(row), TABLE)
+        _check_kind(path, f"{field}[{number}]", row, TABLE)
         yield f"{field}[{number}].step", row.get("step")
         yield from ((f"{field}[{number}].{key}", value) for key, value in row.items())
 
@@ -160,14 +153,9 @@ def _at(table: Any, keys: tuple[str, ...]) -> Any:
     return table
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
-
-
 def _check_number(path: Any, field: str, value: Any, least: float = -math.inf) -> None:
-    right = isinstance(value, int | float) and not isinstance(value, bool)
-    if not right or not -LARGEST <= value <= LARGEST or value < least:
-        _refuse(path, field, _brief(value), "a finite number")
+    if not is_of(NUMBER, value) or not max(-LARGEST, least) <= value <= LARGEST:
+        _refuse(path, field, _shown(value), "a finite number")
 
 
 def _check(table: Mapping[str, Any], field: str, kind: str, path: Any, above: str = "") -> None:
@@ -177,26 +165,18 @@ def _check(table: Mapping[str, Any], field: str, kind: str, path: Any, above: st
         if not isinstance(value, dict) or key not in value:
             _refuse(path, f"{above}{field}", "missing", kind)
         value = value[key]
-    right = {
-        COUNT: _is_count(value),
-        TEXT: isinstance(value, str),
-        TABLE: isinstance(value, dict),
-        LIST: isinstance(value, list),
-        FLAG: isinstance(value, bool),
-    }[kind]
-    if not right:
-        _refuse(path, f"{above}{field}", _brief(value), kind)
+    _check_kind(path, f"{above}{field}", value, kind)
 
 
-def _brief(value: Any) -> str:
-    """A value for a message; huge integers have no short text."""
+def _check_kind(path: Any, field: str, value: Any, kind: str) -> None:
+    if not is_of(kind, value):
+        _refuse(path, field, _shown(value), kind)
+
+
+def _shown(value: Any) -> str:
     if value is None:
         return "missing"
-    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    return repr(value)[:40]
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else short(value)
 
 
 def _refuse(path: Any, field: str, found: Any, wanted: str) -> NoReturn:

@@ -9,7 +9,6 @@ every record; a folder holds ``complete.json``, written last, with the size of e
 """
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.file_hashes import file_hashes, hash_file
 from sparsify.common.files import disk_full, write_json
 from sparsify.common.replace import flush, flush_all, replace_folder
 
@@ -135,9 +135,8 @@ def complete(partial: Path, place: Path) -> None:
     """
     if partial.is_dir():
         flush_all(partial)
-        files = {str(p.relative_to(partial)): p for p in partial.rglob("*") if p.is_file()}
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        hashes = {name: _sha256(path) for name, path in files.items()}
+        hashes = file_hashes(partial, but=COMPLETE)
+        sizes = {name: (partial / name).stat().st_size for name in hashes}
         write_json(partial / COMPLETE, {"files": sizes, "sha256": hashes})
         replace_folder(partial, place)
     else:
@@ -213,15 +212,10 @@ def _folder_damage(path: Path) -> str:
     return damage(path / METADATA) if METADATA in sizes else ""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @lru_cache
 def _sha256_of(path: Path, mtime_ns: int) -> str:
     """The hash of a file of this age, read once in a process."""
-    return _sha256(path)
+    return hash_file(path)
 
 
 def _size(path: Path) -> int | None:

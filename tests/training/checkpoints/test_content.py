@@ -99,8 +99,8 @@ def test_every_field_is_needed_and_has_its_kind(field: str) -> None:
 
 
 def test_numbers_are_counts_and_finite() -> None:
-    assert "epoch is -1, and must be a count" in refused(put("epoch", -1))
-    assert "global_step is True, and must be a count" in refused(put("global_step", True))
+    assert "epoch is -1, and must be a number, whole" in refused(put("epoch", -1))
+    assert "global_step is True, and must be a number, whole" in refused(put("global_step", True))
     assert "an integer of 1329 bits" in refused(put("global_step", 10**400))
     assert "schedule_values.tau is nan" in refused(put("schedule_values/tau", math.nan))
     assert "step_shape.ranks is 0" in refused(put("step_shape/ranks", 0))
@@ -111,14 +111,18 @@ def test_numbers_are_counts_and_finite() -> None:
 
 def test_loops_and_callbacks_are_built_like_the_runs_own() -> None:
     progress = "loops/fit_loop/epoch_loop.batch_progress"
-    assert "total.ready is 'x', and must be a count" in refused(put(f"{progress}/total/ready", "x"))
+    assert "total.ready is 'x', and must be a number, whole" in refused(
+        put(f"{progress}/total/ready", "x")
+    )
     assert "is_last_batch is 1" in refused(put(f"{progress}/is_last_batch", 1))
     assert "batch_progress is missing" in refused(
         lambda checkpoint: checkpoint["loops"]["fit_loop"].pop("epoch_loop.batch_progress")
     )
     assert "combined_loader is missing" in refused(put("loops/fit_loop/state_dict", {}))
     assert "callbacks.Cost is missing" in refused(put("callbacks", {}))
-    assert "Cost.tokens is 1.5, and must be a count" in refused(put("callbacks/Cost/tokens", 1.5))
+    assert "Cost.tokens is 1.5, and must be a number, whole" in refused(
+        put("callbacks/Cost/tokens", 1.5)
+    )
     assert "Cost.looks is {}, and must be a list" in refused(put("callbacks/Cost/looks", {}))
     rows = [{"step": 1, "flips": "x"}]
     assert "Cost.looks[0].flips is 'x'" in refused(put("callbacks/Cost/looks", rows))
