@@ -9,8 +9,6 @@ Shapes: O out, I in.
 """
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.replace import partial_folder
 from sparsify.export.manifest import manifest_patterns
 from sparsify.models.base import load_model
 from sparsify.serving.onnx.check import FIX, MODEL, OnnxLayer, check_layers
@@ -77,15 +76,11 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
     model = load_model(str(folder), dtype)
     _check_range(model, dtype)
     weights = {name: _weight_OI(model.get_submodule(name)) for name in patterns}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{file.name}.partial-", dir=file.parent))
-    try:
+    with partial_folder(file) as partial:
         _write(model, partial / file.name)
         graph, opset = _read(partial / file.name)
         layers = check_layers(graph, partial, weights, patterns)
         _move(partial, file)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     limit = getattr(model.config, "max_position_embeddings", None)
     return OnnxReport(dtype, opset, limit, layers)
 
