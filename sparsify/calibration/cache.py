@@ -1,6 +1,5 @@
 """Where results of calibration are kept: under the hash of all that they depend on."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from torch import Tensor
 from sparsify.calibration.results import INDEX, LOCK, PARTIAL, read_index
 from sparsify.common.errors import SparsifyError
 from sparsify.common.files import cache_folder
+from sparsify.common.folder_lock import locked
 from sparsify.masking.strategy import SparsityStrategy
 
 log = logging.getLogger("sparsify")
@@ -156,9 +156,6 @@ def _in_use(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not locked(handle)
     finally:
         os.close(handle)
-    return False

@@ -6,7 +6,6 @@ layers are missing the folder's name ends in ``.partial``; who writes there hold
 file ``lock``, which is gone with its process.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import hash_file
+from sparsify.common.folder_lock import locked
 from sparsify.common.replace import flush, whole_file
 from sparsify.common.seal import KEY, is_altered, sealed
 from sparsify.masking.pattern import NMPattern
@@ -71,9 +71,7 @@ class ResultWriter:
     def _open(self, partial: Path, goes_on: bool) -> None:
         partial.mkdir(exist_ok=True, mode=0o700)
         self._lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(self._lock):
             os.close(self._lock)
             self._lock = None
             log.info("another run computes this calibration too; this one's is not kept")

@@ -20,6 +20,11 @@ class DiskFull(SparsifyError):
     """A checkpoint found no space; what is there is as it was."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def restoring(path: Any) -> Iterator[None]:
     """Tell in one message that a checkpoint's content cannot be restored, whoever met it: what

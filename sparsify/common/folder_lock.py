@@ -1,4 +1,4 @@
-"""One run a folder: the lock that a run holds on the place of its checkpoints."""
+"""Locks of files, and the one that a run holds on the folder of its checkpoints."""
 
 import errno
 import fcntl
@@ -8,7 +8,28 @@ from pathlib import Path
 from sparsify.common.errors import SparsifyError
 
 NAME = ".run.lock"
-_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+
+
+def locked(handle: int) -> bool:
+    """Take the lock of an open file for this process alone, if it can be had at once.
+
+    Raises:
+        OSError: the file system has no locks (:data:`NO_LOCKS`), or the handle is no file's.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class FolderLock:
@@ -30,19 +51,19 @@ class FolderLock:
         while self._handle is None:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                free = locked(handle)
+            except OSError as error:
+                os.close(handle)
+                if error.errno not in NO_LOCKS:
+                    raise
+                return
+            if not free:
                 os.close(handle)
                 raise SparsifyError(
                     f"another run is at work in {folder}, and two would remove each other's "
                     "checkpoints; wait for it, or give another --trainer.default_root_dir"
-                ) from error
-            except OSError as error:
-                os.close(handle)
-                if error.errno not in _NO_LOCKS:
-                    raise
-                return
-            if self._is_there(handle):
+                )
+            if is_at(handle, self._path):
                 self._handle = handle
             else:  # who held it has removed the file since it was opened here
                 os.close(handle)
@@ -53,9 +74,3 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
             os.close(self._handle)
             self._handle = None
-
-    def _is_there(self, handle: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(handle), self._path.stat())
-        except FileNotFoundError:
-            return False

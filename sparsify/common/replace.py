@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from sparsify.common.folder_lock import NO_LOCKS, is_at, locked
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Linux, <linux/fs.h>
 _RENAME_SWAP = 2  # macOS, <sys/stdio.h>
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
 _FORMER = ".former"
 
 
@@ -166,7 +167,7 @@ def _at_work(place: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            if _locked(handle, fcntl.LOCK_EX):
+            if locked(handle):
                 path.unlink(missing_ok=True)
             os.close(handle)
 
@@ -179,37 +180,21 @@ def _open_lock(path: Path, place: Path) -> int | None:
         except PermissionError:  # another user's, at work or killed
             return None
         try:
-            if _locked(handle, fcntl.LOCK_EX) and _is_at(handle, path):
+            if locked(handle) and is_at(handle, path):
                 _tidy(place)
             # Waits for another that tidies. Between the two locks others may come and go: this
             # process has no folder yet.
             fcntl.flock(handle, fcntl.LOCK_SH)
         except OSError as error:
             os.close(handle)
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             path.unlink(missing_ok=True)
             return None
         # The last one at work unlinks the file, maybe before this process had its lock.
-        if _is_at(handle, path):
+        if is_at(handle, path):
             return handle
         os.close(handle)
-
-
-def _locked(handle: int, kind: int) -> bool:
-    """Take a lock if it can be had at once."""
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _tidy(place: Path) -> None:

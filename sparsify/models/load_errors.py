@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import SparsifyError, first_line
 
 _TAKES = (
     "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
@@ -37,7 +37,7 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
         gguf = name_or_path.lower().endswith(".gguf")
         fix = "; for GGUF files: pip install 'sparsify-llm[gguf]'" if gguf else ""
         raise SparsifyError(
-            f"{name_or_path!r} needs a package that is not installed ({_first_line(error)}){fix}"
+            f"{name_or_path!r} needs a package that is not installed ({first_line(error)}){fix}"
         ) from error
     except pickle.UnpicklingError as error:
         raise SparsifyError(
@@ -101,10 +101,9 @@ def _reason(what: str, name_or_path: str, error: Exception) -> str:
             return "the folder holds no config.json"
     if isinstance(error, SafetensorError):
         return (
-            f"a safetensors file is damaged or cut off: {_first_line(error)}; fetch or copy it "
-            "again"
+            f"a safetensors file is damaged or cut off: {first_line(error)}; fetch or copy it again"
         )
-    line = _first_line(error)
+    line = first_line(error)
     if "for this kind of AutoModel" in line:
         kind = line.partition("configuration class ")[2].partition(" for")[0]
         name = kind.rpartition(".")[2].strip("'>")
@@ -120,7 +119,3 @@ def _reason(what: str, name_or_path: str, error: Exception) -> str:
             "cannot be reached; check its spelling and the network"
         )
     return line
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

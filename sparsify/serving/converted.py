@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.files import read_json
 
 
@@ -40,7 +40,7 @@ class ConvertedWeights:
         except (OSError, ValueError, RuntimeError) as error:
             raise SparsifyError(
                 f"Transformers {transformers_version} does not load {folder} "
-                f"({str(error).strip().splitlines()[0]}); {_fix(folder)}"
+                f"({first_line(error)}); {_fix(folder)}"
             ) from error
         for kind, what in (
             ("missing_keys", "hold no tensor of the name"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import SparsifyError, first_line
 from sparsify.export.manifest import MANIFEST, manifest_patterns
 from sparsify.masking.layer import can_mask, linear_shape
 from sparsify.masking.pattern import NMPattern
@@ -124,7 +124,7 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise SparsifyError(
             f"{folder} holds no configuration that Transformers can read "
-            f"({str(error).strip().splitlines()[0]}); export the model again"
+            f"({first_line(error)}); export the model again"
         ) from error
     model.tie_weights()  # not inside: there, every assignment makes another Parameter
     return model

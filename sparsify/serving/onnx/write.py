@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.common.errors import SparsifyError
+from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.replace import partial_folder
 from sparsify.export.manifest import manifest_patterns
 from sparsify.models.base import load_model
@@ -145,7 +145,7 @@ def _write(model: PreTrainedModel, file: Path) -> None:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise SparsifyError(
             f"{type(model).__name__} cannot be traced into an ONNX graph ({reason}); {FIX}"
         ) from error
