@@ -225,7 +225,7 @@ def test_a_full_disk_that_only_a_text_tells_of(tmp_path: Path) -> None:
 
 def test_shards_are_written_where_the_callback_will_look(tmp_path: Path) -> None:
     partial = partial_path(step_path(tmp_path, 20))
-    for place in Sharded()._place(partial):
+    for place in Sharded()._shard_folder(partial):
         (place / "meta.pt").write_bytes(b"")
     assert [path.name for path in tmp_path.iterdir()] == [".step-00000020.ckpt.partial"]
     remove_partials(tmp_path)
