@@ -52,15 +52,11 @@ class CandidateMasker(Masker):
         )
         self.register_buffer("table_KM", pattern.table().float(), persistent=False)
 
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mix the candidates by Gumbel-softmax (equations 6 and 7, with kappa as in algorithm 1).
-
-        The penalty is the square of the retained weights' norm (equation 8).
-        """
+    def mask(self, draw: Draw, row0: int = 0) -> Tensor:
+        """Mix the candidates by Gumbel-softmax (equations 6 and 7; kappa as in algorithm 1)."""
         rows, candidates, groups = self.logits_OKG.shape
-        gumbel = noise.gumbel(
-            draw.key(self.name), rows, candidates * groups, row0, weight_OI.device
-        )
+        device = self.logits_OKG.device
+        gumbel = noise.gumbel(draw.key(self.name), rows, candidates * groups, row0, device)
         scores = self.values["kappa"] * self.logits_OKG + gumbel.view_as(self.logits_OKG)
         scores = scores / self.values["tau"]
         # Shares below e**-30 are lost beside 1 in fp32, and as denormal numbers they would make a
@@ -70,8 +66,11 @@ class CandidateMasker(Masker):
         if self.hard:
             one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
             soft = one_hot + (soft - soft.detach())
-        masked = weight_OI * torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
-        return masked.to(weight_OI.dtype), masked.float().square().sum()
+        return torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
+
+    def penalty(self, masked_OI: Tensor) -> Tensor:
+        """The square of the retained weights' norm (equation 8)."""
+        return masked_OI.float().square().sum()
 
     def start(
         self, prior_OI: Tensor | None, std: float, alpha: float, seed: int, row0: int = 0

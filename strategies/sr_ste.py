@@ -29,9 +29,9 @@ class MagnitudeMasker(Masker):
     """Keeps what is largest now; its gradient reaches dropped weights too (straight-through)."""
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        masked_OI, penalty = super().sample(weight_OI, draw, row0)
+        masked_OI = self.harden(weight_OI, row0)
         # w + (0 - w) is +0.0 and w + (w - w) is w, to the last bit.
-        return weight_OI + (masked_OI - weight_OI).detach(), penalty
+        return weight_OI + (masked_OI - weight_OI).detach(), self.penalty(masked_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.top(weight_OI.abs())

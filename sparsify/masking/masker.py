@@ -53,12 +53,32 @@ class Masker(nn.Module):
         self.shape = shape
         self.pattern = pattern
 
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight for one draw, differentiably in what this masker learns.
+    def mask(self, draw: Draw, row0: int = 0) -> Tensor:
+        """The mask of one draw, ``[O, I]``, differentiable in what this masker learns.
 
-        It runs once in forward without a graph and again in backward with one, and must give the
-        same numbers both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
-        The default is the hard mask.
+        It is made in forward without a graph and again in backward with one, and must be the same
+        both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
+
+        Args:
+            draw: which sample.
+            row0: the number of the first row that this masker holds in the whole layer.
+
+        Returns:
+            Floating, to multiply the weight by; or bool, True = kept, which has no gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define mask(draw, row0)")
+
+    def penalty(self, masked_OI: Tensor) -> Tensor:
+        """A 0-d penalty of this layer, which a strategy may add to its loss.
+
+        Args:
+            masked_OI: the weight times the mask, not yet rounded to the weight's dtype.
+        """
+        return _no_penalty(masked_OI)
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        """Mask the weight for one draw; to be overridden only where that is no product with
+        :meth:`mask`.
 
         Args:
             weight_OI: the weight, or rows of it.
@@ -66,9 +86,12 @@ class Masker(nn.Module):
             row0: the number of the weight's first row in the whole layer.
 
         Returns:
-            The masked weight ``[O, I]`` and a 0-d penalty of this layer.
+            The masked weight ``[O, I]`` in the weight's dtype, and a 0-d penalty of this layer.
         """
-        return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+        mask_OI = self.mask(draw, row0)
+        hard = mask_OI.dtype == torch.bool
+        masked_OI = _kept(weight_OI, mask_OI) if hard else weight_OI * mask_OI
+        return masked_OI.to(weight_OI.dtype), self.penalty(masked_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         """The mask that ships: bool ``[O, I]``, deterministic, exactly N:M."""
@@ -78,10 +101,12 @@ class Masker(nn.Module):
         """The weight under the hard mask; what is dropped is +0.0, where a product leaves -0.0."""
         with torch.no_grad():
             mask = self.hard_mask(weight_OI, row0)
-        return torch.where(mask, weight_OI, weight_OI.new_zeros(()))
+        return _kept(weight_OI, mask)
 
     def forward(self, weight_OI: Tensor, masking: Masking, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight as asked: (masked weight, penalty). To change it, override ``sample``."""
+        """Mask the weight as asked: (masked weight, penalty). To change it, override ``mask`` or
+        ``sample``.
+        """
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
@@ -118,6 +143,14 @@ class FixedMasker(Masker):
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.unrank(self.rank_OG)
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+
+
+def _kept(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """The weight where the mask is True, and +0.0 elsewhere."""
+    return torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
 
 
 def _no_penalty(like: Tensor) -> Tensor:
