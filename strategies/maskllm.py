@@ -5,7 +5,6 @@ Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +71,7 @@ class CandidateMasker(Masker):
         """The square of the retained weights' norm (equation 8)."""
         return masked_OI.float().square().sum()
 
-    def start(
-        self, prior_OI: Tensor | None, std: float, alpha: float, seed: int, row0: int = 0
-    ) -> None:
+    def start(self, prior_OI: Tensor, std: float, alpha: float, seed: int, row0: int = 0) -> None:
         """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
 
         Equations 9 and 10. The paper subtracts the mean similarity, which changes no probability,
@@ -84,10 +81,9 @@ class CandidateMasker(Masker):
         rows, candidates, groups = self.logits_OKG.shape
         key = noise.fold("init", seed, self.name)
         start = noise.normal(key, rows, candidates * groups, row0, self.logits_OKG.device) * std
-        if prior_OI is not None:
-            prior_OGM = self.pattern.groups(prior_OI).float()
-            shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
-            start += shared.flatten(1) * (alpha * std)
+        prior_OGM = self.pattern.groups(prior_OI).float()
+        shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
+        start += shared.flatten(1) * (alpha * std)
         self.logits_OKG.data.copy_(start.view_as(self.logits_OKG))
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
@@ -98,7 +94,7 @@ class CandidateMasker(Masker):
         return describe_distribution(probability_OKG, self.table_KM)
 
 
-class MaskLLM(StartsFromPrior):
+class MaskLLM(StartsFromPrior[CandidateMasker]):
     """Learns masks over frozen weights by Gumbel-softmax sampling of candidates.
 
     The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
@@ -143,9 +139,10 @@ class MaskLLM(StartsFromPrior):
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
     def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+        self, masker: CandidateMasker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0
     ) -> None:
-        cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, self.seed, row0)
+        alpha = 0.0 if self.prior is None else self.alpha  # without a prior no candidate is raised
+        masker.start(prior_OI, self.init_std, alpha, self.seed, row0)
 
     def loss(self, run: Run) -> Tensor:
         result = run(run.draw())

@@ -9,7 +9,7 @@ the weight if it is trained. Nothing of the weight's size lives between the two.
 Shapes: O out, I in, B any leading dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -243,6 +243,13 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
     }
+
+
+def maskers(layers: Mapping[str, MaskedLinear]) -> dict[Masker, Tensor]:
+    """Each masker once, and the weight ``[O, I]`` that it masks: layers that share a weight share
+    its masker.
+    """
+    return {layer.masker: layer.weight_OI for layer in layers.values()}
 
 
 def layer_patterns(model: nn.Module) -> dict[str, NMPattern]:

@@ -111,6 +111,12 @@ class Masker(nn.Module):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """Start from a bool mask ``[O, I]``: what a strategy does with what ``calibrate`` found."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define set_mask, or its strategy init_masker"
+        )
+
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors that describe the distribution, each a mean over rows; logged per layer and
         over all weights.

@@ -228,13 +228,13 @@ class SparseCausalLM(Evaluation):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.strategy.before_step(self.masked.layers)
+        self.strategy.before_step(self.masked.maskers)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.strategy.after_step(self.masked.layers, optimizer.param_groups[0]["lr"])
+        self.strategy.after_step(self.masked.maskers, optimizer.param_groups[0]["lr"])
 
     def on_train_end(self) -> None:
         self.check_finite()  # the last steps may lie between two logs

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityStrategy
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
 from sparsify.strategies.fixed_mask import FixedMask
@@ -158,7 +158,7 @@ def test_the_teacher_is_the_model_as_it_was(
         optimizer.zero_grad()
         module.strategy.loss(run).backward()
         optimizer.step()
-        module.strategy.after_step(masked_layers(module.lm), 0.01)
+        module.strategy.after_step(module.masked.maskers, 0.01)
     if module.teacher is not None:
         assert not any(p.requires_grad for p in module.teacher.parameters())
         assert all(p.grad is None for p in module.teacher.parameters())

@@ -184,7 +184,7 @@ def _train(
     settings: PlanSettings,
 ) -> dict[str, int]:
     """What lives after the step, in bytes by label."""
-    strategy, layers = masked.strategy, masked.layers
+    strategy = masked.strategy
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
     def adamw(params: Any) -> torch.optim.Optimizer:
@@ -198,9 +198,10 @@ def _train(
             found = strategy.loss(run)
         return found.detach().requires_grad_() if strategy.without_gradients else found
 
-    optimizer = strategy.optimizer(params, layers, adamw)
+    optimizer = strategy.optimizer(params, masked.maskers, adamw)
     # The masks at the start, which the callback that logs their changes keeps.
-    first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers.values()]
+    layers = masked.layers.values()
+    first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers]
     ledger.label(LOGGED, first)
     ledger.phase = FORWARD
     now = loss()
@@ -210,10 +211,10 @@ def _train(
     del now
     ledger.label(GRADIENTS, (p.grad for p in params))
     ledger.phase = STEP
-    strategy.before_step(layers)
+    strategy.before_step(masked.maskers)
     nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
-    strategy.after_step(layers, optimizer.param_groups[0]["lr"])
+    strategy.after_step(masked.maskers, optimizer.param_groups[0]["lr"])
     state = optimizer.state.values()
     ledger.label(OPTIMIZER, (v for s in state for v in s.values() if isinstance(v, Tensor)))
     return ledger.living()
