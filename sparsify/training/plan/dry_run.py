@@ -147,7 +147,7 @@ def _masked(
     make = strategy.make_masker
 
     def make_masker(name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
-        masker = make(name, shape, pattern)
+        masker: Masker = make(name, shape, pattern)
         # Module.to would exchange fake tensors, which the ledger's weak references forbid.
         masker.to = lambda device: masker  # type: ignore[method-assign, assignment]
         return masker
