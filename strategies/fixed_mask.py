@@ -10,7 +10,6 @@ Shapes: O out, I in, R rank of the addition.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sparsify.calibration.prior import StartsFromPrior
 from sparsify.common.errors import SparsifyError
 from sparsify.masking import noise
+from sparsify.masking.effect import Effect
 from sparsify.masking.masker import FixedMasker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import SparsityStrategy
@@ -79,8 +79,6 @@ class FixedMask(StartsFromPrior[FixedMasker]):
         lora_alpha: the addition is scaled by ``lora_alpha / lora_rank``.
     """
 
-    weights: Literal["trained", "adapted"] = "trained"
-
     def __init__(
         self,
         prior: SparsityStrategy | str = "sparsegpt",
@@ -99,7 +97,7 @@ class FixedMask(StartsFromPrior[FixedMasker]):
             )
         super().__init__(prior, weights=not lora_rank)
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
-        self.weights = "adapted" if lora_rank else "trained"
+        self.effect = Effect(weights="adapted" if lora_rank else "trained")
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> FixedMasker:
         if not self.lora_rank:

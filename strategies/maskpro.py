@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import mean_mask
@@ -95,17 +96,13 @@ class MaskPro(StartsFromPrior[LogitMasker]):
             )
         self.strength, self.grading, self.lr, self.estimator = strength, grading, lr, estimator
         self.draws, self.memory = draws, memory
+        self.effect = Effect(
+            without_gradients=estimator not in WITH_GRADIENTS,
+            exchanges_draws=estimator != "mean_gradient",
+        )
         averages = estimator in ("residual", "control_variate")
         self.average = MovingAverage(memory) if averages else None
         self._terms: list[list[Term]] = []
-
-    @property
-    def without_gradients(self) -> bool:
-        return self.estimator not in WITH_GRADIENTS
-
-    @property
-    def exchanges_draws(self) -> bool:
-        return self.estimator != "mean_gradient"
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> LogitMasker:
         if self.estimator in WITH_GRADIENTS:

@@ -11,13 +11,13 @@ Shapes: O out, I in, G groups, here of all rows at once.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
@@ -80,7 +80,7 @@ class ProxSparse(StartsFromPrior[ProxyMasker]):
         anchor_eps: its epsilon, in the weights' unit.
     """
 
-    weights: Literal["proxy"] = "proxy"
+    effect = Effect(weights="proxy")
 
     def __init__(
         self,

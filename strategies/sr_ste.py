@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
@@ -52,7 +53,7 @@ class SRSTE(StartsFromPrior[Masker]):
             which is ASP: dropped weights get no gradient, and no decay of this kind.
     """
 
-    weights: Literal["trained"] = "trained"
+    effect = Effect(weights="trained")
 
     def __init__(
         self,

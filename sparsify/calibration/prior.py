@@ -74,7 +74,7 @@ def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> Sparsity
             f"prior {type(prior).__name__}: it learns its masks in a run of its own; name the "
             "folder that this run exported, or a one-shot strategy"
         )
-    return prior if weights or prior.weights == "frozen" else MasksOnly(prior)
+    return prior if weights or prior.effect.only_masks else MasksOnly(prior)
 
 
 def _is_path(prior: str) -> bool:

@@ -54,9 +54,9 @@ class MaskedModel:
         self.base, self.strategy, self.selection = base, strategy, selection
         self.model = base.model
         layers, self.dense = select(self.model, selection)
-        self.model.requires_grad_(strategy.weights == "trained")
+        self.model.requires_grad_(strategy.effect.trains_base)
         self.scope = MaskScope()
-        if strategy.prunes:
+        if strategy.effect.prunes:
             self.scope = inject(self.model, layers, selection, strategy.make_masker)
         else:
             reason = f"{type(strategy).__name__} masks nothing"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import typing_extensions
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masker import Draw, FixedMasker, Masker, Masking
 from sparsify.masking.pattern import NMPattern
@@ -50,7 +51,7 @@ class Run(Protocol):
 S = TypeVar("S")
 #: The masker of a strategy; a strategy that does not say which is typed loosely.
 M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
-NOT_SETTINGS = ("training", "weights", "schedules", "values")
+NOT_SETTINGS = ("training", "schedules", "values")
 
 
 class BlockStatistics(Protocol):
@@ -132,44 +133,24 @@ class SparsityStrategy(nn.Module, Generic[M]):
     rows of all ranks; :func:`~sparsify.masking.layer.local_rows` gives those of this one.
 
     Attributes:
-        prunes: whether layers are masked at all; the dense reference says no.
+        effect: what it does to the model.
         independent_blocks: whether ``calibrate`` finds the same for a block if it was not shown
             those before it. Where it does, a calibration that was stopped goes on at its next
             block; otherwise it begins again. Each class says so for itself.
-        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
-            with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
-            trained, the base ships; ``adapted``: never touched, but what ships is their sum with
-            something that was learned.
         schedules: values that change during the run; the annealing callback writes them to
             ``values``.
         values: the schedules' present values, shared with the maskers.
         seed: the run's, set by the module before anything is made.
     """
 
-    prunes: ClassVar[bool] = True
+    effect: Effect = Effect()
     independent_blocks: ClassVar[bool] = False
-    weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
 
     def __init__(self) -> None:
         super().__init__()
         self.schedules: Mapping[str, Schedule] = {}
         self.values: dict[str, float] = {}
         self.seed = 0
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the base weights differ after the run."""
-        return self.weights in ("updated", "trained")
-
-    @property
-    def without_gradients(self) -> bool:
-        """Whether it learns from losses alone, so that ``loss`` has no graph."""
-        return False
-
-    @property
-    def exchanges_draws(self) -> bool:
-        """Whether ranks exchange what they found, each under draws of its own."""
-        return False
 
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
@@ -263,7 +244,7 @@ class SparsityStrategy(nn.Module, Generic[M]):
             if isinstance(part, SparsityStrategy)
         }
         path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class": path, "weights": self.weights, "settings": settings}
+        return {"class": path, "weights": self.effect.weights, "settings": settings}
 
 
 def plain(value: Any) -> Any:

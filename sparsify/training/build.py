@@ -40,7 +40,7 @@ def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | Non
     check_dtype(strategy, base.model.dtype)
     teacher = None
     fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
-    if module.distillation.weight and strategy.weights == "trained" and fits:
+    if module.distillation.weight and strategy.effect.trains_base and fits:
         teacher = copy.deepcopy(base.model).requires_grad_(False)
     masked = MaskedModel(base, strategy, module.selection)
     masked.check_called()

@@ -40,7 +40,7 @@ def check_dtype(strategy: SparsityStrategy, dtype: torch.dtype) -> None:
     """Refuse to train weights of 16 bits: a step is often smaller than half of their last place,
     and is lost.
     """
-    if strategy.weights in ("trained", "proxy") and dtype != torch.float32:
+    if strategy.effect.trains_weights and dtype != torch.float32:
         raise SparsifyError(
             f"dtype {str(dtype).removeprefix('torch.')}: {type(strategy).__name__} trains "
             "weights and needs them in float32; give --model.dtype float32, and "
@@ -124,7 +124,7 @@ def check_shards(
             f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
             "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
         )
-    if strategy.weights != "trained":
+    if not strategy.effect.trains_base:
         return
     for layer_name, layer in layers.items():
         if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension

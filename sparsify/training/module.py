@@ -217,7 +217,7 @@ class SparseCausalLM(Evaluation):
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.masked, batch, first, self.distillation, self.teacher)
         loss = self.strategy.loss(run)
-        if self.strategy.without_gradients:  # Lightning goes backward through every loss
+        if self.strategy.effect.without_gradients:  # Lightning goes backward through every loss
             loss = loss.detach().requires_grad_()
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
         self._finite.watch(self.task_loss, self.trainer)

@@ -43,9 +43,9 @@ def check_gather(strategy: Any) -> None:
     Raises:
         SparsifyError: it trains weights, or its ranks learn from draws of their own.
     """
-    name = type(strategy).__name__
-    if strategy.weights != "frozen" or strategy.exchanges_draws:
-        what = "needs other draws on each rank" if strategy.exchanges_draws else "changes weights"
+    name, effect = type(strategy).__name__, strategy.effect
+    if not effect.only_masks or effect.exchanges_draws:
+        what = "needs other draws on each rank" if effect.exchanges_draws else "changes weights"
         raise SparsifyError(
             f"gather masked: {name} {what}, and this is for masks that learn by gradients over "
             "frozen weights; give --model.gather plain"

@@ -83,7 +83,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
-        if settings.distillation.weight and strategy.weights == "trained":
+        if settings.distillation.weight and strategy.effect.trains_base:
             teacher = _without_values(second, dtype).requires_grad_(False)
             ledger.label(TEACHER, teacher.parameters())
         masked = _masked(model, dtype, strategy, settings)
@@ -196,7 +196,7 @@ def _train(
         mixed = settings.precision == "bf16-mixed"
         with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
             found = strategy.loss(run)
-        return found.detach().requires_grad_() if strategy.without_gradients else found
+        return found.detach().requires_grad_() if strategy.effect.without_gradients else found
 
     optimizer = strategy.optimizer(params, masked.maskers, adamw)
     # The masks at the start, which the callback that logs their changes keeps.
