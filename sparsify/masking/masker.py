@@ -1,5 +1,6 @@
 """What masks one layer: the interface, and the masker of a mask that does not change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +111,20 @@ class Masker(nn.Module):
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+
+    def take_gradients(self, grads: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """Called in backward with the gradients of this masker's Parameters, once for each use of
+        the layer; what is returned is accumulated in their ``grad``, for an optimizer.
+
+        To update in backward, so that no gradient outlives its layer's backward, override it: move
+        the rows that this process holds, ``local_rows(parameter.detach())``, and return nothing of
+        what was taken. That is for one process, or for ranks that gather masked weights: elsewhere
+        ranks average their gradients only later.
+
+        Args:
+            grads: by Parameter name, of the same rows; of one micro-batch, as its loss was scaled.
+        """
+        return grads
 
     def set_mask(self, mask_OI: Tensor) -> None:
         """Start from a bool mask ``[O, I]``: what a strategy does with what ``calibrate`` found."""

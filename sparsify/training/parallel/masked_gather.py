@@ -197,9 +197,9 @@ class MaskedGather:
             grads = torch.autograd.grad(
                 outputs, [tensors[name] for name in wanted], seeds, allow_unused=True
             )
-        for name, grad in zip(wanted, grads, strict=True):
-            if grad is not None:
-                _accumulate(named[name], grad)
+        given = {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+        for name, grad in self._layer.masker.take_gradients(given).items():
+            _accumulate(named[name], grad)
 
     def _weight(self) -> Tensor:
         return cast(DTensor, self._layer.weight.detach()).to_local()
