@@ -47,8 +47,8 @@ class AdaptedMasker(FixedMasker):
     ) -> None:
         super().__init__(name, shape, pattern)
         self.scale, self.seed = scale, seed
-        self.lora_A_RI = nn.Parameter(torch.zeros(rank, shape[1]))
-        self.lora_B_OR = nn.Parameter(torch.zeros(shape[0], rank))
+        self.lora_A_RI = nn.Parameter(torch.zeros(rank, shape[1], dtype=self.learned_dtype))
+        self.lora_B_OR = nn.Parameter(torch.zeros(shape[0], rank, dtype=self.learned_dtype))
 
     def set_mask(self, mask_OI: Tensor) -> None:
         """Take over the mask; A from U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming's rule as LoRA has

@@ -69,7 +69,7 @@ class LogitMasker(Masker):
 
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__(name, shape, pattern)
-        self.logits_OI = nn.Parameter(torch.zeros(shape))
+        self.logits_OI = nn.Parameter(torch.zeros(shape, dtype=self.learned_dtype))
         ranks = torch.zeros(shape[0], shape[1] // pattern.m, dtype=pattern.rank_dtype)
         self.initial_OG = nn.Parameter(ranks, requires_grad=False)
 

@@ -46,9 +46,8 @@ class CandidateMasker(Masker):
         super().__init__(name, shape, pattern)
         self.values = values
         self.hard = hard
-        self.logits_OKG = nn.Parameter(
-            torch.zeros(shape[0], pattern.candidates, shape[1] // pattern.m)
-        )
+        logits = shape[0], pattern.candidates, shape[1] // pattern.m
+        self.logits_OKG = nn.Parameter(torch.zeros(logits, dtype=self.learned_dtype))
         self.register_buffer("table_KM", pattern.table().float(), persistent=False)
 
     def mask(self, draw: Draw, row0: int = 0) -> Tensor:
@@ -90,7 +89,8 @@ class CandidateMasker(Masker):
         return self.pattern.unrank(self.logits_OKG.argmax(1))
 
     def metrics(self) -> dict[str, Tensor]:
-        probability_OKG = torch.softmax(self.values["kappa"] * self.logits_OKG.detach(), dim=1)
+        logits_OKG = self.logits_OKG.detach().float()
+        probability_OKG = torch.softmax(self.values["kappa"] * logits_OKG, dim=1)
         return describe_distribution(probability_OKG, self.table_KM)
 
 

@@ -49,7 +49,7 @@ class ProxyMasker(Masker):
     ) -> None:
         super().__init__(name, shape, pattern)
         self.anchor_eps = anchor_eps
-        self.proxy_OI = nn.Parameter(torch.zeros(shape))
+        self.proxy_OI = nn.Parameter(torch.zeros(shape, dtype=self.learned_dtype))
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
         """The copy, dense; the penalty is ``|W / (W0 + eps sign W0) o (W - W0)|^2`` of the copy W

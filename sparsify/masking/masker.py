@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,14 @@ class Masker(nn.Module):
         name: the layer's qualified name; part of its noise key.
         shape: (O, I) of the whole layer.
         pattern: the N:M pattern.
+
+    Attributes:
+        learned_dtype: of the Parameters that require gradients; also the least exact type, beside
+            fp32, in which the base weights may be if they are what learns. A step is often smaller
+            than half of a bf16's last place, and is lost in rounding unless that is stochastic.
     """
+
+    learned_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__()

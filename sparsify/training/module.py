@@ -51,7 +51,8 @@ class SparseCausalLM(Evaluation):
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
             globs that match a layer the last one holds.
-        dtype: the type of the base weights; what is learned is always fp32.
+        dtype: the type of the base weights; what is learned is in the type that its maskers
+            declare, as a rule fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.
         distillation: learn from the dense model's predictions too.
