@@ -98,7 +98,7 @@ class _MaskedProduct(torch.autograd.Function):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
             grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        left = _left(ctx.layer, grads[1:])
+        left = _after_taking(ctx.layer, grads[1:])
         return grad_x, grads[0], grad_bias, None, None, *left
 
 
@@ -113,7 +113,7 @@ def _mask(
         )
 
 
-def _left(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Tensor | None]:
+def _after_taking(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Tensor | None]:
     """What the masker leaves of its Parameters' gradients to autograd."""
     names = list(layer.masker_parameters())
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
