@@ -126,7 +126,8 @@ class Masker(nn.Module):
         To update in backward, so that no gradient outlives its layer's backward, override it: move
         the rows that this process holds, ``local_rows(parameter.detach())``, and return nothing of
         what was taken. That is for one process, or for ranks that gather masked weights: elsewhere
-        ranks average their gradients only later.
+        ranks average their gradients only later. And it is for layers that one backward pass goes
+        through once: autograd refuses the second use of what the first has moved.
 
         Args:
             grads: by Parameter name, of the same rows; of one micro-batch, as its loss was scaled.

@@ -411,6 +411,13 @@ def test_a_masker_can_update_in_backward() -> None:
     assert float((layer.masker.logits_OKG.detach() - before).abs().max()) > 0.1
 
 
+def test_two_uses_in_one_backward_are_not_moved_apart() -> None:
+    layer, _ = taking_layer()
+    both = run(layer, inputs())[0].sum() + run(layer, inputs())[0].sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        both.backward()
+
+
 def test_gradients_that_a_masker_leaves_are_accumulated() -> None:
     layer, twin = taking_layer()
     layer.masker.take_gradients = lambda grads: {name: 2 * g for name, g in grads.items()}
