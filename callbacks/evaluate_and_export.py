@@ -196,10 +196,11 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """What was done, as it stands in a result file."""
     device, now = pl_module.device, cost(trainer, pl_module)
     distils = pl_module.distillation.weight and pl_module.learns
+    prunes = pl_module.strategy.effect.prunes
     return {
         "strategy": pl_module.strategy.describe(),
-        "pattern": str(pl_module.selection.pattern) if pl_module.strategy.prunes else "dense",
-        "overrides": pl_module.selection.overrides.describe() if pl_module.strategy.prunes else {},
+        "pattern": str(pl_module.selection.pattern) if prunes else "dense",
+        "overrides": pl_module.selection.overrides.describe() if prunes else {},
         "sparsity": pl_module.masked.sparsity(),
         "calibration": pl_module.calibrated,
         "distillation": asdict(pl_module.distillation) if distils else None,

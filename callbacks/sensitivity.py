@@ -30,13 +30,13 @@ class MeasureSensitivity(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         strategy = pl_module.strategy
         name = type(strategy).__name__
-        if not strategy.prunes:
+        if not strategy.effect.prunes:
             raise SparsifyError(
                 f"{name} masks nothing, so that no block can lose by it; take another --strategy"
             )
-        if strategy.changes_base:
+        if strategy.effect.changes_base:
             raise SparsifyError(
-                f"the base weights of {name} are {strategy.weights}, so that a "
+                f"the base weights of {name} are {strategy.effect.weights}, so that a "
                 "block that is kept dense would not be the base model's; take a strategy that "
                 "chooses masks alone, or its setting for that"
             )

@@ -112,7 +112,7 @@ def sparsify(
     data.tokenizer = tokenizer
     check_model(model)
     check_objects(model, tokenizer, strategy)
-    with quiet(), _restored_on_failure(model, strategy.changes_base):
+    with quiet(), _restored_on_failure(model, strategy.effect.changes_base):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
     return Sparsified(model, module, runner)
 

@@ -5,13 +5,13 @@ Shapes: O out, I in.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsify.calibration import Hessian
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
@@ -30,9 +30,8 @@ class ADMM(SparsityStrategy):
         damping: added to the diagonal of the scaled Hessian, which is one.
     """
 
+    effect = Effect(weights="updated")
     independent_blocks = True
-
-    weights: Literal["updated"] = "updated"
 
     def __init__(
         self, steps: int = 20, pruning_steps: int = 15, rho: float = 1.0, damping: float = 0.1

@@ -1,7 +1,6 @@
 """The reference: nothing is masked."""
 
-from typing import ClassVar
-
+from sparsify.masking.effect import Effect
 from sparsify.masking.strategy import SparsityStrategy
 
 
@@ -10,4 +9,4 @@ class Dense(SparsityStrategy):
     its sparse versions.
     """
 
-    prunes: ClassVar[bool] = False
+    effect = Effect(prunes=False)

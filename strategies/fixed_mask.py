@@ -10,7 +10,6 @@ Shapes: O out, I in, R rank of the addition.
 """
 
 import math
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from sparsify.calibration.prior import StartsFromPrior
 from sparsify.common.errors import SparsifyError
 from sparsify.masking import noise
-from sparsify.masking.masker import FixedMasker, Masker
+from sparsify.masking.effect import Effect
+from sparsify.masking.masker import FixedMasker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import SparsityStrategy
 
@@ -30,26 +30,33 @@ class AdaptedMasker(FixedMasker):
         name, shape, pattern: as for every masker.
         rank: R.
         scale: of the product.
+        seed: of the first A.
     """
 
     lora_A_RI: Tensor
     lora_B_OR: Tensor
 
     def __init__(
-        self, name: str, shape: tuple[int, int], pattern: NMPattern, rank: int, scale: float
+        self,
+        name: str,
+        shape: tuple[int, int],
+        pattern: NMPattern,
+        rank: int,
+        scale: float,
+        seed: int,
     ) -> None:
         super().__init__(name, shape, pattern)
-        self.scale = scale
-        self.lora_A_RI = nn.Parameter(torch.zeros(rank, shape[1]))
-        self.lora_B_OR = nn.Parameter(torch.zeros(shape[0], rank))
+        self.scale, self.seed = scale, seed
+        self.lora_A_RI = nn.Parameter(torch.zeros(rank, shape[1], dtype=self.learned_dtype))
+        self.lora_B_OR = nn.Parameter(torch.zeros(shape[0], rank, dtype=self.learned_dtype))
 
-    def start(self, prior_OI: Tensor, seed: int) -> None:
+    def set_mask(self, mask_OI: Tensor) -> None:
         """Take over the mask; A from U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming's rule as LoRA has
         it, and B zero, so that the sum starts as the weight.
         """
-        self.set_mask(prior_OI)
+        super().set_mask(mask_OI)
         rank, inputs = self.lora_A_RI.shape
-        key = noise.fold("lora_A", seed, self.name)
+        key = noise.fold("lora_A", self.seed, self.name)
         start = noise.uniform(key, rank, inputs, device=self.lora_A_RI.device)
         self.lora_A_RI.data.copy_((2 * start - 1) / math.sqrt(inputs))
         self.lora_B_OR.data.zero_()
@@ -60,7 +67,7 @@ class AdaptedMasker(FixedMasker):
         return super().harden(adapted_OI.to(weight_OI.dtype), row0)
 
 
-class FixedMask(StartsFromPrior):
+class FixedMask(StartsFromPrior[FixedMasker]):
     """Trains the kept weights, and every Parameter outside the masked layers; or, with a rank,
     nothing but a low-rank addition to each masked layer, with the base weights frozen.
 
@@ -72,18 +79,16 @@ class FixedMask(StartsFromPrior):
         lora_alpha: the addition is scaled by ``lora_alpha / lora_rank``.
     """
 
-    weights: Literal["trained", "adapted"] = "trained"
-
     def __init__(
         self,
         prior: SparsityStrategy | str = "sparsegpt",
         lora_rank: int = 0,
         lora_alpha: float = 16.0,
     ) -> None:
-        if cast(object, prior) is None:
+        if not prior:
             raise SparsifyError(
-                "prior=None; there must be a mask to stay under: name a strategy, a mask file or "
-                "an exported folder, for instance 'sparsegpt'"
+                f"prior={prior!r}; there must be a mask to stay under: name a strategy, a mask "
+                "file or an exported folder, for instance 'sparsegpt'"
             )
         if lora_rank < 0 or lora_alpha <= 0:
             raise SparsifyError(
@@ -92,19 +97,10 @@ class FixedMask(StartsFromPrior):
             )
         super().__init__(prior, weights=not lora_rank)
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
-        self.weights = "adapted" if lora_rank else "trained"
+        self.effect = Effect(weights="adapted" if lora_rank else "trained")
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> FixedMasker:
         if not self.lora_rank:
             return FixedMasker(name, shape, pattern)
         scale = self.lora_alpha / self.lora_rank
-        return AdaptedMasker(name, shape, pattern, self.lora_rank, scale)
-
-    def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
-    ) -> None:
-        prior_OI = cast(Tensor, prior_OI)
-        if isinstance(masker, AdaptedMasker):
-            masker.start(prior_OI, self.seed)
-        else:
-            cast(FixedMasker, masker).set_mask(prior_OI)
+        return AdaptedMasker(name, shape, pattern, self.lora_rank, scale, self.seed)

@@ -69,7 +69,7 @@ class LogitMasker(Masker):
 
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__(name, shape, pattern)
-        self.logits_OI = nn.Parameter(torch.zeros(shape))
+        self.logits_OI = nn.Parameter(torch.zeros(shape, dtype=self.learned_dtype))
         ranks = torch.zeros(shape[0], shape[1] // pattern.m, dtype=pattern.rank_dtype)
         self.initial_OG = nn.Parameter(ranks, requires_grad=False)
 
@@ -90,19 +90,23 @@ class LogitMasker(Masker):
             mask[rows] = self.pattern.top(self.keys(draw, rows, row0))
         return mask
 
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        none = weight_OI.new_zeros((), dtype=torch.float32)
-        if isinstance(draw, MeanMask):
-            mean_OI = mean_mask(self.logits_OI, self.pattern)
-            if torch.is_grad_enabled() and draw.slopes is not None:
-                sampled = self.sampled_mask(draw, row0)
-                mean_OI = cast(Any, _Slope).apply(mean_OI, sampled, draw.slopes)
-            return weight_OI * mean_OI.to(weight_OI.dtype), none
+    def mask(self, draw: Draw, row0: int = 0) -> Tensor:
         if isinstance(draw, InitialMask):
-            mask = self.pattern.unrank(self.initial_OG)
-        else:
-            mask = self.sampled_mask(draw, row0)
-        return torch.where(mask, weight_OI, weight_OI.new_zeros(())), none
+            return self.pattern.unrank(self.initial_OG)
+        if not isinstance(draw, MeanMask):
+            return self.sampled_mask(draw, row0)
+        mean_OI = mean_mask(self.logits_OI, self.pattern)
+        if torch.is_grad_enabled() and draw.slopes is not None:
+            sampled = self.sampled_mask(draw, row0)
+            mean_OI = cast(Any, _Slope).apply(mean_OI, sampled, draw.slopes)
+        return mean_OI
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        if not isinstance(draw, MeanMask):
+            return super().sample(weight_OI, draw, row0)
+        # Rounded before the product, which then takes no room in fp32.
+        masked_OI = weight_OI * self.mask(draw, row0).to(weight_OI.dtype)
+        return masked_OI, self.penalty(masked_OI)
 
     @torch.no_grad()
     def scores(

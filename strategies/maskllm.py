@@ -5,7 +5,6 @@ Shapes: O out, I in, G groups = I / M, M group size, K candidates = C(M, N).
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +46,15 @@ class CandidateMasker(Masker):
         super().__init__(name, shape, pattern)
         self.values = values
         self.hard = hard
-        self.logits_OKG = nn.Parameter(
-            torch.zeros(shape[0], pattern.candidates, shape[1] // pattern.m)
-        )
+        logits = shape[0], pattern.candidates, shape[1] // pattern.m
+        self.logits_OKG = nn.Parameter(torch.zeros(logits, dtype=self.learned_dtype))
         self.register_buffer("table_KM", pattern.table().float(), persistent=False)
 
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mix the candidates by Gumbel-softmax (equations 6 and 7, with kappa as in algorithm 1).
-
-        The penalty is the square of the retained weights' norm (equation 8).
-        """
+    def mask(self, draw: Draw, row0: int = 0) -> Tensor:
+        """Mix the candidates by Gumbel-softmax (equations 6 and 7; kappa as in algorithm 1)."""
         rows, candidates, groups = self.logits_OKG.shape
-        gumbel = noise.gumbel(
-            draw.key(self.name), rows, candidates * groups, row0, weight_OI.device
-        )
+        device = self.logits_OKG.device
+        gumbel = noise.gumbel(draw.key(self.name), rows, candidates * groups, row0, device)
         scores = self.values["kappa"] * self.logits_OKG + gumbel.view_as(self.logits_OKG)
         scores = scores / self.values["tau"]
         # Shares below e**-30 are lost beside 1 in fp32, and as denormal numbers they would make a
@@ -70,12 +64,13 @@ class CandidateMasker(Masker):
         if self.hard:
             one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
             soft = one_hot + (soft - soft.detach())
-        masked = weight_OI * torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
-        return masked.to(weight_OI.dtype), masked.float().square().sum()
+        return torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
 
-    def start(
-        self, prior_OI: Tensor | None, std: float, alpha: float, seed: int, row0: int = 0
-    ) -> None:
+    def penalty(self, masked_OI: Tensor) -> Tensor:
+        """The square of the retained weights' norm (equation 8)."""
+        return masked_OI.float().square().sum()
+
+    def start(self, prior_OI: Tensor, std: float, alpha: float, seed: int, row0: int = 0) -> None:
         """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
 
         Equations 9 and 10. The paper subtracts the mean similarity, which changes no probability,
@@ -85,21 +80,21 @@ class CandidateMasker(Masker):
         rows, candidates, groups = self.logits_OKG.shape
         key = noise.fold("init", seed, self.name)
         start = noise.normal(key, rows, candidates * groups, row0, self.logits_OKG.device) * std
-        if prior_OI is not None:
-            prior_OGM = self.pattern.groups(prior_OI).float()
-            shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
-            start += shared.flatten(1) * (alpha * std)
+        prior_OGM = self.pattern.groups(prior_OI).float()
+        shared = torch.einsum("ogm,km->okg", prior_OGM, self.table_KM)
+        start += shared.flatten(1) * (alpha * std)
         self.logits_OKG.data.copy_(start.view_as(self.logits_OKG))
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.unrank(self.logits_OKG.argmax(1))
 
     def metrics(self) -> dict[str, Tensor]:
-        probability_OKG = torch.softmax(self.values["kappa"] * self.logits_OKG.detach(), dim=1)
+        logits_OKG = self.logits_OKG.detach().float()
+        probability_OKG = torch.softmax(self.values["kappa"] * logits_OKG, dim=1)
         return describe_distribution(probability_OKG, self.table_KM)
 
 
-class MaskLLM(StartsFromPrior):
+class MaskLLM(StartsFromPrior[CandidateMasker]):
     """Learns masks over frozen weights by Gumbel-softmax sampling of candidates.
 
     The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
@@ -144,9 +139,10 @@ class MaskLLM(StartsFromPrior):
         return CandidateMasker(name, shape, pattern, self.values, self.hard)
 
     def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+        self, masker: CandidateMasker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0
     ) -> None:
-        cast(CandidateMasker, masker).start(prior_OI, self.init_std, self.alpha, self.seed, row0)
+        alpha = 0.0 if self.prior is None else self.alpha  # without a prior no candidate is raised
+        masker.start(prior_OI, self.init_std, alpha, self.seed, row0)
 
     def loss(self, run: Run) -> Tensor:
         result = run(run.draw())

@@ -12,7 +12,7 @@ Shapes: O out, I in, G groups, M group size.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import MaskedLinear
-from sparsify.masking.masker import Draw, Masker
+from sparsify.masking.effect import Effect
+from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import mean_mask
 from sparsify.masking.strategy import Run, SparsityStrategy
@@ -33,7 +33,7 @@ LEAST_SHARE = 1e-3
 WITH_GRADIENTS = ("control_variate", "mean_gradient")
 
 
-class MaskPro(StartsFromPrior):
+class MaskPro(StartsFromPrior[LogitMasker]):
     """Learns masks over frozen weights from losses alone, or with one gradient at the mean mask.
 
     The estimators of the gradient of the expected loss; f is the loss under a draw m, s its score,
@@ -96,17 +96,13 @@ class MaskPro(StartsFromPrior):
             )
         self.strength, self.grading, self.lr, self.estimator = strength, grading, lr, estimator
         self.draws, self.memory = draws, memory
+        self.effect = Effect(
+            without_gradients=estimator not in WITH_GRADIENTS,
+            exchanges_draws=estimator != "mean_gradient",
+        )
         averages = estimator in ("residual", "control_variate")
         self.average = MovingAverage(memory) if averages else None
         self._terms: list[list[Term]] = []
-
-    @property
-    def without_gradients(self) -> bool:
-        return self.estimator not in WITH_GRADIENTS
-
-    @property
-    def exchanges_draws(self) -> bool:
-        return self.estimator != "mean_gradient"
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> LogitMasker:
         if self.estimator in WITH_GRADIENTS:
@@ -114,9 +110,8 @@ class MaskPro(StartsFromPrior):
         return LogitMasker(name, shape, pattern)
 
     def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+        self, masker: LogitMasker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0
     ) -> None:
-        masker, prior_OI = cast(LogitMasker, masker), cast(Tensor, prior_OI)
         logits_OI = masker.logits_OI.data.copy_(prior_OI).mul_(self.strength)
         if self.grading:
             size_OI = favour(weight_OI.detach().float(), prior_OI, masker.pattern).abs()
@@ -161,19 +156,20 @@ class MaskPro(StartsFromPrior):
     def optimizer(
         self,
         params: list[nn.Parameter],
-        layers: Mapping[str, MaskedLinear],
+        maskers: Mapping[LogitMasker, Tensor],
         default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
         if self.estimator in WITH_GRADIENTS:
             return default(params)
-        return PolicyGradient(_maskers(layers), self._take, self.lr)
+        return PolicyGradient(list(maskers), self._take, self.lr)
 
-    def before_step(self, layers: Mapping[str, MaskedLinear]) -> None:
+    def before_step(self, maskers: Mapping[LogitMasker, Tensor]) -> None:
         """Complete the gradients of the mean mask with the scores of the draws."""
         if self.estimator == "control_variate":
             terms = self._take()
-            for masker in _maskers(layers):
-                masker.add_scores(cast(Tensor, masker.logits_OI.grad), terms)
+            for masker in maskers:
+                if masker.logits_OI.grad is not None:
+                    masker.add_scores(masker.logits_OI.grad, terms)
 
     def _take(self) -> list[tuple[Draw, Tensor]]:
         """The draws of the step that ends, and the factors of their scores, 0-d."""
@@ -186,9 +182,3 @@ class MaskPro(StartsFromPrior):
         if self.average is None:
             return {}
         return dict(zip(("advantage", "advantage_std"), self.average.moments(), strict=True))
-
-
-def _maskers(layers: Mapping[str, MaskedLinear]) -> list[LogitMasker]:
-    """Each once, however many layers share it."""
-    maskers = {id(layer.masker): layer.masker for layer in layers.values()}
-    return [cast(LogitMasker, masker) for masker in maskers.values()]

@@ -11,14 +11,14 @@ Shapes: O out, I in, G groups, here of all rows at once.
 """
 
 from collections.abc import Mapping
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import MaskedLinear, local_rows
+from sparsify.masking.effect import Effect
+from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Run, SparsityStrategy
@@ -49,7 +49,7 @@ class ProxyMasker(Masker):
     ) -> None:
         super().__init__(name, shape, pattern)
         self.anchor_eps = anchor_eps
-        self.proxy_OI = nn.Parameter(torch.zeros(shape))
+        self.proxy_OI = nn.Parameter(torch.zeros(shape, dtype=self.learned_dtype))
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
         """The copy, dense; the penalty is ``|W / (W0 + eps sign W0) o (W - W0)|^2`` of the copy W
@@ -65,7 +65,7 @@ class ProxyMasker(Masker):
         return self.pattern.top(self.proxy_OI.abs())
 
 
-class ProxSparse(StartsFromPrior):
+class ProxSparse(StartsFromPrior[ProxyMasker]):
     """Learns 2:4 masks by proximal gradient steps on a copy of the weights; the base stays.
 
     Args:
@@ -80,7 +80,7 @@ class ProxSparse(StartsFromPrior):
         anchor_eps: its epsilon, in the weights' unit.
     """
 
-    weights: Literal["proxy"] = "proxy"
+    effect = Effect(weights="proxy")
 
     def __init__(
         self,
@@ -108,21 +108,21 @@ class ProxSparse(StartsFromPrior):
         return ProxyMasker(name, shape, pattern, self.anchor_eps if self.anchor else None)
 
     def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
+        self, masker: ProxyMasker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0
     ) -> None:
         proxy_OI = weight_OI.detach()
-        if prior_OI is not None:
+        if self.prior is not None:
             proxy_OI = favour(proxy_OI, prior_OI, masker.pattern)
-        cast(ProxyMasker, masker).proxy_OI.data.copy_(proxy_OI)
+        masker.proxy_OI.data.copy_(proxy_OI)
 
     def loss(self, run: Run) -> Tensor:
         result = run(run.draw())
         return result.loss + self.anchor * result.penalty if self.anchor else result.loss
 
-    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+    def after_step(self, maskers: Mapping[ProxyMasker, Tensor], lr: float) -> None:
         strength = self.strength * (lr if self.coupled else 1.0)
-        for masker in {layer.masker for layer in layers.values()}:
-            proximal_(local_rows(cast(ProxyMasker, masker).proxy_OI.data), strength)
+        for masker in maskers:
+            proximal_(local_rows(masker.proxy_OI.data), strength)
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ Shapes: O out, I in, M group size.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsify.calibration import Hessian
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
@@ -36,15 +36,13 @@ class SparseGPT(SparsityStrategy):
 
     independent_blocks = True
 
-    weights: Literal["frozen", "updated"] = "frozen"
-
     def __init__(self, update_weights: bool = False, damping: float = 0.01) -> None:
         super().__init__()
         if damping < 0:
             raise SparsifyError(f"damping={damping}; it must not be negative: 0.01 is usual")
         self.update_weights = update_weights
         self.damping = damping
-        self.weights = "updated" if update_weights else "frozen"
+        self.effect = Effect(weights="updated" if update_weights else "frozen")
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparsify.calibration.prior import StartsFromPrior, favour
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import MaskedLinear, local_rows
+from sparsify.masking.effect import Effect
+from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import SparsityStrategy
@@ -29,15 +30,15 @@ class MagnitudeMasker(Masker):
     """Keeps what is largest now; its gradient reaches dropped weights too (straight-through)."""
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        masked_OI, penalty = super().sample(weight_OI, draw, row0)
+        masked_OI = self.harden(weight_OI, row0)
         # w + (0 - w) is +0.0 and w + (w - w) is w, to the last bit.
-        return weight_OI + (masked_OI - weight_OI).detach(), penalty
+        return weight_OI + (masked_OI - weight_OI).detach(), self.penalty(masked_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.top(weight_OI.abs())
 
 
-class SRSTE(StartsFromPrior):
+class SRSTE(StartsFromPrior[Masker]):
     """Trains all weights of the model, those of masked layers under masks that follow them.
 
     Args:
@@ -52,7 +53,7 @@ class SRSTE(StartsFromPrior):
             which is ASP: dropped weights get no gradient, and no decay of this kind.
     """
 
-    weights: Literal["trained"] = "trained"
+    effect = Effect(weights="trained")
 
     def __init__(
         self,
@@ -73,17 +74,15 @@ class SRSTE(StartsFromPrior):
         kind = FixedMasker if self.refresh == "never" else MagnitudeMasker
         return kind(name, shape, pattern)
 
-    def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
-    ) -> None:
-        if isinstance(masker, FixedMasker):
-            masker.set_mask(masker.pattern.top(weight_OI.abs()) if prior_OI is None else prior_OI)
-        elif prior_OI is not None:
+    def start(self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0) -> None:
+        if self.refresh == "never":
+            masker.set_mask(prior_OI)
+        elif self.prior is not None:
             weight_OI.data.copy_(favour(weight_OI, prior_OI, masker.pattern))
 
     @torch.no_grad()
-    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
-        """The decay, once for each weight, however many layers share it.
+    def after_step(self, maskers: Mapping[Masker, Tensor], lr: float) -> None:
+        """The decay.
 
         Raises:
             SparsifyError: it would take more than all of a weight.
@@ -96,7 +95,6 @@ class SRSTE(StartsFromPrior):
                 f"decay={self.decay:g} at a learning rate of {lr:g} takes {share:g} times a "
                 f"dropped weight in one step; give --model.strategy.decay {1 / lr:g} or less"
             )
-        for layer in {layer.masker: layer for layer in layers.values()}.values():
-            weight_OI = local_rows(layer.weight_OI.data)
-            mask_OI = layer.masker.hard_mask(weight_OI)
-            weight_OI.sub_(weight_OI.masked_fill(mask_OI, 0), alpha=share)
+        for masker, weight_OI in maskers.items():
+            rows_OI = local_rows(weight_OI.data)
+            rows_OI.sub_(rows_OI.masked_fill(masker.hard_mask(rows_OI), 0), alpha=share)

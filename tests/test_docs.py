@@ -370,6 +370,14 @@ def test_the_pages_one_shot_strategy_is_the_one_that_is_tested(examples: Path) -
     assert (examples / "my_package.py").read_text() == tested
 
 
+def test_the_pages_strategies_are_short_and_use_public_names(examples: Path) -> None:
+    for name, most in (("my_package.py", 20), ("my_learner.py", 40)):
+        code = (examples / name).read_text()
+        assert len(code.splitlines()) <= most
+        assert re.findall(r"\b_(?!_)\w+", code) == []
+        assert set(re.findall(r"from (\S+) import", code)) <= {"sparsify", "torch"}
+
+
 def test_the_pages_learner_learns(cli: Cli, examples: Path) -> None:
     cli("fit", "--strategy=my_learner.MyLearner", "--model.optimizer.lr=0.1", steps=8)
     result = json.loads((cli.runs()[0] / "result.json").read_text())

@@ -12,10 +12,9 @@ from torch import Tensor
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import SUFFIX, find_file
-from sparsify.masking.masker import Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import STRATEGIES, make_strategy, plugins
-from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, M, SparsityStrategy
 
 
 class SavedMasks(SparsityStrategy):
@@ -75,7 +74,7 @@ def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> Sparsity
             f"prior {type(prior).__name__}: it learns its masks in a run of its own; name the "
             "folder that this run exported, or a one-shot strategy"
         )
-    return prior if weights or prior.weights == "frozen" else MasksOnly(prior)
+    return prior if weights or prior.effect.only_masks else MasksOnly(prior)
 
 
 def _is_path(prior: str) -> bool:
@@ -114,7 +113,7 @@ def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:
     return torch.where(agrees_OG, weight_OGM, size_OGM.copysign(weight_OGM)).flatten(-2)
 
 
-class StartsFromPrior(SparsityStrategy):
+class StartsFromPrior(SparsityStrategy[M]):
     """A strategy that learns from another one's masks on: define ``start``.
 
     Args:
@@ -128,18 +127,17 @@ class StartsFromPrior(SparsityStrategy):
         super().__init__()
         self.prior = None if prior is None else make_prior(prior, weights)
 
-    def start(
-        self, masker: Masker, weight_OI: Tensor, prior_OI: Tensor | None, row0: int = 0
-    ) -> None:
-        """Give the masker its first values.
+    def start(self, masker: M, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0) -> None:
+        """Give the masker its first values; by default it takes over the mask.
 
         Args:
             masker: what ``make_masker`` made.
             weight_OI: the layer's weight, or rows of it.
-            prior_OI: the prior's mask of these rows, bool; None without a prior.
+            prior_OI: the prior's mask of these rows, bool; without a prior that of the largest
+                weights.
             row0: the number of the first row in the whole layer.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define start")
+        masker.set_mask(prior_OI)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         return iter(()) if self.prior is None else self.prior.calibrate(blocks)
@@ -148,7 +146,7 @@ class StartsFromPrior(SparsityStrategy):
         return self if self.prior is None else self.prior
 
     def init_masker(
-        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+        self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
         """Check the prior's mask and :meth:`start` from it.
 
@@ -156,7 +154,7 @@ class StartsFromPrior(SparsityStrategy):
             SparsifyError: the prior has no mask of this layer, or one of another shape or pattern.
         """
         if self.prior is None:
-            return self.start(masker, weight_OI, None, row0)
+            return self.start(masker, weight_OI, masker.pattern.top(weight_OI.abs()), row0)
         if result is None:
             raise SparsifyError(
                 f"{masker.name}: the prior {type(self.prior).__name__} holds no mask of it; "

@@ -108,7 +108,7 @@ def _write(
     overwrite: bool,
 ) -> None:
     weights, masks, _ = whole_model
-    if not masked.strategy.changes_base and hash_parameters(weights) != masked.base.hash:
+    if not masked.strategy.effect.changes_base and hash_parameters(weights) != masked.base.hash:
         raise SparsifyError(
             "the base weights changed during the run, though the strategy says that they stay"
         )

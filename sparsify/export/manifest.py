@@ -29,7 +29,7 @@ T = TypeVar("T")
 # Rows or columns of a weight; what is larger is damage, and nothing to compute with.
 _MOST = 2**40
 
-# What each kind of ``SparsityStrategy.weights`` does to the base's values that ship.
+# What each kind of ``Effect.weights`` does to the base's values that ship.
 _CHANGES = {
     "frozen": "nothing",
     "proxy": "nothing",

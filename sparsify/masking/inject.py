@@ -28,6 +28,9 @@ def inject(
         layers: by qualified name, as :func:`~sparsify.masking.select.select` chose them.
         selection: tells the pattern of each.
         make_masker: makes the masker of a layer of this name, shape (O, I) and pattern.
+
+    Raises:
+        SparsifyError: a masker learns in another type than it declares.
     """
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
@@ -36,9 +39,21 @@ def inject(
         if id(weight) not in maskers:
             own = cast(NMPattern, selection.pattern_of(name))
             maskers[id(weight)] = make_masker(name, linear_shape(layer), own).to(weight.device)
+            _check_dtype(maskers[id(weight)])
         masker = maskers[id(weight)]
         model.set_submodule(name, masked(layer, masker, scope))
     return scope
+
+
+def _check_dtype(masker: Masker) -> None:
+    for key, parameter in masker.named_parameters():
+        if parameter.requires_grad and parameter.dtype != masker.learned_dtype:
+            kind = type(masker).__name__
+            raise SparsifyError(
+                f"{masker.name}: {kind} learns {key} in {parameter.dtype} and declares "
+                f"{masker.learned_dtype}; make it in self.learned_dtype, or declare its type as "
+                f"{kind}.learned_dtype"
+            )
 
 
 def hard_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

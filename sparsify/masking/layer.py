@@ -9,7 +9,7 @@ the weight if it is trained. Nothing of the weight's size lives between the two.
 Shapes: O out, I in, B any leading dimensions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from sparsify.common.errors import SparsifyError
+from sparsify.common.ranks import processes
 from sparsify.masking.masker import Draw, Masker, Masking
 from sparsify.masking.pattern import NMPattern
 
@@ -96,7 +98,8 @@ class _MaskedProduct(torch.autograd.Function):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
             grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
+        left = _after_taking(ctx.layer, grads[1:])
+        return grad_x, grads[0], grad_bias, None, None, *left
 
 
 def _mask(
@@ -108,6 +111,20 @@ def _mask(
         return cast(
             tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
         )
+
+
+def _after_taking(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Tensor | None]:
+    """What the masker leaves of its Parameters' gradients to autograd."""
+    names = list(layer.masker_parameters())
+    given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+    left = layer.masker.take_gradients(dict(given)) if given else given
+    if left.keys() != given.keys() and (ranks := processes()) > 1:
+        raise SparsifyError(
+            f"{layer.masker.name}: {type(layer.masker).__name__} takes gradients in backward, "
+            f"before {ranks} ranks average them; give --trainer.strategy fsdp with --model.gather "
+            "masked, or run one process"
+        )
+    return [left.get(name) for name in names]
 
 
 class MaskedLinear(nn.Module):
@@ -243,6 +260,13 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)
     }
+
+
+def maskers(layers: Mapping[str, MaskedLinear]) -> dict[Masker, Tensor]:
+    """Each masker once, and the weight ``[O, I]`` that it masks: layers that share a weight share
+    its masker.
+    """
+    return {layer.masker: layer.weight_OI for layer in layers.values()}
 
 
 def layer_patterns(model: nn.Module) -> dict[str, NMPattern]:

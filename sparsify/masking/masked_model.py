@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from sparsify.masking.inject import fold, hard_masks, inject
-from sparsify.masking.layer import MaskedLinear, MaskScope, base_parameters, masked_layers
+from sparsify.masking.layer import (
+    MaskedLinear,
+    MaskScope,
+    base_parameters,
+    masked_layers,
+    maskers,
+)
+from sparsify.masking.masker import Masker
 from sparsify.masking.select import Selection, decoder_blocks, select
 from sparsify.masking.strategy import LayerResult, SparsityStrategy
 from sparsify.models.base import BaseModel
@@ -47,9 +54,9 @@ class MaskedModel:
         self.base, self.strategy, self.selection = base, strategy, selection
         self.model = base.model
         layers, self.dense = select(self.model, selection)
-        self.model.requires_grad_(strategy.weights == "trained")
+        self.model.requires_grad_(strategy.effect.trains_base)
         self.scope = MaskScope()
-        if strategy.prunes:
+        if strategy.effect.prunes:
             self.scope = inject(self.model, layers, selection, strategy.make_masker)
         else:
             reason = f"{type(strategy).__name__} masks nothing"
@@ -59,6 +66,11 @@ class MaskedModel:
     def layers(self) -> dict[str, MaskedLinear]:
         """The masked layers by qualified name."""
         return masked_layers(self.model)
+
+    @property
+    def maskers(self) -> dict[Masker, Tensor]:
+        """Each masker once, and the weight ``[O, I]`` that it masks."""
+        return maskers(self.layers)
 
     def check_called(self) -> None:
         """Refuse layers whose weight the model reads without calling them.
@@ -76,14 +88,15 @@ class MaskedModel:
             results: by layer name, as calibration finds them; layers that it does not name start
                 from nothing.
         """
-        left = self.layers
+        layers, left = self.layers, self.maskers
         for name, result in results:
-            layer = left.pop(name)
+            layer = layers[name]
             self.strategy.init_masker(layer.masker, layer.weight_OI, result)
             if result.weight is not None:
                 layer.weight_OI.data.copy_(result.weight)
-        for layer in left.values():
-            self.strategy.init_masker(layer.masker, layer.weight_OI, None)
+            left.pop(layer.masker, None)
+        for masker, weight_OI in left.items():
+            self.strategy.init_masker(masker, weight_OI, None)
 
     @contextmanager
     def hard(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """What masks one layer: the interface, and the masker of a mask that does not change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,14 @@ class Masker(nn.Module):
         name: the layer's qualified name; part of its noise key.
         shape: (O, I) of the whole layer.
         pattern: the N:M pattern.
+
+    Attributes:
+        learned_dtype: of the Parameters that require gradients; also the least exact type, beside
+            fp32, in which the base weights may be if they are what learns. A step is often smaller
+            than half of a bf16's last place, and is lost in rounding unless that is stochastic.
     """
+
+    learned_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__()
@@ -53,12 +61,32 @@ class Masker(nn.Module):
         self.shape = shape
         self.pattern = pattern
 
-    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight for one draw, differentiably in what this masker learns.
+    def mask(self, draw: Draw, row0: int = 0) -> Tensor:
+        """The mask of one draw, ``[O, I]``, differentiable in what this masker learns.
 
-        It runs once in forward without a graph and again in backward with one, and must give the
-        same numbers both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
-        The default is the hard mask.
+        It is made in forward without a graph and again in backward with one, and must be the same
+        both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
+
+        Args:
+            draw: which sample.
+            row0: the number of the first row that this masker holds in the whole layer.
+
+        Returns:
+            Floating, to multiply the weight by; or bool, True = kept, which has no gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define mask(draw, row0)")
+
+    def penalty(self, masked_OI: Tensor) -> Tensor:
+        """A 0-d penalty of this layer, which a strategy may add to its loss.
+
+        Args:
+            masked_OI: the weight times the mask, not yet rounded to the weight's dtype.
+        """
+        return _no_penalty(masked_OI)
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        """Mask the weight for one draw; to be overridden only where that is no product with
+        :meth:`mask`.
 
         Args:
             weight_OI: the weight, or rows of it.
@@ -66,9 +94,12 @@ class Masker(nn.Module):
             row0: the number of the weight's first row in the whole layer.
 
         Returns:
-            The masked weight ``[O, I]`` and a 0-d penalty of this layer.
+            The masked weight ``[O, I]`` in the weight's dtype, and a 0-d penalty of this layer.
         """
-        return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+        mask_OI = self.mask(draw, row0)
+        hard = mask_OI.dtype == torch.bool
+        masked_OI = _kept(weight_OI, mask_OI) if hard else weight_OI * mask_OI
+        return masked_OI.to(weight_OI.dtype), self.penalty(masked_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         """The mask that ships: bool ``[O, I]``, deterministic, exactly N:M."""
@@ -78,13 +109,36 @@ class Masker(nn.Module):
         """The weight under the hard mask; what is dropped is +0.0, where a product leaves -0.0."""
         with torch.no_grad():
             mask = self.hard_mask(weight_OI, row0)
-        return torch.where(mask, weight_OI, weight_OI.new_zeros(()))
+        return _kept(weight_OI, mask)
 
     def forward(self, weight_OI: Tensor, masking: Masking, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight as asked: (masked weight, penalty). To change it, override ``sample``."""
+        """Mask the weight as asked: (masked weight, penalty). To change it, override ``mask`` or
+        ``sample``.
+        """
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+
+    def take_gradients(self, grads: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """Called in backward with the gradients of this masker's Parameters, once for each use of
+        the layer; what is returned is accumulated in their ``grad``, for an optimizer.
+
+        To update in backward, so that no gradient outlives its layer's backward, override it: move
+        the rows that this process holds, ``local_rows(parameter.detach())``, and return nothing of
+        what was taken. That is for one process, or for ranks that gather masked weights: elsewhere
+        ranks average their gradients only later. And it is for layers that one backward pass goes
+        through once: autograd refuses the second use of what the first has moved.
+
+        Args:
+            grads: by Parameter name, of the same rows; of one micro-batch, as its loss was scaled.
+        """
+        return grads
+
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """Start from a bool mask ``[O, I]``: what a strategy does with what ``calibrate`` found."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define set_mask, or its strategy init_masker"
+        )
 
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors that describe the distribution, each a mean over rows; logged per layer and
@@ -118,6 +172,14 @@ class FixedMasker(Masker):
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
         return self.pattern.unrank(self.rank_OG)
+
+    def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
+        return self.harden(weight_OI, row0), _no_penalty(weight_OI)
+
+
+def _kept(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """The weight where the mask is True, and +0.0 elsewhere."""
+    return torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
 
 
 def _no_penalty(like: Tensor) -> Tensor:

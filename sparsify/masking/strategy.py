@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
+import typing_extensions
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.effect import Effect
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masker import Draw, FixedMasker, Masker, Masking
 from sparsify.masking.pattern import NMPattern
@@ -47,7 +49,9 @@ class Run(Protocol):
 
 
 S = TypeVar("S")
-NOT_SETTINGS = ("training", "weights", "schedules", "values")
+#: The masker of a strategy; a strategy that does not say which is typed loosely.
+M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
+NOT_SETTINGS = ("training", "schedules", "values")
 
 
 class BlockStatistics(Protocol):
@@ -117,31 +121,30 @@ class LayerResult:
         return LayerResult(self.mask.to(device), weight)
 
 
-class SparsityStrategy(nn.Module):
+class SparsityStrategy(nn.Module, Generic[M]):
     """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.
 
     Everything has a default. As it stands this class computes masks in one shot, if ``calibrate``
     is defined; to learn masks, define ``make_masker`` and a masker with Parameters that require
-    gradients.
+    gradients, and derive from ``SparsityStrategy[ThatMasker]``, so that all methods are typed.
+
+    The methods around an optimizer step are given each masker once, and with it the weight that it
+    masks, ``[O, I]``: layers that share a weight share its masker. In a sharded run both hold the
+    rows of all ranks; :func:`~sparsify.masking.layer.local_rows` gives those of this one.
 
     Attributes:
-        prunes: whether layers are masked at all; the dense reference says no.
+        effect: what it does to the model.
         independent_blocks: whether ``calibrate`` finds the same for a block if it was not shown
             those before it. Where it does, a calibration that was stopped goes on at its next
             block; otherwise it begins again. Each class says so for itself.
-        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
-            with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
-            trained, the base ships; ``adapted``: never touched, but what ships is their sum with
-            something that was learned.
         schedules: values that change during the run; the annealing callback writes them to
             ``values``.
         values: the schedules' present values, shared with the maskers.
         seed: the run's, set by the module before anything is made.
     """
 
-    prunes: ClassVar[bool] = True
+    effect: Effect = Effect()
     independent_blocks: ClassVar[bool] = False
-    weights: Literal["frozen", "updated", "trained", "proxy", "adapted"] = "frozen"
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,30 +152,15 @@ class SparsityStrategy(nn.Module):
         self.values: dict[str, float] = {}
         self.seed = 0
 
-    @property
-    def changes_base(self) -> bool:
-        """Whether the base weights differ after the run."""
-        return self.weights in ("updated", "trained")
-
-    @property
-    def without_gradients(self) -> bool:
-        """Whether it learns from losses alone, so that ``loss`` has no graph."""
-        return False
-
-    @property
-    def exchanges_draws(self) -> bool:
-        """Whether ranks exchange what they found, each under draws of its own."""
-        return False
-
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
         self.values.update(
             {name: schedule.at(progress) for name, schedule in self.schedules.items()}
         )
 
-    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
+    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> M:
         """Allocate the masker of one layer; its values come later, in ``init_masker``."""
-        return FixedMasker(name, shape, pattern)
+        return cast(M, FixedMasker(name, shape, pattern))
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         """Compute masks, layer by layer, without learning; yields (layer name, result).
@@ -189,9 +177,11 @@ class SparsityStrategy(nn.Module):
         return self
 
     def init_masker(
-        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+        self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
         """Give the masker its first values, from what calibration found, or from nothing.
+
+        Of layers that share a masker each result is handed on; the last one holds.
 
         Args:
             masker: what ``make_masker`` made.
@@ -199,14 +189,10 @@ class SparsityStrategy(nn.Module):
             result: calibration's result for these rows.
             row0: the number of the first row in the whole layer.
         """
-        if not isinstance(masker, FixedMasker):
-            raise NotImplementedError(
-                f"{type(self).__name__} makes its own maskers and must define init_masker"
-            )
         if result is None:
             raise SparsifyError(
                 f"{masker.name}: {type(self).__name__}.calibrate gave no mask; "
-                "it must yield every layer"
+                "it must yield every layer, or init_masker must be defined"
             )
         masker.set_mask(result.mask)
 
@@ -217,22 +203,22 @@ class SparsityStrategy(nn.Module):
     def optimizer(
         self,
         params: list[nn.Parameter],
-        layers: Mapping[str, MaskedLinear],
+        maskers: Mapping[M, Tensor],
         default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
         """The optimizer of what is learned.
 
         Args:
             params: all Parameters that require gradients.
-            layers: the masked layers by name, for an optimizer that needs to know whose they are.
+            maskers: for an optimizer that needs to know whose they are.
             default: makes the optimizer that the user configured.
         """
         return default(params)
 
-    def before_step(self, layers: Mapping[str, MaskedLinear]) -> None:
+    def before_step(self, maskers: Mapping[M, Tensor]) -> None:
         """Called once before every optimizer step, with all gradients there and not yet clipped."""
 
-    def after_step(self, layers: Mapping[str, MaskedLinear], lr: float) -> None:
+    def after_step(self, maskers: Mapping[M, Tensor], lr: float) -> None:
         """Called once after every optimizer step: proximal steps, decoupled decay."""
 
     def metrics(self) -> dict[str, Tensor]:
@@ -258,7 +244,7 @@ class SparsityStrategy(nn.Module):
             if isinstance(part, SparsityStrategy)
         }
         path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class": path, "weights": self.weights, "settings": settings}
+        return {"class": path, "weights": self.effect.weights, "settings": settings}
 
 
 def plain(value: Any) -> Any:

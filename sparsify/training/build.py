@@ -37,12 +37,12 @@ def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | Non
     if trainer is not None and trainer.datamodule is not None:
         check_positions(base.model, trainer.datamodule.block_size)
         check_tokenizer(base.model, module.tokenizer)
-    check_dtype(strategy, base.model.dtype)
     teacher = None
     fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
-    if module.distillation.weight and strategy.weights == "trained" and fits:
+    if module.distillation.weight and strategy.effect.trains_base and fits:
         teacher = copy.deepcopy(base.model).requires_grad_(False)
     masked = MaskedModel(base, strategy, module.selection)
+    check_dtype(masked)
     masked.check_called()
     if module.gradient_checkpointing:
         checkpoint_activations(masked.model, masked.scope)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import EMBEDDED
 from sparsify.models.perplexity import NotFinite, PerplexityMeter, Score
@@ -30,17 +31,20 @@ def check_precision(precision: str | None) -> None:
     """
     if precision not in (None, "32-true", "bf16-mixed"):
         raise SparsifyError(
-            f"precision {precision}: what is learned stays in float32 and losses are not "
-            "scaled; give --trainer.precision bf16-mixed, or --model.dtype bfloat16 for the "
-            "base weights"
+            f"precision {precision}: what is learned stays in the type of its maskers and losses "
+            "are not scaled; give --trainer.precision bf16-mixed, or --model.dtype bfloat16 for "
+            "the base weights"
         )
 
 
-def check_dtype(strategy: SparsityStrategy, dtype: torch.dtype) -> None:
+def check_dtype(masked: MaskedModel) -> None:
     """Refuse to train weights of 16 bits: a step is often smaller than half of their last place,
-    and is lost.
+    and is lost; unless their maskers declare that they learn in such a type.
     """
-    if strategy.weights in ("trained", "proxy") and dtype != torch.float32:
+    strategy, dtype = masked.strategy, masked.base.model.dtype
+    if not strategy.effect.trains_weights:
+        return
+    if any(dtype not in (torch.float32, masker.learned_dtype) for masker in masked.maskers):
         raise SparsifyError(
             f"dtype {str(dtype).removeprefix('torch.')}: {type(strategy).__name__} trains "
             "weights and needs them in float32; give --model.dtype float32, and "
@@ -124,7 +128,7 @@ def check_shards(
             f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
             "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
         )
-    if strategy.weights != "trained":
+    if not strategy.effect.trains_base:
         return
     for layer_name, layer in layers.items():
         if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension

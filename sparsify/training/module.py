@@ -51,7 +51,8 @@ class SparseCausalLM(Evaluation):
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
             globs that match a layer the last one holds.
-        dtype: the type of the base weights; what is learned is always fp32.
+        dtype: the type of the base weights; what is learned is in the type that its maskers
+            declare, as a rule fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text from which masks are computed in one shot, or learned masks start.
         distillation: learn from the dense model's predictions too.
@@ -217,7 +218,7 @@ class SparseCausalLM(Evaluation):
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.masked, batch, first, self.distillation, self.teacher)
         loss = self.strategy.loss(run)
-        if self.strategy.without_gradients:  # Lightning goes backward through every loss
+        if self.strategy.effect.without_gradients:  # Lightning goes backward through every loss
             loss = loss.detach().requires_grad_()
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
         self._finite.watch(self.task_loss, self.trainer)
@@ -228,13 +229,13 @@ class SparseCausalLM(Evaluation):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.strategy.before_step(self.masked.layers)
+        self.strategy.before_step(self.masked.maskers)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.strategy.after_step(self.masked.layers, optimizer.param_groups[0]["lr"])
+        self.strategy.after_step(self.masked.maskers, optimizer.param_groups[0]["lr"])
 
     def on_train_end(self) -> None:
         self.check_finite()  # the last steps may lie between two logs

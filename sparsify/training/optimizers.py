@@ -29,7 +29,7 @@ def configure(module: Any, params: list[Any], steps: float) -> dict[str, Any]:
         SparsifyError: the optimizer refuses its settings, or the run has no end.
     """
     try:
-        optimizer = module.strategy.optimizer(params, module.masked.layers, module.make_optimizer)
+        optimizer = module.strategy.optimizer(params, module.masked.maskers, module.make_optimizer)
     except SparsifyError:
         raise
     except (ValueError, TypeError) as error:

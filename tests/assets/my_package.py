@@ -1,14 +1,12 @@
 """Relative importance: RIA's score (Zhang et al., ICLR 2024) without activations."""
 
-from collections.abc import Iterable, Iterator
-
-from sparsify import Block, LayerResult, SparsityStrategy
+from sparsify import LayerResult, SparsityStrategy
 
 
 class MyStrategy(SparsityStrategy):
     """Keeps weights that are large for their row and their column."""
 
-    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+    def calibrate(self, blocks):
         for block in blocks:
             for name, layer in block.layers.items():
                 size = layer.weight_OI.abs()

@@ -77,7 +77,7 @@ def test_overrides_that_cannot_be_used(cli: Cli, fails: Fails) -> None:
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_a_precision_that_what_is_learned_cannot_have(fails: Fails, precision: str) -> None:
     message = fails("fit", "--strategy=maskllm", f"--trainer.precision={precision}")
-    assert f"precision {precision}: what is learned stays in float32" in message
+    assert f"precision {precision}: what is learned stays in the type of its maskers" in message
     assert "--trainer.precision bf16-mixed" in message
 
 

@@ -282,9 +282,9 @@ def test_a_run_changes_what_the_strategy_declares_and_nothing_else(
     assert trainer.global_step == (3 if case.learns else 1)
     assert all(math.isfinite(loss) for loss in recorder.losses)
     assert module.masked.base.hash == before
-    if not module.strategy.changes_base:
+    if not module.strategy.effect.changes_base:
         assert hash_parameters(base_parameters(module.lm)) == before
-    if module.strategy.weights == "updated":
+    if module.strategy.effect.weights == "updated":
         dense = dict(tiny_llama().named_parameters())
         layers = masked_layers(module.lm)
         assert len(layers) == 14
@@ -298,7 +298,7 @@ def test_a_run_changes_what_the_strategy_declares_and_nothing_else(
     assert first.keys() == after.keys()
     learned = {n for n, p in module.named_parameters() if p.requires_grad and n != "anchor"}
     assert bool(learned) == case.learns
-    if module.strategy.weights == "trained":
+    if module.strategy.effect.weights == "trained":
         assert learned == {f"model.{name}" for name in base_parameters(module.lm)}
     else:
         assert all(".masker." in name for name in learned)
@@ -345,7 +345,7 @@ def test_a_checkpoint_holds_what_the_run_changes_and_no_frozen_weights(
     path = setting.folder / "c.ckpt"
     trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=False)["state_dict"]
-    if module.strategy.changes_base:
+    if module.strategy.effect.changes_base:
         assert saved.keys() == module.state_dict().keys()
     else:
         assert all(
@@ -411,7 +411,7 @@ def test_validation_is_under_the_hard_mask(case: Case, setting: Setting) -> None
     losses = module.window_losses(tokens)
     assert torch.equal(module.window_losses(tokens), losses)
     dense = module.window_losses(tokens, "dense")
-    if module.strategy.weights == "updated":  # the dense weights are gone
+    if module.strategy.effect.weights == "updated":  # the dense weights are gone
         torch.testing.assert_close(dense, losses)
         dense = plain_losses(tokens)
     assert float((losses - dense).abs().max()) > 0.01

@@ -70,9 +70,9 @@ class Toy:
         self.strategy.init_masker(self.masker, linear.weight, LayerResult(prior))
         # Away from the start, so that no symmetry hides a mistake.
         self.masker.logits_OI.data += torch.randn(SHAPE, generator=generator)
-        self.layers = {"layer": self.layer}
+        self.maskers = {self.masker: self.layer.weight_OI}
         self.optimizer = self.strategy.optimizer(
-            [self.masker.logits_OI], self.layers, lambda params: torch.optim.SGD(params, lr=1.0)
+            [self.masker.logits_OI], self.maskers, lambda params: torch.optim.SGD(params, lr=1.0)
         )
 
     def run(self, step: int) -> ToyRun:
@@ -86,7 +86,7 @@ class Toy:
                 loss = self.strategy.loss(run) / (divisor or len(runs))
                 if loss.requires_grad:
                     loss.backward()
-            self.strategy.before_step(self.layers)
+            self.strategy.before_step(self.maskers)
             return 0.0
 
         self.masker.logits_OI.grad = None
@@ -396,7 +396,7 @@ def test_a_step_allocates_less_than_a_byte_a_weight(
         if n != "logits_OI"
     )
     tokens = torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(0))
-    optimizer = strategy.optimizer([], masks, None)  # type: ignore[arg-type]
+    optimizer = strategy.optimizer([], masked.maskers, None)  # type: ignore[arg-type]
 
     def step(number: int) -> None:
         run = BatchRun(masked, tokens, Draw(0, number, 0))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from sparsify import Draw, NMPattern, SparsifyError
 from sparsify.export.folder import export
 from sparsify.masking.inject import hard_masks, inject
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters, masked_layers, maskers
 from sparsify.masking.select import Selection, select
 from sparsify.models.hashes import hash_parameters
 from sparsify.strategies import proxsparse
@@ -273,7 +273,7 @@ def test_a_shared_copy_takes_one_step(model: LlamaForCausalLM) -> None:
     layers = masked_layers(model)
     for layer in layers.values():
         strategy.init_masker(layer.masker, layer.weight_OI, None)
-    strategy.after_step(layers, 0.1)
+    strategy.after_step(maskers(layers), 0.1)
     found: Tensor = layers["model.layers.1.mlp.up_proj"].masker.proxy_OI.detach()
     once = first.weight.detach().clone()
     proximal_(once, 0.5)

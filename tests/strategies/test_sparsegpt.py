@@ -218,8 +218,8 @@ def test_negative_damping_is_an_error() -> None:
 
 
 def test_only_the_update_changes_weights() -> None:
-    assert SparseGPT().weights == "frozen"
-    assert SparseGPT(update_weights=True).weights == "updated"
+    assert SparseGPT().effect.weights == "frozen"
+    assert SparseGPT(update_weights=True).effect.weights == "updated"
     assert SparseGPT(update_weights=True).describe()["settings"]["update_weights"] is True
 
 

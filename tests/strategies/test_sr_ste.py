@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, SparsifyError
 from sparsify.masking.inject import hard_masks, inject
-from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
+from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers, maskers
 from sparsify.masking.select import Selection, select
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.sparsegpt import SparseGPT
@@ -82,7 +82,7 @@ def test_asp_gives_dropped_weights_no_gradient() -> None:
         layer(x).sum().backward()
     assert torch.equal(layer.weight.grad != 0, mask)
     before = layer.weight.detach().clone()
-    strategy.after_step({"layer": layer}, 0.1)
+    strategy.after_step({layer.masker: layer.weight_OI}, 0.1)
     assert torch.equal(layer.weight, before)
 
 
@@ -92,7 +92,7 @@ def test_under_sgd_a_small_step_is_the_papers() -> None:
     gradient = torch.randn(8, 16, generator=generator, dtype=torch.float64)
     lr, decay = 1e-7, 3.0
     layer = layer_of(weight - lr * gradient)
-    SRSTE(decay=decay).after_step({"layer": layer}, lr)
+    SRSTE(decay=decay).after_step({layer.masker: layer.weight_OI}, lr)
     dropped = torch.from_numpy(~largest(weight.numpy()))
     expected = gradient + decay * dropped * weight
     torch.testing.assert_close((weight - layer.weight) / lr, expected, rtol=1e-5, atol=1e-6)
@@ -154,7 +154,7 @@ def test_a_weight_under_two_names_decays_once(model: LlamaForCausalLM) -> None:
     strategy = SRSTE(decay=2.0)
     inject(model, select(model, Selection(TWO_FOUR))[0], Selection(TWO_FOUR), strategy.make_masker)
     before = first.weight.detach().clone()
-    strategy.after_step(masked_layers(model), 0.1)
+    strategy.after_step(maskers(masked_layers(model)), 0.1)
     mask = TWO_FOUR.top(before.abs())
     after = first.weight.detach()
     assert torch.equal(after[mask], before[mask])
@@ -210,10 +210,10 @@ def test_settings_that_cannot_be(options: dict[str, object], message: str) -> No
 
 def test_a_decay_of_more_than_the_weight_is_an_error() -> None:
     layer = layer_of(torch.randn(8, 16))
-    SRSTE(decay=10.0).after_step({"layer": layer}, 0.1)
+    SRSTE(decay=10.0).after_step({layer.masker: layer.weight_OI}, 0.1)
     assert torch.equal(layer.weight != 0, layer.masker.hard_mask(layer.weight))
     with pytest.raises(SparsifyError, match=r"decay=10 at a learning rate of 0\.2 .*decay 5 or"):
-        SRSTE(decay=10.0).after_step({"layer": layer}, 0.2)
+        SRSTE(decay=10.0).after_step({layer.masker: layer.weight_OI}, 0.2)
 
 
 def test_a_bf16_base_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

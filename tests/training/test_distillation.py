@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityStrategy
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
 from sparsify.strategies.fixed_mask import FixedMask
@@ -137,7 +137,7 @@ def test_the_teacher_is_the_model_as_it_was(
 ) -> None:
     distillation = Distillation(0.7, 2.0)
     module = built(MAKE[kind](), tokenizer, distillation=distillation)
-    assert (module.teacher is not None) == module.strategy.changes_base
+    assert (module.teacher is not None) == module.strategy.effect.changes_base
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.3)
     dense = tiny_llama()(input_ids=TOKENS).logits.detach()
     batch = TokenBatch(TOKENS, TARGETS) if instructions else TOKENS
@@ -158,7 +158,7 @@ def test_the_teacher_is_the_model_as_it_was(
         optimizer.zero_grad()
         module.strategy.loss(run).backward()
         optimizer.step()
-        module.strategy.after_step(masked_layers(module.lm), 0.01)
+        module.strategy.after_step(module.masked.maskers, 0.01)
     if module.teacher is not None:
         assert not any(p.requires_grad for p in module.teacher.parameters())
         assert all(p.grad is None for p in module.teacher.parameters())
@@ -240,7 +240,7 @@ def test_checkpoints_hold_no_teacher_and_go_on_bit_for_bit(
     assert len(second) == 2
     state, other = dict(whole.state_dict()), dict(resumed.state_dict())
     assert state.keys() == other.keys()
-    assert any(name.startswith("teacher.") for name in state) == whole.strategy.changes_base
+    assert any(name.startswith("teacher.") for name in state) == whole.strategy.effect.changes_base
     for name, value in state.items():
         assert torch.equal(value, other[name]), name
     if resumed.teacher is not None:

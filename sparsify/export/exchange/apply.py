@@ -6,7 +6,6 @@ Shapes: O out, I in.
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from sparsify.export.exchange.zeros import LayerZeros, read_zero_pattern
 from sparsify.export.folder import export
 from sparsify.export.target import check_target
 from sparsify.masking.masked_model import MaskedModel
-from sparsify.masking.masker import FixedMasker, Masker
+from sparsify.masking.masker import FixedMasker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.select import Selection
 from sparsify.masking.strategy import LayerResult, SparsityStrategy
@@ -70,7 +69,7 @@ def check_layers(
             )
 
 
-class GivenMasks(SparsityStrategy):
+class GivenMasks(SparsityStrategy[FixedMasker]):
     """Masks that were made elsewhere.
 
     Args:
@@ -84,9 +83,9 @@ class GivenMasks(SparsityStrategy):
         self.source = source
 
     def init_masker(
-        self, masker: Masker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+        self, masker: FixedMasker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
-        cast(FixedMasker, masker).set_mask(self._masks[masker.name])
+        masker.set_mask(self._masks[masker.name])
 
 
 def apply_masks(

@@ -14,7 +14,7 @@ from sparsify.training.checkpoints.resume import check_fits, check_resumes, cont
 def saved_keys(module: Any) -> set[str]:
     """The state's keys that checkpoints hold: all but base weights that stay as they are."""
     kept = {name for name in module.state_dict() if not name.startswith("teacher.")}
-    if module.strategy.changes_base:
+    if module.strategy.effect.changes_base:
         return kept
     return kept - {f"model.{name}" for name in base_parameters(module.lm, all_names=True)}
 

@@ -5,6 +5,8 @@ from typing import Any, cast
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 
+from sparsify.masking.strategy import SparsityStrategy
+
 
 class DDP(DDPStrategy):
     """Lightning's strategy, which leaves the model as it is where no gradient will come.
@@ -17,7 +19,8 @@ class DDP(DDPStrategy):
     def configure_ddp(self) -> None:
         module = cast(Any, self.lightning_module)
         # A script may train another module by our Trainer.
-        if getattr(getattr(module, "strategy", None), "without_gradients", False):
+        strategy = getattr(module, "strategy", None)
+        if isinstance(strategy, SparsityStrategy) and strategy.effect.without_gradients:
             _sync_module_states(module)  # the first rank's, as the wrapper would
         else:
             super().configure_ddp()

@@ -43,9 +43,9 @@ def check_gather(strategy: Any) -> None:
     Raises:
         SparsifyError: it trains weights, or its ranks learn from draws of their own.
     """
-    name = type(strategy).__name__
-    if strategy.weights != "frozen" or strategy.exchanges_draws:
-        what = "needs other draws on each rank" if strategy.exchanges_draws else "changes weights"
+    name, effect = type(strategy).__name__, strategy.effect
+    if not effect.only_masks or effect.exchanges_draws:
+        what = "needs other draws on each rank" if effect.exchanges_draws else "changes weights"
         raise SparsifyError(
             f"gather masked: {name} {what}, and this is for masks that learn by gradients over "
             "frozen weights; give --model.gather plain"
@@ -197,9 +197,9 @@ class MaskedGather:
             grads = torch.autograd.grad(
                 outputs, [tensors[name] for name in wanted], seeds, allow_unused=True
             )
-        for name, grad in zip(wanted, grads, strict=True):
-            if grad is not None:
-                _accumulate(named[name], grad)
+        given = {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+        for name, grad in self._layer.masker.take_gradients(given).items():
+            _accumulate(named[name], grad)
 
     def _weight(self) -> Tensor:
         return cast(DTensor, self._layer.weight.detach()).to_local()

@@ -38,5 +38,5 @@ def shard(
                 fully_shard(block, mesh=mesh)
             # Left to itself torch keeps what belongs to no block gathered until backward. Where
             # none comes, steps would move the gathered copy, and be lost with it.
-            always = True if strategy.without_gradients else None
+            always = True if strategy.effect.without_gradients else None
             fully_shard(model, mesh=mesh, reshard_after_forward=always)

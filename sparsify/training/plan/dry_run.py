@@ -83,7 +83,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
-        if settings.distillation.weight and strategy.weights == "trained":
+        if settings.distillation.weight and strategy.effect.trains_base:
             teacher = _without_values(second, dtype).requires_grad_(False)
             ledger.label(TEACHER, teacher.parameters())
         masked = _masked(model, dtype, strategy, settings)
@@ -147,7 +147,7 @@ def _masked(
     make = strategy.make_masker
 
     def make_masker(name: str, shape: tuple[int, int], pattern: NMPattern) -> Masker:
-        masker = make(name, shape, pattern)
+        masker: Masker = make(name, shape, pattern)
         # Module.to would exchange fake tensors, which the ledger's weak references forbid.
         masker.to = lambda device: masker  # type: ignore[method-assign, assignment]
         return masker
@@ -184,7 +184,7 @@ def _train(
     settings: PlanSettings,
 ) -> dict[str, int]:
     """What lives after the step, in bytes by label."""
-    strategy, layers = masked.strategy, masked.layers
+    strategy = masked.strategy
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
     def adamw(params: Any) -> torch.optim.Optimizer:
@@ -196,11 +196,12 @@ def _train(
         mixed = settings.precision == "bf16-mixed"
         with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
             found = strategy.loss(run)
-        return found.detach().requires_grad_() if strategy.without_gradients else found
+        return found.detach().requires_grad_() if strategy.effect.without_gradients else found
 
-    optimizer = strategy.optimizer(params, layers, adamw)
+    optimizer = strategy.optimizer(params, masked.maskers, adamw)
     # The masks at the start, which the callback that logs their changes keeps.
-    first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers.values()]
+    layers = masked.layers.values()
+    first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers]
     ledger.label(LOGGED, first)
     ledger.phase = FORWARD
     now = loss()
@@ -210,10 +211,10 @@ def _train(
     del now
     ledger.label(GRADIENTS, (p.grad for p in params))
     ledger.phase = STEP
-    strategy.before_step(layers)
+    strategy.before_step(masked.maskers)
     nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
-    strategy.after_step(layers, optimizer.param_groups[0]["lr"])
+    strategy.after_step(masked.maskers, optimizer.param_groups[0]["lr"])
     state = optimizer.state.values()
     ledger.label(OPTIMIZER, (v for s in state for v in s.values() if isinstance(v, Tensor)))
     return ledger.living()

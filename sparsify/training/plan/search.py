@@ -68,15 +68,15 @@ def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
 
 
 def _remedies(settings: PlanSettings, seen: DryRun) -> Iterator[tuple[str, PlanSettings]]:
-    strategy = make_strategy(settings.strategy, **settings.strategy_args)
+    effect = make_strategy(settings.strategy, **settings.strategy_args).effect
     learns = FORWARD in seen.peaks
-    if learns and not settings.gradient_checkpointing and not strategy.without_gradients:
+    if learns and not settings.gradient_checkpointing and not effect.without_gradients:
         settings = replace(settings, gradient_checkpointing=True)
         yield "gradient checkpointing", settings
     while learns and settings.batch_size > 1:
         settings = replace(settings, batch_size=settings.batch_size // 2)
         yield f"batch of {settings.batch_size}", settings
-    if settings.dtype == "float32" and strategy.weights not in ("trained", "proxy"):
+    if settings.dtype == "float32" and not effect.trains_weights:
         settings = replace(settings, dtype="bfloat16")
         yield "bfloat16 weights", settings
     devices = settings.devices if not settings.shard else 2 * settings.devices
