@@ -21,9 +21,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sparsify.calibration import Calibration
+from sparsify.cli.commands.plan import read
 from sparsify.common.version import version
-from sparsify.training.plan import PlanSettings, make_plan
+from sparsify.training.plan import make_plan
 
 STRATEGIES = ("maskllm", "maskpro", "sparsegpt")
 MALLOC = {
@@ -33,41 +33,42 @@ MALLOC = {
 }
 
 
-def measure(settings: PlanSettings, text: Path) -> int:
-    """Peak resident bytes of a run of two steps."""
+def measure(strategy: str, words: list[str], text: Path) -> int:
+    """Peak resident bytes of a run of two steps.
+
+    Args:
+        strategy: its name.
+        words: other options, those that are planned with too.
+        text: of training and calibration.
+    """
     options = {
-        "model.name_or_path": settings.model,
-        "model.calibration.samples": settings.calibration.samples,
         "data.train": text,
-        "data.block_size": settings.block_size,
-        "data.batch_size": settings.batch_size,
         "trainer.max_steps": 2,
         "trainer.logger": "false",
-        "trainer.accelerator": "cpu",
         "trainer.enable_checkpointing": "false",
         "trainer.enable_progress_bar": "false",
         "trainer.limit_val_batches": 0,
         "output.enabled": "false",
     }
-    words = [f"--{name}={value}" for name, value in options.items()]
+    words = [*words, *(f"--{name}={value}" for name, value in options.items())]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | MALLOC | {"SPARSIFY_CACHE": f"{folder}/cache"}
         run = subprocess.Popen(
-            [sys.executable, "-m", "sparsify", "fit", "--strategy", settings.strategy, *words],
+            [sys.executable, "-m", "sparsify", "fit", "--strategy", strategy, *words],
             cwd=folder,
             env=environment,
         )
         _, status, usage = os.wait4(run.pid, 0)
     if status:
-        raise SystemExit(f"{settings.strategy}: the run ended with status {status}")
+        raise SystemExit(f"{strategy}: the run ended with status {status}")
     return usage.ru_maxrss * 1024
 
 
-def compare(settings: PlanSettings, text: Path) -> dict[str, Any]:
-    """Bytes as predicted and measured."""
-    predicted = make_plan(settings).best
-    measured = measure(settings, text)
-    print(f"{settings.strategy}: {predicted.total / measured:.3f}", flush=True)
+def compare(strategy: str, words: list[str], text: Path) -> dict[str, Any]:
+    """Bytes as predicted and measured; arguments as of :func:`measure`."""
+    predicted = make_plan(read(["--strategy", strategy, *words]).settings).best
+    measured = measure(strategy, words, text)
+    print(f"{strategy}: {predicted.total / measured:.3f}", flush=True)
     return {
         "predicted": predicted.total,
         "measured": measured,
@@ -86,16 +87,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--save", type=Path)
     words = parser.parse_args()
-    results = {}
-    for strategy in STRATEGIES:
-        settings = PlanSettings(
-            strategy,
-            str(words.model.resolve()),
-            batch_size=words.batch_size,
-            block_size=words.block_size,
-            calibration=Calibration(words.samples),
-        )
-        results[strategy] = compare(settings, words.text.resolve())
+    options = {
+        "model.name_or_path": words.model.resolve(),
+        "model.calibration.samples": words.samples,
+        "data.block_size": words.block_size,
+        "data.batch_size": words.batch_size,
+        "trainer.accelerator": "cpu",
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    text = words.text.resolve()
+    results = {strategy: compare(strategy, given, text) for strategy in STRATEGIES}
     content = {
         "date": date.today().isoformat(),
         "model": words.model.name,

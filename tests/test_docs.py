@@ -18,6 +18,7 @@ import pytest
 
 from sparsify import SparsifyError
 from sparsify.cli import dispatch as tools
+from sparsify.cli.commands.plan import PlanCLI
 from sparsify.cli.main import main
 from sparsify.cli.short_forms import expand
 from sparsify.cli.table import TOOLS
@@ -320,8 +321,17 @@ def _read(function: Any, args: list[str], **options: Any) -> None:
     raise _Read
 
 
+def _stop(cli: PlanCLI) -> None:
+    raise _Read
+
+
 def _parse(words: list[str], parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a command as it would be read to be run."""
+    if words[0] == "plan":
+        monkeypatch.setattr(PlanCLI, "before_instantiate_classes", _stop)
+        with contextlib.suppress(_Read):
+            main(words)
+        return
     if words[0] in TOOLS:
         monkeypatch.setattr(tools, "auto_cli", _read)
         with contextlib.suppress(_Read):
@@ -348,6 +358,8 @@ def test_every_command_in_the_documentation_can_be_read(
         "fit --strategy maskllm --model.strategy.taw.start 2",
         "fit --strategy wanda --model.nome x",
         "plan --strategi maskllm",
+        "plan --strategy maskllm --model.nome x",
+        "plan --strategy maskllm --batch_size 4",
         "masks show x",
         "verify x --bass y",
     ],

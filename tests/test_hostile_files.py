@@ -112,7 +112,7 @@ COMMANDS = [
     "eval {} --base none --include_path tasks --tasks recall --limit 2",
     "eval good --base {} --include_path tasks --tasks recall --limit 2",
     "onnx {} out/graph.onnx",
-    "plan --model {} --strategy magnitude",
+    "plan --model.name_or_path {} --strategy magnitude",
     "sensitivity --strategy magnitude --model.name_or_path {} --data.train t --data.validation t",
     "mask import {} out/m.nmask",
     "mask import {} out/m.nmask --base {}",

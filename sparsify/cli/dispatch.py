@@ -12,7 +12,7 @@ from sparsify.cli.table import Tool
 from sparsify.common import yaml_text
 from sparsify.common.errors import SparsifyError
 
-FLAGS = ("--shard", "--gradient_checkpointing", "--overwrite", "--dry_run", "--partial")
+FLAGS = ("--overwrite", "--dry_run", "--partial")
 
 
 def run(name: str, tool: Tool, words: list[str]) -> int:
@@ -42,6 +42,8 @@ def run(name: str, tool: Tool, words: list[str]) -> int:
     function = find_function(tool)
     try:
         with _quiet(tool, words):
+            if tool.reads_words:
+                return int(function(words))
             return (
                 auto_cli(
                     function,

@@ -35,6 +35,7 @@ LOGGERS = {
 }
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
 RUNS = "runs"
+LEARNS = ("fit", "plan")  # the commands of a run that learns, and goes on if it has a checkpoint
 
 
 def expand(args: Sequence[str]) -> list[str]:
@@ -87,7 +88,7 @@ def expand(args: Sequence[str]) -> list[str]:
             if flag == "--ckpt_path":
                 path = newest_whole(Path(value))
                 word = f"{flag}={path}"
-                settings = _settings(path, command == "fit", named_classes(rest))
+                settings = _settings(path, command in LEARNS, named_classes(rest))
                 if command == "fit" and not given & {*STRATEGY_FLAGS}:
                     run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
                 before.append(f"--config={json.dumps(settings)}")

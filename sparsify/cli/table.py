@@ -12,11 +12,13 @@ class Tool:
         function: its module and name; not the name of a module of ``sparsify``, which the parser
             would look for under it, and so import.
         loads_models: whether it may load one, so that Transformers' messages are silenced.
+        reads_words: whether the function takes the words of the command line, and parses them.
     """
 
     about: str
     function: str
     loads_models: bool = False
+    reads_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ TOOLS: dict[str, Tool | Group] = {
         "Predict the memory of a run, and find settings that fit.",
         "sparsify.cli.commands.plan:plan_run",
         loads_models=True,
+        reads_words=True,
     ),
     "onnx": Tool(
         "Write an exported folder as an ONNX graph for TensorRT.",

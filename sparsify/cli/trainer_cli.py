@@ -41,7 +41,7 @@ TRAINER_DEFAULTS = {
 # Settings of one command, not of the run that a checkpoint continues.
 OWN = ("config", "ckpt_path")
 
-_SHORT_FORMS = f"""
+SHORT_FORMS = f"""
 
 --strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
 import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for
@@ -54,7 +54,7 @@ _HELP = {
     "description": "Learn, evaluate and export N:M sparse masks for Hugging Face language models.",
     **{
         name: {
-            "description": about + _SHORT_FORMS,
+            "description": about + SHORT_FORMS,
             "usage": (
                 f"sparsify {name} --strategy NAME [--devices N] [--shard] [--logger NAME] "
                 "[--config FILE] [options]"
@@ -130,6 +130,21 @@ class CommandTrainer(Trainer):
 class SparsifyCLI(LightningCLI):
     """LightningCLI with our Trainer and its commands, and the entry points' callbacks."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            SparseCausalLM,
+            TextDataModule,
+            trainer_class=CommandTrainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            **options,
+        )
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {
@@ -157,7 +172,7 @@ class SparsifyCLI(LightningCLI):
         """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
         the other processes of a run with these.
         """
-        self.config = parser.parse_args(expand(sys.argv[1:]))
+        self.config = parser.parse_args(expand(sys.argv[1:]) if args is None else args)
         if place := holds_redacted(self.config):
             raise SparsifyError(
                 f"{place.partition('.')[2]} was a secret and is not in the file that was written; "
@@ -205,19 +220,7 @@ def run(words: list[str]) -> None:
     sys.argv[1:] = words
     with quiet():
         try:
-            SparsifyCLI(
-                SparseCausalLM,
-                TextDataModule,
-                trainer_class=CommandTrainer,
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_class=Parser,
-                parser_kwargs=_HELP,
-            )
+            SparsifyCLI(parser_kwargs=_HELP)
         except MisconfigurationException as error:  # Lightning's, of settings
             message = " ".join(str(error).split())
             raise SparsifyError(f"the trainer refuses its settings: {message}") from error

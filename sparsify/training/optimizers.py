@@ -6,8 +6,9 @@ from typing import Any
 from torch.optim import AdamW, Optimizer
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.schedule import Schedule
-from sparsify.training.checkpoints.new_settings import OwnSchedule, keep_settings
+from sparsify.training.checkpoints.new_settings import MakeOptimizer, OwnSchedule, keep_settings
 
 ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 
@@ -15,6 +16,27 @@ ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 def adamw(params: Any) -> Optimizer:
     """AdamW with the defaults of a run."""
     return AdamW(params, **ADAMW)
+
+
+def make(masked: MaskedModel, params: list[Any], factory: MakeOptimizer) -> Optimizer:
+    """The optimizer of what a strategy learns.
+
+    Args:
+        masked: the model, for its strategy and maskers.
+        params: what is learned.
+        factory: makes the optimizer that the user chose, unless the strategy brings its own.
+
+    Raises:
+        SparsifyError: the optimizer refuses its settings.
+    """
+    try:
+        return masked.strategy.optimizer(params, masked.maskers, factory)
+    except SparsifyError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise SparsifyError(
+            f"the optimizer refuses its settings: {error}; mend --model.optimizer.init_args"
+        ) from error
 
 
 def configure(module: Any, params: list[Any], steps: float) -> dict[str, Any]:
@@ -28,14 +50,7 @@ def configure(module: Any, params: list[Any], steps: float) -> dict[str, Any]:
     Raises:
         SparsifyError: the optimizer refuses its settings, or the run has no end.
     """
-    try:
-        optimizer = module.strategy.optimizer(params, module.masked.maskers, module.make_optimizer)
-    except SparsifyError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise SparsifyError(
-            f"the optimizer refuses its settings: {error}; mend --model.optimizer.init_args"
-        ) from error
+    optimizer = make(module.masked, params, module.make_optimizer)
     keep_settings(optimizer, module.make_optimizer)
     if not 1 <= steps < math.inf:
         raise SparsifyError(

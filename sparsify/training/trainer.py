@@ -78,7 +78,7 @@ class Trainer(LightningTrainer):
     ) -> None:
         with _own_ddp():
             super().__init__(
-                strategy=_own_strategy(strategy),
+                strategy=own_strategy(strategy),
                 limit_train_batches=limit_train_batches,
                 limit_val_batches=limit_val_batches,
                 limit_test_batches=limit_test_batches,
@@ -156,7 +156,12 @@ def _requeues(plugins: Any) -> bool:
     return any(isinstance(one, SLURMEnvironment) and one.auto_requeue for one in given)
 
 
-def _own_strategy(strategy: Strategy | str) -> Strategy | str:
+def own_strategy(strategy: Strategy | str) -> Strategy | str:
+    """Ours for Lightning's name ``fsdp``; any other as it is.
+
+    Raises:
+        SparsifyError: it is another one that shards, which cannot hold what is learned here.
+    """
     if isinstance(strategy, str):
         if strategy.lower() == "fsdp":
             return Sharded()

@@ -200,12 +200,3 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_for(out: Path, tool: 
         assert status == 2, text
         assert "no model could be loaded from" in text
     assert not Path("ran").exists()
-
-
-def test_flags_need_no_value(cli: Cli, tool: Tool) -> None:
-    words = ("plan", "--strategy=maskllm", "--model", cli.model[0].partition("=")[2])
-    status, text = tool(*words, "--devices=2", "--shard", "--format=json")
-    assert status == 0
-    assert json.loads(text)
-    assert text == tool(*words, "--devices=2", "--shard", "true", "--format=json")[1]
-    assert text != tool(*words, "--devices=2", "--format=json")[1]

@@ -213,8 +213,8 @@ def test_a_module_in_the_current_folder_takes_nobodys_place(
     """The folder comes last: what a command imports later is what is installed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    status, _, err = exits("plan")
-    assert (status, "plan needs --strategy NAME" in err) == (2, True)
+    status, _, err = exits("plan", "--strategy=my.Own")
+    assert (status, "'my.Own' cannot be imported" in err) == (2, True)
     assert plan.__name__ in sys.modules
     assert sys.path[-1] == str(tmp_path)
     assert str(tmp_path) not in sys.path[:-1]

@@ -1,80 +1,134 @@
-"""``sparsify plan``."""
+"""``sparsify plan``: the options of ``sparsify fit``, read by its parser, and no run."""
 
-import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
-from sparsify.calibration import Calibration
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
 from sparsify.cli.commands.output import Format, say, say_json
-from sparsify.common.choices import EMBEDDED, Device, Dtype, Precision
+from sparsify.cli.short_forms import expand
+from sparsify.cli.table import TOOLS
+from sparsify.cli.trainer_cli import SHORT_FORMS, SparsifyCLI
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.registry import STRATEGIES, plugins
-from sparsify.training.distillation import Distillation
-from sparsify.training.plan import PlanSettings, make_plan, to_dict, to_table
+from sparsify.training.plan import PlanSettings, make_plan, of_trainer, to_dict, to_table
+
+_HELP = {
+    "prog": "sparsify plan",
+    "description": f"{TOOLS['plan'].about} It takes the options of sparsify fit "
+    "and predicts the peak memory of that run, by part, without loading the model, reading text "
+    "or writing anything; exit status 1 if nothing fits. --trainer.accelerator says whose rules "
+    "are applied: cuda or cpu; auto is what this machine has." + SHORT_FORMS,
+    "usage": (
+        "sparsify plan --strategy NAME [--memory GIB] [--format table|json] [--devices N] "
+        "[--shard] [--config FILE] [options]"
+    ),
+}
+# Options of version 0.1.0, and those of fit in their place.
+FORMER = {
+    "--model": "--model.name_or_path",
+    "--pattern": "--model.pattern",
+    "--dtype": "--model.dtype",
+    "--precision": "--trainer.precision",
+    "--batch_size": "--data.batch_size",
+    "--block_size": "--data.block_size",
+    "--gradient_checkpointing": "--model.gradient_checkpointing",
+    "--calibration": "--model.calibration",
+    "--distillation": "--model.distillation",
+    "--device": "--trainer.accelerator",
+    "--strategy_args": "--model.strategy.NAME VALUE for each",
+}
+# With a file as its value --model stands for all settings of the model.
+SETTINGS = (".yaml", ".yml", ".json")
 
 
-def plan_run(
-    strategy: str | None = None,
-    model: str = EMBEDDED,
-    pattern: str = "2:4",
-    dtype: Dtype = "float32",
-    precision: Precision = "32-true",
-    devices: int = 1,
-    shard: bool = False,
-    batch_size: int = 8,
-    block_size: int = 256,
-    gradient_checkpointing: bool = False,
-    calibration: Calibration = Calibration(),
-    distillation: Distillation = Distillation(),
-    device: Device = "cpu",
-    strategy_args: dict[str, Any] | None = None,
-    memory: float | None = None,
-    format: Format = "table",
-) -> int:
-    """Predict the peak memory of sparsify fit, by part, without loading the model; exit status 1
-    if nothing fits.
+class PlanCLI(SparsifyCLI):
+    """Reads the options of fit, and makes the module and the data module of them, but no Trainer.
 
     Args:
-        strategy: a short name or import path.
-        model: embedded, a local folder, a Hugging Face id, or a GGUF file.
-        pattern: N:M.
-        dtype: of the base weights.
-        precision: of the matrix products.
-        devices: how many.
-        shard: divide what is held among them, instead of a copy on each.
-        batch_size: windows of a micro-batch on each.
-        block_size: tokens of a window.
-        gradient_checkpointing: recompute each block in backward.
-        calibration: how much text calibration reads.
-        distillation: whether to learn from the dense model too.
-        device: where it runs.
-        strategy_args: the strategy's own settings, as JSON.
-        memory: GiB of a device; if the settings do not fit, others are tried.
-        format: table or json.
+        words: the expanded ones that follow the command.
     """
-    sys.path.append(os.getcwd())  # a strategy may lie in a file of the current folder
-    if strategy is None:
-        names = ", ".join(plugins(STRATEGIES))
-        raise SparsifyError(f"sparsify plan needs --strategy NAME; there are {names}")
-    settings = PlanSettings(
-        strategy,
-        model,
-        pattern,
-        dtype,
-        precision,
-        devices,
-        shard,
-        batch_size,
-        block_size,
-        gradient_checkpointing,
-        calibration,
-        distillation,
-        device,
-        strategy_args or {},
-    )
-    found = make_plan(settings, None if memory is None else int(memory * 2**30))
-    if format == "json":
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(args=words, run=False, parser_kwargs=_HELP)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--memory",
+            type=float | None,
+            help="GiB of a device; if the settings do not fit, others are tried",
+        )
+        parser.add_argument("--format", type=Format, default="table", help="of what is printed")
+        # A run's config.yaml holds it; with a value the short forms put the run's settings first.
+        parser.add_argument(
+            "--ckpt_path", type=str | None, help="a checkpoint, to plan a run with its settings"
+        )
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def before_instantiate_classes(self) -> None:
+        """Make no callbacks or loggers."""
+        self.asked = asked = self.config
+        made: Any = Namespace
+        trainer = made(strategy=asked.trainer.strategy)
+        self.config = made(model=asked.model, data=asked.data, trainer=trainer)
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        """None: there may be no such device."""
+        return None
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: no checkpoint will hold the settings."""
+
+    @property
+    def settings(self) -> PlanSettings:
+        """What was asked for."""
+        trainer = {**vars(self.asked.trainer), "strategy": self.config_init.trainer.strategy}
+        data = self.datamodule
+        return PlanSettings(self.model, data.batch_size, data.block_size, **of_trainer(trainer))
+
+
+def read(words: list[str]) -> PlanCLI:
+    """The command line that follows ``sparsify plan``, parsed.
+
+    Raises:
+        SparsifyError: an option is one that plan has no more, or asks for what there is not.
+    """
+    check_former(words)
+    return PlanCLI(expand(["plan", *words])[1:])
+
+
+def plan_run(words: list[str]) -> int:
+    """Plan a run, print what was found, and say by the exit status whether it fits.
+
+    Args:
+        words: what follows ``sparsify plan``.
+    """
+    cli = read(words)
+    memory = cli.asked.memory
+    found = make_plan(cli.settings, None if memory is None else int(memory * 2**30))
+    if cli.asked.format == "json":
         say_json(to_dict(found))
     else:
         say(to_table(found))
     return 0 if found.fits else 1
+
+
+def check_former(words: Sequence[str]) -> None:
+    """Refuse the options that plan alone had.
+
+    Raises:
+        SparsifyError: there are some; for each the option of fit is named.
+    """
+    found = {}
+    for word, value in zip(words, [*words, ""][1:], strict=True):
+        flag, equals, own = word.partition("=")
+        name, dot, rest = flag.partition(".")
+        if name == "--model" and (dot or (own if equals else value).endswith(SETTINGS)):
+            continue
+        if name in FORMER:
+            found[flag] = f"{FORMER[name]}{dot}{rest}"
+    if found:
+        now = ", ".join(f"{new} in place of {old}" for old, new in found.items())
+        raise SparsifyError(f"sparsify plan takes the options of sparsify fit: give {now}")

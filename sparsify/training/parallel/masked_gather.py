@@ -71,20 +71,25 @@ def check_gatherable(name: str, layer: MaskedLinear, ranks: int) -> None:
         )
 
 
-def shard_gathering_masked(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a model whose blocks gather masked weights.
+def check_layers(model: nn.Module, ranks: int) -> None:
+    """Refuse a model with a layer that cannot be gathered masked.
 
     Raises:
-        SparsifyError: a layer cannot be gathered so.
+        SparsifyError: there is one; it is named.
     """
-    layers, blocks = masked_layers(model), decoder_blocks(model)
-    for name, layer in layers.items():
-        check_gatherable(name, layer, mesh.size())
+    blocks = decoder_blocks(model)
+    for name, layer in masked_layers(model).items():
+        check_gatherable(name, layer, ranks)
         if not name.startswith(tuple(f"{block}." for block in blocks)):
             raise SparsifyError(
                 f"{name}: it is in no decoder block, and stays gathered from forward to backward; "
                 "give --model.gather plain"
             )
+
+
+def shard_gathering_masked(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model whose blocks gather masked weights, and whose layers were checked."""
+    layers, blocks = masked_layers(model), decoder_blocks(model)
     own = {parameter for layer in layers.values() for parameter in layer.masker.parameters()}
     for block in blocks.values():
         fully_shard(block, mesh=mesh, ignored_params=own)

@@ -8,12 +8,34 @@ from torch.distributed.fsdp import fully_shard
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import decoder_blocks
 from sparsify.training.guards import check_shards
-from sparsify.training.parallel.masked_gather import check_gather, shard_gathering_masked
+from sparsify.training.parallel.masked_gather import (
+    check_gather,
+    check_layers,
+    shard_gathering_masked,
+)
+
+Gather = Literal["plain", "masked"]
 
 
-def shard(
-    masked: MaskedModel, teacher: nn.Module | None, gather: Literal["plain", "masked"], meshes: Any
-) -> None:
+def check_sharding(masked: MaskedModel, gather: Gather, ranks: int, parts: int = 1) -> None:
+    """Refuse what :func:`shard` cannot do.
+
+    Args:
+        masked: the model; its tensors are not read.
+        gather: as there.
+        ranks: that share the model.
+        parts: of a layer, by tensor parallelism.
+
+    Raises:
+        SparsifyError: the strategy, or a layer, cannot be sharded so.
+    """
+    check_shards(masked.strategy, masked.layers, ranks, parts)
+    if gather == "masked":
+        check_gather(masked.strategy)
+        check_layers(masked.model, ranks)
+
+
+def shard(masked: MaskedModel, teacher: nn.Module | None, gather: Gather, meshes: Any) -> None:
     """Shard the model, in place, and the dense one that it learns from.
 
     Args:
@@ -27,9 +49,8 @@ def shard(
         SparsifyError: the strategy, or a layer, cannot be sharded so.
     """
     mesh, strategy = meshes["data_parallel"], masked.strategy
-    check_shards(strategy, masked.layers, mesh.size(), meshes.size() // mesh.size())
+    check_sharding(masked, gather, mesh.size(), meshes.size() // mesh.size())
     if gather == "masked":
-        check_gather(strategy)
         shard_gathering_masked(masked.model, mesh)
         return
     for model in (masked.model, teacher):

@@ -4,7 +4,7 @@ from sparsify.training.plan.dry_run import DryRun, dry_run
 from sparsify.training.plan.estimate import Estimate, estimate
 from sparsify.training.plan.report import to_dict, to_table
 from sparsify.training.plan.search import Plan, make_plan
-from sparsify.training.plan.settings import PlanSettings
+from sparsify.training.plan.settings import PlanSettings, of_trainer
 
 __all__ = [
     "DryRun",
@@ -14,6 +14,7 @@ __all__ = [
     "dry_run",
     "estimate",
     "make_plan",
+    "of_trainer",
     "to_dict",
     "to_table",
 ]

@@ -12,25 +12,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparsify.calibration import Layerwise, layerwise
+from sparsify.calibration import Calibration, Layerwise, layerwise
 from sparsify.masking import noise, plackett_luce
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
-from sparsify.masking.registry import make_strategy
-from sparsify.masking.select import Selection, decoder_blocks
+from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import BaseModel, load_skeleton, stored_dtype
 from sparsify.models.load_checks import check_positions
-from sparsify.training.optimizers import ADAMW
+from sparsify.training import optimizers
+from sparsify.training.guards import check_dtype
+from sparsify.training.module import SparseCausalLM
+from sparsify.training.parallel.shard_model import check_sharding
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
 from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.step import BatchRun, checkpoint_activations
@@ -56,6 +58,7 @@ class DryRun:
         block_maskers: of the largest block's.
         learned: bytes of what has a gradient in the largest block.
         window: of one calibration window's hidden states; 0 if no text is read.
+        masked: the model, whose tensors hold no values.
     """
 
     peaks: dict[str, Peak]
@@ -66,27 +69,32 @@ class DryRun:
     block_maskers: int
     learned: int
     window: int
+    masked: MaskedModel
 
 
 def dry_run(settings: PlanSettings) -> DryRun:
     """Run it; errors as those of a run, and where code depends on values."""
-    strategy = make_strategy(settings.strategy, **settings.strategy_args)
-    skeleton = load_skeleton(settings.model)
+    module = settings.module
+    strategy = copy.deepcopy(module.strategy)  # what it keeps of this run is not for another
+    skeleton = load_skeleton(module.name_or_path)
     check_positions(skeleton, settings.block_size)
     second = copy.deepcopy(skeleton)
-    dtype = (
-        stored_dtype(settings.model) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    )
-    pattern = NMPattern.parse(settings.pattern)
-    pattern.rank(pattern.table())  # its tables are kept, and must not be kept without values
+    name = module.dtype_name
+    dtype = stored_dtype(module.name_or_path) if name == "auto" else getattr(torch, name)
+    selection = module.selection
+    for pattern in filter(None, (selection.pattern, *selection.overrides.patterns.values())):
+        pattern.rank(pattern.table())  # its tables are kept, and must not be kept without values
     with Ledger() as ledger, _without_pieces(settings.device):
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
-        if settings.distillation.weight and strategy.effect.trains_base:
+        if module.distillation.weight and strategy.effect.trains_base:
             teacher = _without_values(second, dtype).requires_grad_(False)
             ledger.label(TEACHER, teacher.parameters())
-        masked = _masked(model, dtype, strategy, settings)
+        masked = _masked(BaseModel(model, module.name_or_path, dtype, ""), strategy, module)
+        check_dtype(masked)
+        if settings.shard:
+            check_sharding(masked, module.gather, settings.ranks)
         maskers = _masker_tensors(model)
         ledger.label(MASKERS, maskers)
         ledger.phase = CALIBRATION
@@ -108,6 +116,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
             block_maskers=max(live_bytes(_masker_tensors(b)) for b in blocks),
             learned=max(live_bytes(p for p in b.parameters() if p.requires_grad) for b in blocks),
             window=settings.block_size * hidden * dtype.itemsize if reads_text else 0,
+            masked=masked,
         )
 
 
@@ -137,12 +146,7 @@ def _without_values(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model.eval()
 
 
-def _masked(
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    strategy: SparsityStrategy,
-    settings: PlanSettings,
-) -> MaskedModel:
+def _masked(base: BaseModel, strategy: SparsityStrategy, module: SparseCausalLM) -> MaskedModel:
     """Mask the model as a run does."""
     make = strategy.make_masker
 
@@ -152,11 +156,10 @@ def _masked(
         masker.to = lambda device: masker  # type: ignore[method-assign, assignment]
         return masker
 
-    selection = Selection(NMPattern.parse(settings.pattern))
     with patch.object(strategy, "make_masker", make_masker):
-        masked = MaskedModel(BaseModel(model, settings.model, dtype, ""), strategy, selection)
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model, masked.scope)
+        masked = MaskedModel(base, strategy, module.selection)
+    if module.gradient_checkpointing:
+        checkpoint_activations(masked.model, masked.scope)
     return masked
 
 
@@ -167,8 +170,9 @@ def _masker_tensors(module: nn.Module) -> list[Tensor]:
 
 def _calibrate(masked: MaskedModel, settings: PlanSettings) -> bool:
     """Whether it reads text."""
-    plain = type(settings.calibration)(activations=settings.calibration.activations, cache=False)
-    windows = min(WINDOWS, settings.calibration.samples), settings.block_size
+    asked = settings.module.calibration
+    plain = Calibration(activations=asked.activations, cache=False)
+    windows = min(WINDOWS, asked.samples), settings.block_size
     tokens_ST = torch.zeros(windows, dtype=torch.long)
     engine = Layerwise(masked, lambda: tokens_ST, plain, torch.device("cpu"))
     with patch.object(layerwise, "text_hash", lambda _: ""):
@@ -184,21 +188,25 @@ def _train(
     settings: PlanSettings,
 ) -> dict[str, int]:
     """What lives after the step, in bytes by label."""
-    strategy = masked.strategy
+    strategy, distillation = masked.strategy, settings.module.distillation
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
-    def adamw(params: Any) -> torch.optim.Optimizer:
-        # On a GPU torch works on all Parameters at once, which takes room for them.
-        return torch.optim.AdamW(params, foreach=settings.device == "cuda", **ADAMW)
+    def make_optimizer(params: list[nn.Parameter]) -> Optimizer:
+        optimizer = settings.module.make_optimizer(params)
+        for group in optimizer.param_groups:
+            # Left to itself torch works on all Parameters at once on a GPU, which takes room.
+            if group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = settings.device == "cuda"
+        return optimizer
 
     def loss() -> Tensor:
-        run = BatchRun(masked, tokens_BT, Draw(0, 0, 0), settings.distillation, teacher)
+        run = BatchRun(masked, tokens_BT, Draw(0, 0, 0), distillation, teacher)
         mixed = settings.precision == "bf16-mixed"
         with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
             found = strategy.loss(run)
         return found.detach().requires_grad_() if strategy.effect.without_gradients else found
 
-    optimizer = strategy.optimizer(params, masked.maskers, adamw)
+    optimizer = optimizers.make(masked, params, make_optimizer)
     # The masks at the start, which the callback that logs their changes keeps.
     layers = masked.layers.values()
     first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers]
@@ -213,7 +221,7 @@ def _train(
     ledger.phase = STEP
     strategy.before_step(masked.maskers)
     nn.utils.clip_grad_norm_(params, 1.0)
-    optimizer.step()
+    optimizer.step(lambda: 0.0)  # as Lightning gives a closure, and some need one
     strategy.after_step(masked.maskers, optimizer.param_groups[0]["lr"])
     state = optimizer.state.values()
     ledger.label(OPTIMIZER, (v for s in state for v in s.values() if isinstance(v, Tensor)))

@@ -59,8 +59,8 @@ def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
         if phase == CALIBRATION:
             parts = _calibration(parts, settings, seen)
         elif settings.shard:
-            parts = _sharded(parts, settings.devices, seen, phase)
-        elif settings.devices > 1 and GRADIENTS in parts:
+            parts = _sharded(parts, settings, seen, phase)
+        elif settings.ranks > 1 and GRADIENTS in parts:
             # DistributedDataParallel sums gradients in buffers of their size.
             parts[BUCKETS] = parts[GRADIENTS]
         phases[phase] = {BASE: CPU_BASE if settings.device == "cpu" else 0} | parts
@@ -74,32 +74,38 @@ def _calibration(parts: dict[str, int], settings: PlanSettings, seen: DryRun) ->
     Blocks are calibrated before anything is sharded, by every process; on a GPU one at a time.
     """
     found = dict(parts)
-    inputs = settings.calibration.samples * seen.window
+    inputs = settings.module.calibration.samples * seen.window
     if settings.device == "cuda":
         found[WEIGHTS], found[MASKERS] = max(seen.block, seen.outside), seen.block_maskers
-        inputs = 0 if settings.calibration.offload else inputs
+        inputs = 0 if settings.module.calibration.offload else inputs
     first = WINDOWS * seen.window
     statistics = found.pop(TEMPORARY, 0) - first
     found[CALIBRATION] = max(statistics + inputs, 2 * inputs, 0)
     return found
 
 
-def _sharded(parts: dict[str, int], devices: int, seen: DryRun, phase: str) -> dict[str, int]:
+def _sharded(
+    parts: dict[str, int], settings: PlanSettings, seen: DryRun, phase: str
+) -> dict[str, int]:
     """A share of all that is held for a run, and one block whole.
 
     What lies outside the blocks is one unit that stays gathered from forward to backward. The
-    optimizer works on the rows of its rank alone, and so does what it makes for a moment.
+    optimizer works on the rows of its rank alone, and so does what it makes for a moment. Where
+    masked weights are gathered, no masker is whole anywhere, and a block's gradients are those of
+    its weights; what makes the masks of a rank's rows is counted as if it made all of them.
     """
+    masked = settings.module.gather == "masked"
     whole = {
         WEIGHTS: seen.outside + seen.block,
         TEACHER: seen.outside + seen.block,
-        MASKERS: seen.block_maskers,
-        GRADIENTS: seen.learned,
+        MASKERS: 0 if masked else seen.block_maskers,
+        GRADIENTS: seen.block if masked else seen.learned,
         OPTIMIZER: 0,
     }
     if phase == STEP:
         whole[TEMPORARY] = 0
+    ranks = settings.ranks
     return {
-        name: min(size, -(-size // devices) + whole[name]) if name in whole else size
+        name: min(size, -(-size // ranks) + whole[name]) if name in whole else size
         for name, size in parts.items()
     }

@@ -5,26 +5,26 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from sparsify.training.plan.search import Plan
+from sparsify.masking.registry import strategy_name
+from sparsify.training.plan.search import Plan, as_words
+from sparsify.training.plan.settings import PlanSettings
 
 GIB = 1 << 30
+AS_ASKED = "as asked"
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """Plain values; sizes in bytes."""
+    """Plain values; sizes in bytes. Settings and changes are by option of ``sparsify fit``."""
     return {
         "memory": plan.memory,
         "fits": plan.fits,
         "short_by": max(0, plan.short(plan.best)),
         "best": plan.tries.index(next(t for t in plan.tries if t[1] is plan.best)),
+        "changes": as_words(plan.changes),
         "tries": [
             {
-                "change": change,
-                "settings": {
-                    name: getattr(found.settings, name)
-                    for name in ("strategy", "pattern", "dtype", "precision", "device", "devices")
-                    + ("shard", "batch_size", "block_size", "gradient_checkpointing")
-                },
+                "change": as_words(change),
+                "settings": _settings(found.settings),
                 "peak": found.total,
                 "phase": found.phase,
                 "parts": found.parts,
@@ -35,12 +35,34 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _settings(settings: PlanSettings) -> dict[str, Any]:
+    module = settings.module
+    selection = module.selection
+    return {
+        "model.strategy": strategy_name(type(module.strategy)),
+        "model.name_or_path": module.name_or_path,
+        "model.pattern": str(selection.pattern),
+        "model.include": selection.include,
+        "model.exclude": selection.exclude,
+        "model.overrides": selection.overrides.describe(),
+        "model.dtype": module.dtype_name,
+        "model.gradient_checkpointing": module.gradient_checkpointing,
+        "model.gather": module.gather,
+        "data.batch_size": settings.batch_size,
+        "data.block_size": settings.block_size,
+        "trainer.precision": settings.precision,
+        "trainer.accelerator": settings.device,
+        "trainer.devices": settings.devices,
+        "trainer.num_nodes": settings.nodes,
+        "shard": settings.shard,
+    }
+
+
 def to_table(plan: Plan) -> Group:
     """The best settings by part, what was tried, and the verdict."""
     best = plan.best
-    parts = Table(
-        title=f"{best.settings.strategy}: GiB a device, at the peak of each phase of learning"
-    )
+    name, device = strategy_name(type(best.settings.module.strategy)), best.settings.device
+    parts = Table(title=f"{name} on {device}: GiB a device, at the peak of each phase of learning")
     parts.add_column("part")
     for phase in best.phases:
         parts.add_column(phase, justify="right")
@@ -50,11 +72,13 @@ def to_table(plan: Plan) -> Group:
     parts.add_section()
     parts.add_row("sum", *(f"{sum(p.values()) / GIB:.2f}" for p in best.phases.values()))
     tries = Table(title="tried, each on top of those above")
-    for column in ("change", "peak GiB", "in", "fits"):
-        tries.add_column(column, justify="left" if column in ("change", "in") else "right")
+    for column in ("options of fit", "peak GiB", "in", "fits"):
+        left = column in ("options of fit", "in")
+        tries.add_column(column, justify="left" if left else "right")
     for change, found in plan.tries:
         fits = "" if plan.memory is None else "yes" if plan.short(found) <= 0 else "no"
-        tries.add_row(change, f"{found.total / GIB:.2f}", found.phase, fits)
+        row = f"{found.total / GIB:.2f}", found.phase, fits
+        tries.add_row(as_words(change) or AS_ASKED, *row)
     return Group(parts, tries, verdict(plan))
 
 
@@ -65,7 +89,7 @@ def verdict(plan: Plan) -> str:
     if plan.memory is None:
         return f"peak {peak}; with --memory GIB it is compared, and settings that fit are sought"
     if plan.fits:
-        change = next(change for change, found in plan.tries if found is best)
-        return f"fits {plan.memory / GIB:g} GiB with {peak}: {change}"
+        how = f"with {as_words(plan.changes)}" if plan.changes else AS_ASKED
+        return f"fits {plan.memory / GIB:g} GiB {how}: {peak}"
     short = plan.short(best) / GIB
     return f"nothing fits {plan.memory / GIB:g} GiB: the best of these needs {short:.2f} GiB more"

@@ -1,4 +1,5 @@
-"""Settings that fit a device: remedies one upon another, the cheapest first.
+"""Settings that fit a device: remedies one upon another, the cheapest first, as options of
+``sparsify fit``.
 
 1. gradient checkpointing: costs one more forward pass; what is learned stays the same
 2. half the batch, again and again, down to one window: more steps, or more of them accumulated
@@ -9,12 +10,20 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparsify.masking.registry import make_strategy
+from sparsify.common.errors import SparsifyError
+from sparsify.training.parallel.shard_model import check_sharding
 from sparsify.training.plan.dry_run import FORWARD, DryRun, dry_run
 from sparsify.training.plan.estimate import Estimate, estimate
 from sparsify.training.plan.settings import PlanSettings
 
 MOST_DEVICES = 64
+
+Options = dict[str, str]  # of sparsify fit, with their values; a flag's is empty
+
+
+def as_words(options: Options) -> str:
+    """Options as they are typed."""
+    return " ".join(f"{name} {value}".strip() for name, value in options.items())
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,11 @@ class Plan:
     """What was tried, in order.
 
     Attributes:
-        tries: (what was changed last, the estimate); the first is what was asked for.
+        tries: (what was changed last, the estimate); the first is what was asked for, unchanged.
         memory: bytes of a device; None if nothing has to fit.
     """
 
-    tries: list[tuple[str, Estimate]]
+    tries: list[tuple[Options, Estimate]]
     memory: int | None
 
     @property
@@ -43,6 +52,16 @@ class Plan:
     def fits(self) -> bool:
         return self.short(self.best) <= 0
 
+    @property
+    def changes(self) -> Options:
+        """All that the best settings change of what was asked for."""
+        changes: Options = {}
+        for change, found in self.tries:
+            changes |= change
+            if found is self.best:
+                break
+        return changes
+
 
 def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
     """Estimate the settings, and if they do not fit, others until some do.
@@ -52,11 +71,11 @@ def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
         memory: bytes of a device.
 
     Raises:
-        SparsifyError: of an unknown strategy or model, or as a run would.
+        SparsifyError: of an unknown model, or as a run would.
     """
     plan = Plan([], memory)
     seen = dry_run(settings)
-    plan.tries.append(("as asked", estimate(settings, seen)))
+    plan.tries.append(({}, estimate(settings, seen)))
     for change, settings in _remedies(settings, seen):
         if plan.fits:
             break
@@ -67,21 +86,25 @@ def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
     return plan
 
 
-def _remedies(settings: PlanSettings, seen: DryRun) -> Iterator[tuple[str, PlanSettings]]:
-    effect = make_strategy(settings.strategy, **settings.strategy_args).effect
+def _remedies(settings: PlanSettings, seen: DryRun) -> Iterator[tuple[Options, PlanSettings]]:
+    module = settings.module
+    effect = module.strategy.effect
     learns = FORWARD in seen.peaks
-    if learns and not settings.gradient_checkpointing and not effect.without_gradients:
-        settings = replace(settings, gradient_checkpointing=True)
-        yield "gradient checkpointing", settings
+    if learns and not module.gradient_checkpointing and not effect.without_gradients:
+        settings = settings.with_model(gradient_checkpointing=True)
+        yield {"--model.gradient_checkpointing": "true"}, settings
     while learns and settings.batch_size > 1:
         settings = replace(settings, batch_size=settings.batch_size // 2)
-        yield f"batch of {settings.batch_size}", settings
-    if settings.dtype == "float32" and not effect.trains_weights:
-        settings = replace(settings, dtype="bfloat16")
-        yield "bfloat16 weights", settings
-    devices = settings.devices if not settings.shard else 2 * settings.devices
-    devices = max(2, devices)
-    while learns and devices <= MOST_DEVICES:
+        yield {"--data.batch_size": str(settings.batch_size)}, settings
+    if module.dtype_name == "float32" and not effect.trains_weights:
+        settings = settings.with_model(dtype_name="bfloat16")
+        yield {"--model.dtype": "bfloat16"}, settings
+    devices = max(2, settings.devices if not settings.shard else 2 * settings.devices)
+    while learns and devices * settings.nodes <= MOST_DEVICES:
         settings = replace(settings, devices=devices, shard=True)
-        yield f"sharded over {devices}", settings
+        try:
+            check_sharding(seen.masked, module.gather, settings.ranks)
+        except SparsifyError:
+            return
+        yield {"--devices": str(devices), "--shard": ""}, settings
         devices *= 2

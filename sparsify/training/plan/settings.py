@@ -1,55 +1,131 @@
 """What a run is planned for."""
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sparsify.calibration import Calibration
-from sparsify.common.choices import EMBEDDED, Device, Dtype, Precision
+import torch
+from lightning.fabric.connector import _convert_precision_to_unified_args
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from sparsify.common.choices import Device
 from sparsify.common.errors import SparsifyError
-from sparsify.training.distillation import Distillation
+from sparsify.training.guards import check_precision
+from sparsify.training.module import SparseCausalLM
+from sparsify.training.parallel import Sharded
+from sparsify.training.trainer import own_strategy
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The settings of ``sparsify fit`` on which its memory depends.
+    """The module of a run, and what its data and its Trainer are told, as far as memory depends on
+    it.
 
     Args:
-        strategy: a short name or import path.
-        model: as ``--model.name_or_path``.
-        pattern: N:M.
-        dtype: of the base weights.
-        precision: of the matrix products.
-        devices: processes, each with a device of its own.
-        shard: divide what is held among the devices (FSDP2), instead of a copy on each (DDP).
+        module: holds the settings of the model; it is not built, and stays so.
         batch_size: windows of a micro-batch on each device.
         block_size: tokens of a window.
-        gradient_checkpointing: recompute each block in backward.
-        calibration: as ``--model.calibration``.
-        distillation: as ``--model.distillation``.
-        device: where it runs.
-        strategy_args: the strategy's own arguments.
+        precision: of the matrix products, as the Trainer takes it.
+        device: whose rules are applied.
+        devices: of one node, each with a process of its own.
+        nodes: how many there are.
+        shard: divide what is held among all devices (FSDP2), instead of a copy on each (DDP).
+
+    Raises:
+        SparsifyError: there is no device, or none to share with.
     """
 
-    strategy: str
-    model: str = EMBEDDED
-    pattern: str = "2:4"
-    dtype: Dtype = "float32"
-    precision: Precision = "32-true"
-    devices: int = 1
-    shard: bool = False
+    module: SparseCausalLM
     batch_size: int = 8
     block_size: int = 256
-    gradient_checkpointing: bool = False
-    calibration: Calibration = Calibration()
-    distillation: Distillation = Distillation()
+    precision: str = "32-true"
     device: Device = "cpu"
-    strategy_args: dict[str, Any] = field(default_factory=dict)
+    devices: int = 1
+    nodes: int = 1
+    shard: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("batch_size", 1), ("block_size", 2)):
-            if (value := getattr(self, name)) < least:
-                raise SparsifyError(f"{name}={value}; it must be at least {least}")
-        if self.shard and self.devices == 1:
+        for name, count in (("devices", self.devices), ("num_nodes", self.nodes)):
+            if count < 1:
+                raise SparsifyError(
+                    f"{name}={count}; it must be at least 1: give --trainer.{name} 1 or more"
+                )
+        if self.shard and self.ranks == 1:
             raise SparsifyError(
                 "shard with devices=1: there is nobody to share with; give --devices 2 or more"
             )
+
+    @property
+    def ranks(self) -> int:
+        """The devices of all nodes."""
+        return self.devices * self.nodes
+
+    def with_model(self, **attributes: Any) -> "PlanSettings":
+        """The same with other attributes of the module; the given module keeps its own."""
+        module = copy.copy(self.module)
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        return replace(self, module=module)
+
+
+def of_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the Trainer's options say of the settings of a plan.
+
+    Args:
+        options: the arguments with which the Trainer of the run would be made.
+
+    Raises:
+        SparsifyError: they ask for something of which the plan knows no rules.
+    """
+    device = _device(options["accelerator"])
+    precision = _convert_precision_to_unified_args(options["precision"]) or "32-true"
+    check_precision(precision)
+    return {
+        "precision": precision,
+        "device": device,
+        "devices": _count(options["devices"], device),
+        "nodes": options["num_nodes"],
+        "shard": _shards(options["strategy"]),
+    }
+
+
+def _device(accelerator: Any) -> Device:
+    if accelerator in ("auto", None):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("cuda", "gpu"):
+        return "cuda"
+    if accelerator == "cpu":
+        return "cpu"
+    raise SparsifyError(
+        f"accelerator {accelerator}: a plan knows the rules of two; give --trainer.accelerator "
+        "cuda or cpu"
+    )
+
+
+def _count(devices: Any, device: Device) -> int:
+    """Of the devices that the Trainer would take on this machine, or of those that are named."""
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    if isinstance(devices, str) and "," in devices:
+        devices = [number for number in devices.split(",") if number.strip()]
+    try:
+        return len(devices) if isinstance(devices, list) else int(devices)
+    except ValueError:
+        raise SparsifyError(
+            f"devices={devices}: it is no number; give --devices 1 or more"
+        ) from None
+
+
+def _shards(strategy: Strategy | str) -> bool:
+    own = own_strategy(strategy)
+    if isinstance(own, Sharded):
+        return True
+    if isinstance(own, DDPStrategy) or (
+        isinstance(own, str) and (own == "auto" or own.startswith("ddp"))
+    ):
+        return False
+    raise SparsifyError(
+        f"strategy {own if isinstance(own, str) else type(own).__name__}: a plan knows copies on "
+        "all devices, and shards of one; give --trainer.strategy ddp or fsdp"
+    )

@@ -1,6 +1,5 @@
-"""Plans, held to what real modules hold, and the command."""
+"""Plans, held to what real modules hold."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsify.calibration import Calibration
-from sparsify.cli.main import main
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
 from sparsify.training.distillation import Distillation
+from sparsify.training.module import SparseCausalLM
+from sparsify.training.parallel import Sharded
+from sparsify.training.parallel.ddp import DDP
 from sparsify.training.plan import (
     DryRun,
     Estimate,
@@ -26,9 +27,12 @@ from sparsify.training.plan import (
     dry_run,
     estimate,
     make_plan,
+    of_trainer,
 )
 from sparsify.training.plan.estimate import BASE, BUCKETS, CPU_BASE
 from sparsify.training.plan.ledger import Ledger, Peak
+from sparsify.training.plan.report import GIB, verdict
+from sparsify.training.plan.search import as_words
 from sparsify.training.step import BatchRun
 from tests.conftest import SIZES, masked_model, tiny_llama
 
@@ -36,15 +40,14 @@ PATTERN = NMPattern(2, 4)
 B, T = 4, 16
 
 
-def settings(folder: Path, strategy: str = "maskllm", **more: Any) -> PlanSettings:
-    return PlanSettings(
-        strategy,
-        str(folder),
-        batch_size=B,
-        block_size=T,
-        calibration=Calibration(samples=4),
-        **more,
-    )
+def settings(
+    folder: Path, name: str = "maskllm", run: dict[str, Any] | None = None, **model: Any
+) -> PlanSettings:
+    """Of a module with the settings of `model`, in which ``prior`` is the strategy's."""
+    own = {"prior": model.pop("prior")} if "prior" in model else {}
+    model = {"calibration": Calibration(samples=4)} | model
+    module = SparseCausalLM(make_strategy(name, **own), str(folder), **model)
+    return PlanSettings(module, B, T, **run or {})
 
 
 def size(tensors: Any) -> int:
@@ -92,7 +95,7 @@ def one_real_step(name: str) -> tuple[dict[str, int], int]:
 
 @pytest.mark.parametrize("name", ["maskllm", "sr_ste", "proxsparse"])
 def test_what_is_held_is_exact_and_what_is_saved_is_near(name: str, model_folder: Path) -> None:
-    seen = dry_run(settings(model_folder, name, strategy_args={"prior": None}))
+    seen = dry_run(settings(model_folder, name, prior=None))
     held, saved = one_real_step(name)
     parts = seen.peaks["forward"].parts
     buffers = size(tiny_llama().buffers())
@@ -106,9 +109,9 @@ def test_what_is_held_is_exact_and_what_is_saved_is_near(name: str, model_folder
 
 
 def test_checkpointing_takes_less(model_folder: Path) -> None:
-    asked = settings(model_folder, strategy_args={"prior": None})
+    asked = settings(model_folder, prior=None)
     whole = dry_run(asked).peaks["forward"].parts["activations"]
-    less = dry_run(replace(asked, gradient_checkpointing=True)).peaks["forward"].parts
+    less = dry_run(asked.with_model(gradient_checkpointing=True)).peaks["forward"].parts
     assert less["activations"] < 0.6 * whole
 
 
@@ -128,7 +131,7 @@ def test_a_teacher_is_a_copy_of_trained_weights_only(model_folder: Path) -> None
 
 def test_calibration_holds_the_inputs_of_all_windows(model_folder: Path) -> None:
     few = settings(model_folder, "sparsegpt")
-    many = replace(few, calibration=Calibration(samples=10_004))
+    many = few.with_model(calibration=Calibration(samples=10_004))
     seen = dry_run(few)
     more = estimate(many, seen).total - estimate(few, seen).total
     window = T * 32 * 4  # tokens, hidden size, fp32
@@ -150,19 +153,21 @@ def test_every_one_shot_strategy_can_be_planned(name: str, model_folder: Path) -
 
 
 def test_sharding_divides_what_is_held(model_folder: Path) -> None:
-    seen = dry_run(settings(model_folder, strategy_args={"prior": None}))
+    seen = dry_run(settings(model_folder, prior=None))
     one = estimate(settings(model_folder), seen).phases["forward"]
-    many = estimate(settings(model_folder, devices=8, shard=True), seen).phases["forward"]
+    many = estimate(settings(model_folder, run={"devices": 8, "shard": True}), seen).phases[
+        "forward"
+    ]
     assert many["optimizer states"] == one["optimizer states"] // 8
     assert many["masker tensors"] == -(-one["masker tensors"] // 8) + seen.block_maskers
     assert many["activations"] == one["activations"]
-    ddp = estimate(settings(model_folder, devices=2), seen).phases["forward"]
+    ddp = estimate(settings(model_folder, run={"devices": 2}), seen).phases["forward"]
     assert ddp[BUCKETS] == ddp["gradients"] == one["gradients"]
     assert one[BASE] == CPU_BASE
 
 
 def test_a_sharded_optimizer_works_on_its_own_rows(model_folder: Path) -> None:
-    asked = settings(model_folder, device="cuda", strategy_args={"prior": None})
+    asked = settings(model_folder, run={"device": "cuda"}, prior=None)
     seen = dry_run(asked)
     one = estimate(asked, seen).phases["optimizer step"]
     many = estimate(replace(asked, devices=8, shard=True), seen).phases["optimizer step"]
@@ -170,8 +175,10 @@ def test_a_sharded_optimizer_works_on_its_own_rows(model_folder: Path) -> None:
 
 
 def test_what_is_kept_in_caches_is_real_afterwards(model_folder: Path) -> None:
-    dry_run(settings(model_folder, "magnitude", pattern="1:4"))
+    overrides = {"*.up_proj": "3:4"}
+    dry_run(settings(model_folder, "magnitude", pattern="1:4", overrides=overrides))
     assert NMPattern(1, 4).table().int().sum().item() == 4
+    assert NMPattern(3, 4).table().int().sum().item() == 12
 
 
 @pytest.fixture
@@ -183,48 +190,62 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[PlanSettings]:
 
     def run(asked: PlanSettings) -> DryRun:
         ran.append(asked)
-        weights = 400 if asked.dtype == "float32" else 200
-        activations = asked.batch_size * (100 if asked.gradient_checkpointing else 400)
+        weights = 400 if asked.module.dtype_name == "float32" else 200
+        activations = asked.batch_size * (100 if asked.module.gradient_checkpointing else 400)
         parts = {"weights": weights, "activations": activations}
-        return DryRun({"forward": Peak(parts)}, weights, 20, 10, 0, 0, 0, 0)
+        masked = masked_model(tiny_llama(), asked.module.strategy)
+        return DryRun({"forward": Peak(parts)}, weights, 20, 10, 0, 0, 0, 0, masked)
 
     monkeypatch.setattr("sparsify.training.plan.search.dry_run", run)
     return ran
 
 
 def test_remedies_come_in_order_until_one_fits(quick: list[PlanSettings]) -> None:
-    asked = PlanSettings("maskllm", batch_size=4)
+    asked = settings(Path())
     smallest = make_plan(asked, memory=1)
-    assert [(change, found.total - CPU_BASE) for change, found in smallest.tries] == [
-        ("as asked", 2000),
-        ("gradient checkpointing", 800),
-        ("batch of 2", 600),
-        ("batch of 1", 500),
-        ("bfloat16 weights", 300),
-        *((f"sharded over {n}", 130 - (-200 // n)) for n in (2, 4, 8, 16, 32, 64)),
+    assert [(as_words(change), found.total - CPU_BASE) for change, found in smallest.tries] == [
+        ("", 2000),
+        ("--model.gradient_checkpointing true", 800),
+        ("--data.batch_size 2", 600),
+        ("--data.batch_size 1", 500),
+        ("--model.dtype bfloat16", 300),
+        *((f"--devices {n} --shard", 130 - (-200 // n)) for n in (2, 4, 8, 16, 32, 64)),
     ]
+    assert as_words(smallest.changes) == (
+        "--model.gradient_checkpointing true --data.batch_size 1 --model.dtype bfloat16 "
+        "--devices 64 --shard"
+    )
+    assert not asked.module.gradient_checkpointing
+    assert asked.module.dtype_name == "float32"
     assert not smallest.fits
     assert len(quick) == 5  # sharding needs no run
     plan = make_plan(asked, memory=CPU_BASE + 600)
-    assert [change for change, _ in plan.tries][-1] == "batch of 2"
+    assert plan.tries[-1][0] == {"--data.batch_size": "2"}
     assert plan.fits
     assert plan.best.settings.batch_size == 2
+    assert verdict(plan) == (
+        f"fits {(CPU_BASE + 600) / GIB:g} GiB with --model.gradient_checkpointing true "
+        "--data.batch_size 2: 0.44 GiB"
+    )
     assert len(make_plan(asked).tries) == 1
 
 
 def test_what_a_strategy_cannot_do_is_not_tried(quick: list[PlanSettings]) -> None:
-    changes = {
-        name: [change for change, _ in make_plan(PlanSettings(name), memory=1).tries]
-        for name in ("maskllm", "sr_ste")
-    }
-    assert "bfloat16 weights" in changes["maskllm"]
-    assert "bfloat16 weights" not in changes["sr_ste"]
-    assert "sharded over 2" in changes["sr_ste"]
+    def changes(name: str, gather: str = "plain") -> list[str]:
+        tries = make_plan(settings(Path(), name, gather=gather), memory=1).tries
+        return [as_words(change) for change, _ in tries]
+
+    assert "--model.dtype bfloat16" in changes("maskllm")
+    assert "--model.dtype bfloat16" not in changes("sr_ste")
+    assert "--devices 2 --shard" in changes("sr_ste")
+    assert "--devices 2 --shard" not in changes("sr_ste", "masked")
+    # The smallest layer has 16 rows, and of 32 ranks half would hold none.
+    assert changes("maskllm", "masked")[-1] == "--devices 16 --shard"
 
 
 def test_the_best_is_the_first_that_fits_or_the_smallest() -> None:
-    asked = PlanSettings("dense")
-    tries = [(str(n), Estimate(asked, {"start": {"weights": n}})) for n in (9, 5, 3)]
+    asked = settings(Path(), "dense")
+    tries = [({str(n): ""}, Estimate(asked, {"start": {"weights": n}})) for n in (9, 5, 3)]
     assert Plan(tries, 6).best.total == 5
     assert Plan(tries, 2).best.total == 3
     assert Plan(tries, 2).short(tries[2][1]) == 1
@@ -259,11 +280,127 @@ def test_the_ledger_sees_what_lives() -> None:
     del w
 
 
-def test_settings_out_of_range() -> None:
-    with pytest.raises(SparsifyError, match="batch_size=0; it must be at least 1"):
-        PlanSettings("dense", batch_size=0)
+def test_a_layer_is_masked_by_its_own_pattern_or_left_dense(model_folder: Path) -> None:
+    """A layer has a logit for each candidate and group of four, and a table of the candidates."""
+
+    def of(weights: int, candidates: int, layers: int) -> int:
+        return 4 * (weights // 4 * candidates + layers * candidates * 4)  # fp32
+
+    everything = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    assert dry_run(settings(model_folder, prior=None)).maskers == of(everything, 6, 14)
+    exclude, overrides = ["*.q_proj", "*.1.mlp.*"], {"*.up_proj": "1:4", "*.k_proj": "dense"}
+    found = dry_run(settings(model_folder, prior=None, exclude=exclude, overrides=overrides))
+    # Of both blocks v (16 rows) and o (32) of 32 columns; of the first block gate, down and up.
+    two_of_four = 2 * (16 + 32) * 32 + 2 * 32 * 64
+    assert found.maskers == of(two_of_four, 6, 6) + of(32 * 64, 4, 1)
+    only = dry_run(settings(model_folder, prior=None, include="*.down_proj"))
+    assert only.maskers == of(2 * 32 * 64, 6, 2)
+
+
+def test_the_users_own_optimizer_is_run(model_folder: Path) -> None:
+    def states(optimizer: Any) -> tuple[int, int]:
+        found = dry_run(settings(model_folder, prior=None, optimizer=optimizer))
+        parts = found.peaks["forward"].parts
+        return parts["optimizer states"], parts["gradients"]
+
+    assert states(lambda params: torch.optim.SGD(params, lr=1.0))[0] == 0
+    kept, learned = states(lambda params: torch.optim.SGD(params, lr=1.0, momentum=0.9))
+    assert kept == learned > 0
+    layers = 14  # AdamW counts the steps of each tensor in another one
+    kept, learned = states(lambda params: torch.optim.AdamW(params, lr=1.0))
+    assert kept == 2 * learned + 4 * layers
+    with pytest.raises(SparsifyError, match="refuses its settings: Invalid learning rate: -1.0"):
+        states(lambda params: torch.optim.SGD(params, lr=-1.0))
+
+
+def test_masked_weights_are_gathered_in_place_of_maskers(model_folder: Path) -> None:
+    shards = {"devices": 8, "shard": True}
+    asked = settings(model_folder, run=shards, prior=None, gather="masked")
+    seen = dry_run(asked)
+    one = estimate(settings(model_folder), seen).phases["optimizer step"]
+    many = estimate(asked, seen).phases["optimizer step"]
+    assert many["masker tensors"] == -(-one["masker tensors"] // 8)
+    block = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32)  # its norms too
+    assert many["gradients"] == one["gradients"] // 8 + block
+    alone = settings(model_folder, prior=None, gather="masked")  # where nothing is gathered
+    plain = settings(model_folder, prior=None)
+    assert estimate(alone, seen).phases == estimate(plain, seen).phases
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sr_ste", "SRSTE changes weights"),
+        ("maskpro", "MaskPro needs other draws on each rank"),
+        ("maskllm", "some of 32 ranks would hold none of its 16 rows"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(name: str, message: str, model_folder: Path) -> None:
+    shards = {"devices": 32, "shard": True}
+    with pytest.raises(SparsifyError, match=f"{message}.*give --model.gather plain"):
+        dry_run(settings(model_folder, name, shards, gather="masked"))
+
+
+def test_settings_out_of_range(model_folder: Path) -> None:
+    with pytest.raises(SparsifyError, match="devices=0; it must be at least 1"):
+        settings(model_folder, run={"devices": 0})
     with pytest.raises(SparsifyError, match="nobody to share with; give --devices 2"):
-        PlanSettings("dense", shard=True)
+        settings(model_folder, run={"shard": True})
+    with pytest.raises(SparsifyError, match="trains weights and needs them in float32"):
+        dry_run(settings(model_folder, "sr_ste", dtype="bfloat16"))
+
+
+TRAINER: dict[str, Any] = {
+    "accelerator": "cuda",
+    "devices": "auto",
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, {"device": "cuda", "precision": "32-true", "shard": False}),
+        ({"accelerator": "gpu"}, {"device": "cuda"}),
+        ({"accelerator": "cpu"}, {"device": "cpu", "devices": 1}),
+        ({"devices": 8, "num_nodes": 2}, {"devices": 8, "nodes": 2}),
+        ({"devices": [0, 3]}, {"devices": 2}),
+        ({"devices": "3"}, {"devices": 3}),
+        ({"devices": "1,3,"}, {"devices": 2}),
+        ({"strategy": "fsdp"}, {"shard": True}),
+        ({"strategy": Sharded()}, {"shard": True}),
+        ({"strategy": DDP()}, {"shard": False}),
+        ({"precision": "bf16-mixed"}, {"precision": "bf16-mixed"}),
+        ({"precision": 32}, {"precision": "32-true"}),
+    ],
+)
+def test_what_the_trainers_options_mean(options: Any, found: dict[str, Any]) -> None:
+    assert found.items() <= of_trainer(TRAINER | options).items()
+
+
+def test_auto_is_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, device in ((0, "cpu"), (4, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        found = of_trainer(TRAINER | {"accelerator": "auto"})
+        assert (found["device"], found["devices"]) == (device, max(1, gpus))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator": "tpu"}, "tpu: .* give --trainer.accelerator cuda or cpu"),
+        ({"devices": "some"}, "devices=some: it is no number; give --devices 1"),
+        ({"strategy": "deepspeed"}, "strategy deepspeed: .* give --trainer.strategy ddp or fsdp"),
+        ({"strategy": "fsdp_cpu_offload"}, "give --trainer.strategy fsdp"),
+        ({"precision": "16-mixed"}, "precision 16-mixed: .* give --trainer.precision bf16-mixed"),
+    ],
+)
+def test_trainers_of_which_no_rules_are_known(options: Any, message: str) -> None:
+    with pytest.raises(SparsifyError, match=message):
+        of_trainer(TRAINER | options)
 
 
 @pytest.mark.parametrize("strategy", ["wanda", "maskllm", "sr_ste"])
@@ -290,40 +427,3 @@ def test_grouped_products_have_the_shapes_of_real_ones() -> None:
         with Ledger():
             fake = torch._grouped_mm(torch.empty(a), torch.empty(b), offs=offs)
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main(["plan", *words])
-    return int(exit_.value.code or 0), "".join(capsys.readouterr())
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
-    words = ["--strategy=magnitude", f"--model={model_folder}", "--block_size=16"]
-    status, text = run(capsys, *words, "--memory=1")
-    assert status == 0
-    assert "fits 1 GiB" in text
-    status, text = run(capsys, *words, "--memory=0.1")
-    assert status == 1
-    assert "nothing fits 0.1 GiB: the best of these needs 0.34 GiB more" in text
-    status, text = run(capsys, *words, "--format=json", "--calibration.samples=2")
-    found = json.loads(text)
-    assert (status, found["fits"], found["short_by"]) == (0, True, 0)
-    assert sum(found["tries"][0]["parts"].values()) == found["tries"][0]["peak"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "needs --strategy NAME"),
-        (["--strategy=mask_llm"], "there is no strategy 'mask_llm'; did you mean 'maskllm'?"),
-        (["--strategy=dense", "--model=/nowhere"], "no model could be loaded from '/nowhere'"),
-        (["--strategy=maskllm", "--pattern=8:16"], "12,870 candidates"),
-    ],
-)
-def test_input_that_a_user_can_mend(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, text = run(capsys, *words)
-    assert status == 2
-    assert message in text
