@@ -35,7 +35,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch, rank: int, values: list[Tensor]) -
         assert torch.equal(own, values[rank])
         return torch.stack(values)
 
-    monkeypatch.setattr(policy_gradient, "place", lambda: (rank, len(values)))
+    monkeypatch.setattr(policy_gradient, "rank_and_size", lambda: (rank, len(values)))
     monkeypatch.setattr(policy_gradient, "gather", gather)
 
 
