@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsify.calibration import Calibration, Hessian, Moments
     from sparsify.common.errors import SparsifyError
     from sparsify.data import Source, TextDataModule
+    from sparsify.masking.effect import Effect
     from sparsify.masking.masker import Draw, FixedMasker, Masker
     from sparsify.masking.pattern import NMPattern
     from sparsify.masking.schedule import Schedule
