@@ -84,8 +84,8 @@ class Packer:
         separator = tokenizer.eos_token_id
         if not isinstance(separator, int):
             raise SparsifyError(
-                f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}, which cannot "
-                "separate documents: use a tokenizer that has one, or set tokenizer.eos_token"
+                f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}; it separates "
+                "documents and must exist: use a tokenizer with one, or set tokenizer.eos_token"
             )
         self.ids = array("i")
         self.documents = 0
