@@ -32,7 +32,7 @@ class MeasureSensitivity(Callback):
         name = type(strategy).__name__
         if not strategy.effect.prunes:
             raise SparsifyError(
-                f"{name} masks nothing, so there is no loss to measure; take another --strategy"
+                f"{name} masks nothing, so there is nothing to measure; take another --strategy"
             )
         if strategy.effect.changes_base:
             raise SparsifyError(
