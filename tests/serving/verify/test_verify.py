@@ -546,7 +546,7 @@ def test_an_index_that_lies(shards: Path) -> None:
     assert found.startswith(f"{path.name} has no readable weight_map")
     path.unlink()
     (found,) = problems(verify(shards))
-    assert found.startswith(f"without {path.name} a loader reads model.safetensors alone")
+    assert found.startswith(f"without {path.name} a loader reads only model.safetensors")
 
 
 # -- folders of others -----------------------------------------------------------------------------
