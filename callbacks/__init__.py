@@ -1,1 +1,1 @@
-"""What watches or finishes a run; the command line adds those with an entry point."""
+"""Callbacks that watch or finish a run; the command line adds those with an entry point."""

@@ -1,4 +1,4 @@
-"""Moves the strategy's schedules."""
+"""Advances the strategy's schedules."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 
 
 class Annealing(Callback):
-    """Sets the scheduled values before every step, from its number alone: resume needs no state."""
+    """Sets scheduled values before every step, from its number only, so resuming needs no state."""
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

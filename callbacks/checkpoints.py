@@ -1,4 +1,4 @@
-"""Keeps what a run has learned."""
+"""Saves checkpoints of a run."""
 
 import sys
 from pathlib import Path
@@ -28,21 +28,21 @@ from sparsify.training.checkpoints.files import (
 
 
 class Checkpoints(Checkpoint):
-    """Keeps the newest checkpoints in ``checkpoints`` in the run's folder, the very newest under
-    the name ``last.ckpt`` too.
+    """Keeps the newest checkpoints in ``checkpoints`` in the run's folder, the last one also under
+    the name ``last.ckpt``.
 
-    One is saved every few steps, and one at the end before the export. A run that is killed at any
-    moment leaves the former one or the new one, whole. Where the disk is full, the run goes on with
-    a warning, and the next save is tried as if nothing had happened.
+    A checkpoint is saved every ``every_n_steps`` steps, and one at the end, before the export. A
+    run that is killed while it saves leaves the former checkpoint or the new one, whole. If the
+    disk is full, the run warns and goes on, and tries the next save as usual.
 
-    To keep others, add Lightning's ModelCheckpoint under ``trainer.callbacks``.
+    To keep other checkpoints, add Lightning's ModelCheckpoint under ``trainer.callbacks``.
 
     Args:
         every_n_steps: optimizer steps between two saves.
-        keep: how many to keep; more than one, so that there is another if the disk damages one.
+        keep: how many to keep; with two or more, there is another if the disk damages one.
 
     Attributes:
-        last: the newest that this run has saved, if any.
+        last: the newest checkpoint that this run has saved, if any.
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
@@ -65,7 +65,7 @@ class Checkpoints(Checkpoint):
             with together():
                 if trainer.is_global_zero:
                     self._lock = FolderLock(run_folder(trainer))
-        # Any other plugin of the user's stays.
+        # Leave any other plugin of the user in place.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
 
@@ -96,11 +96,11 @@ class Checkpoints(Checkpoint):
                 )
 
     def save(self, trainer: Any) -> Path:
-        """Save this step, if that has not been done, and tell where. Every rank must call this.
+        """Save this step, unless that was done already, and return the path. Every rank must call
+        this.
 
         Raises:
-            DiskFull: on every rank, if there is no space for it; the former checkpoints are as they
-                were.
+            DiskFull: on every rank, if there is no space; the former checkpoints are unchanged.
         """
         folder = run_folder(trainer) / FOLDER
         if self._saved_at != trainer.global_step:
@@ -121,7 +121,7 @@ class Checkpoints(Checkpoint):
                 trainer.save_checkpoint(partial, weights_only=False)
         except DiskFull as error:
             failure = error
-            trainer.strategy.barrier()  # at the end of save_checkpoint the other ranks wait for it
+            trainer.strategy.barrier()  # the other ranks wait for it in save_checkpoint
         if trainer.is_global_zero and failure is None:
             try:
                 with disk_full(folder):
@@ -139,22 +139,22 @@ class Checkpoints(Checkpoint):
             self._prune(trainer, place)
 
     def _prune(self, trainer: Any, newest: Path) -> None:
-        """Once this run has as many as are kept, remove all others, whatever their numbers are: a
-        run in the same folder may have left its own.
+        """Once this run has saved ``keep`` checkpoints, remove all others, whatever their step: an
+        earlier run may have left its own in this folder.
         """
         if self._kept is None:
             self._kept = _former(trainer.ckpt_path, newest)
         self._kept = [*(path for path in self._kept if path != newest), newest][-self.keep :]
         if len(self._kept) < self.keep:
-            return  # another run's are better than none
+            return  # checkpoints of another run are better than none
         for path in steps_in(newest.parent):
             if path not in self._kept:
                 remove(path)
 
 
 def _former(resumed: Any, newest: Path) -> list[Path]:
-    """The run's checkpoints up to the one that it was resumed from, if that lies beside; oldest
-    first.
+    """The checkpoints up to the one that this run was resumed from, oldest first; none if that is
+    in another folder.
     """
     if resumed is None or Path(resumed).resolve().parent != newest.parent.resolve():
         return []

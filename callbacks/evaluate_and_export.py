@@ -1,4 +1,4 @@
-"""Ends a run: measures what was made on the test text, and writes it out."""
+"""Ends a run: measures the model on the test text, and exports it."""
 
 import sys
 from dataclasses import asdict
@@ -37,17 +37,16 @@ from sparsify.results.result import describe_protocol, make_result, pattern_text
 
 
 class EvaluateAndExport(Callback):
-    """After training: test perplexity under the hard masks, the result file, the exported model.
-
-    After ``validate`` and ``test``: the result file.
+    """After training, measures test perplexity under the hard masks, writes the result file, and
+    exports the model. After ``validate`` and ``test``, writes the result file.
 
     Args:
         folder: where to export to; the default is ``export`` in the run's folder.
-        overwrite: replace an earlier export in that place.
+        overwrite: replace an earlier export there.
         enabled: False ends a run without evaluation and export.
 
     Attributes:
-        exported: the folder that this run exported, once it has.
+        exported: the folder of this run's export; None before it is written.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class EvaluateAndExport(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.exported = None
-        # A place that is taken is better known before the work than after it.
+        # Refuse an existing folder before the work, not after it.
         if trainer.fast_dev_run or getattr(trainer, "sensing", False):
             return
         with together():
@@ -75,15 +74,15 @@ class EvaluateAndExport(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.fast_dev_run:
             return
-        find(trainer, Throughput).stop()  # whose own turn may come later
-        pl_module.check_finite()  # whose own turn comes later too
+        find(trainer, Throughput).stop()  # its own on_train_end may come later
+        pl_module.check_finite()  # as does the module's
         checkpoint, unsaved = _save(trainer)
         find(trainer, GracefulStop).end_at_once()  # all is saved
         try:
             if self.enabled:
                 self._evaluate_and_export(trainer, pl_module)
         except SparsifyError as error:
-            kept = f"the run is kept: sparsify export --ckpt_path {checkpoint}"
+            kept = f"the run is saved: sparsify export --ckpt_path {checkpoint}"
             lost = str(unsaved or "no checkpoint was asked for")
             raise SparsifyError(f"{error} ({kept if checkpoint else lost})") from error
         if unsaved:
@@ -93,7 +92,7 @@ class EvaluateAndExport(Callback):
     def _evaluate_and_export(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
             trainer.progress_bar_callback.finish()
-        # Lightning validates at the end of an epoch, and a run of so many steps ends within one.
+        # A run often ends within an epoch, after which Lightning would have validated.
         if pl_module.validated_at != trainer.global_step:
             find(trainer, History).measure(trainer, pl_module)
         self._finish(trainer, pl_module, "test", measure_test(trainer, pl_module))
@@ -151,7 +150,7 @@ class EvaluateAndExport(Callback):
 
 
 def _windows(trainer: Any) -> Tensor | None:
-    """A few windows of the test text, int64 ``[B, T]``; None where there is none."""
+    """A few windows of the test text, int64 ``[B, T]``; None without a test text."""
     data = trainer.datamodule
     if not data.test_names:
         return None
@@ -159,7 +158,7 @@ def _windows(trainer: Any) -> Tensor | None:
 
 
 def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, Any]) -> None:
-    """The end of a run, under the same names for every strategy."""
+    """Log the final numbers of a run, under the same names for every strategy."""
     names = ("tokens", "seconds", "peak_memory_gib")
     metrics = {f"run/{name}": float(result["run"][name]) for name in names}
     masks = result["masks"] or {}
@@ -169,7 +168,7 @@ def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, A
 
 
 def _unwritten(path: Path, result: dict[str, Any]) -> str | None:
-    """Write a result; why that failed, where the disk is full."""
+    """Write a result; return None, or if the disk is full, the reason."""
     try:
         write_json(path, sealed(redacted(result)))
     except OSError as error:
@@ -184,7 +183,9 @@ def _exporting(trainer: Any) -> bool:
 
 
 def _save(trainer: Any) -> tuple[Path | None, DiskFull | None]:
-    """Save the last state, where that is asked for; its place, or why it has none."""
+    """Save the last state if the run keeps checkpoints; return its path, and the error if the disk
+    is full.
+    """
     try:
         callbacks = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
         return next((c.save(trainer) for c in callbacks), None), None
@@ -193,7 +194,7 @@ def _save(trainer: Any) -> tuple[Path | None, DiskFull | None]:
 
 
 def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """What was done, as it stands in a result file."""
+    """Describe the run for a result file."""
     device, now = pl_module.device, cost(trainer, pl_module)
     distils = pl_module.distillation.weight and pl_module.learns
     prunes = pl_module.strategy.effect.prunes
@@ -217,7 +218,7 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
 
 
 def _command(trainer: Any) -> str:
-    """What made the record: where it was not ``fit``, costs are those that its checkpoint told."""
+    """The command that made the record; if it is not ``fit``, costs come from the checkpoint."""
     return "export" if _exporting(trainer) else str(trainer.state.fn.value)
 
 
@@ -235,5 +236,5 @@ def _table(result: dict[str, Any], scores: dict[str, Score]) -> Table:
 
 
 def console(trainer: Any) -> Console:
-    """Where to print; it is quiet where the trainer shows no progress."""
+    """A console that prints nothing if the trainer shows no progress."""
     return SafeConsole(quiet=trainer.progress_bar_callback is None)

@@ -8,5 +8,5 @@ C = TypeVar("C", bound=Callback)
 
 
 def find(trainer: Any, kind: type[C]) -> C:
-    """The trainer's callback of a kind, or one of its kind that has seen nothing."""
+    """The trainer's callback of a class, or a new one of that class if it has none."""
     return next((c for c in trainer.callbacks if isinstance(c, kind)), None) or kind()

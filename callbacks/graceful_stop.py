@@ -15,20 +15,20 @@ from sparsify.common import signals
 
 
 class GracefulStop(Callback):
-    """Have a run that is asked to end save what it has learned, and say how to go on.
+    """When a signal asks a run to end, saves what it has learned and says how to go on.
 
-    A training step is finished first, a validation is broken off between two batches, and all else
-    ends at once, as it has nothing to save. A second signal ends at once in any case.
+    A training step is finished first, and a validation is broken off between two batches. Anything
+    else ends at once, as it has nothing to save. A second signal ends the run at once in any case.
 
-    Of several ranks each may be asked alone. They look together, so that all stop at the same
-    place: at the end of every optimizer step, never within, and after every batch of a validation.
-    They do so over a group of the CPUs, and no device waits for it.
+    A signal may reach only some of the ranks. So all ranks check together, and stop at the same
+    place: at the end of an optimizer step or after a batch of a validation. They communicate over a
+    group of their CPUs, so that no device has to wait.
     """
 
     def __init__(self) -> None:
         self._group: Any = None
-        self._begun = False  # whether training has
-        self._breaks_off = False  # whether a checkpoint is saved in the midst of a validation
+        self._begun = False  # whether training has begun
+        self._breaks_off = False  # whether a checkpoint is being saved within a validation
         self._looks: dict[str, Any] | None = None  # the validation loop's state at the step's end
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -40,10 +40,10 @@ class GracefulStop(Callback):
         signals.hold()
 
     def end_at_once(self) -> None:
-        """What was learned is saved: from now on do not wait.
+        """From now on end at once when a signal comes, as what was learned is saved.
 
         Raises:
-            Interrupted: a signal has come.
+            Interrupted: a signal has come already.
         """
         if signals.active():
             signals.release()
@@ -76,7 +76,7 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: Any, keeps: Checkpoints) -> Path:
         self._breaks_off = trainer.validating
-        trainer.training = True  # a checkpoint says by this whether it can be resumed
+        trainer.training = True  # from this a checkpoint notes that it can be resumed
         try:
             return keeps.save(trainer)
         finally:
@@ -93,9 +93,9 @@ class GracefulStop(Callback):
         return int(numbers.item()) or None
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Have the loops of a checkpoint that is saved in a validation say what they said at the
-        end of the step before; Lightning would go on in the midst of the validation, without what
-        was measured.
+        """In a checkpoint that is saved within a validation, restore the loops' state from the end
+        of the step before. Otherwise Lightning would resume within the validation, without the
+        losses measured so far.
         """
         if not self._breaks_off:
             return

@@ -1,4 +1,4 @@
-"""Keeps the course of a run for its result file, whatever logger it has."""
+"""Records the validations of a run for its result file, whatever logger it has."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,28 +11,28 @@ from sparsify.models.perplexity import OVERALL, Score, score_metrics
 
 
 class History(Callback):
-    """Keeps every validation's perplexity beside what training had cost by then.
+    """Records the perplexity of every validation, with what training had cost by then.
 
-    How often a run validates, ``--trainer.val_check_interval`` says.
+    ``--trainer.val_check_interval`` sets how often a run validates.
 
     Args:
         at_start: also validate before the first step, under the masks that learning starts from.
 
     Attributes:
-        validations: step, tokens, seconds, loss and perplexity over all texts, in the order in
-            which they were measured.
+        validations: step, tokens, seconds, loss and perplexity over all texts, in the order of
+            measurement.
     """
 
     def __init__(self, at_start: bool = False) -> None:
         self.at_start = at_start
         self.validations: list[dict[str, Any]] = []
-        # Whether the step that was just done is to be validated; a checkpoint that lies between the
-        # two is resumed by Lightning as if that had been done.
+        # Whether the validation after the last step is still to come. Lightning does not make up
+        # for it when it resumes from a checkpoint between the two.
         self._due = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._due and trainer.global_step and pl_module.learns:
-            # Where Lightning would have logged it: it counts this step when it has validated.
+            # The number at which Lightning would have logged it: it counts a step after validation.
             self.measure(trainer, pl_module, trainer.global_step - 1)
         self._due = False
         if self.at_start and trainer.global_step == 0 and pl_module.learns:
@@ -46,7 +46,7 @@ class History(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit":
-            # With the perplexity, in one entry: dashboards draw one over the other.
+            # In one entry with the perplexity, so that dashboards can draw one over the other.
             for name, value in cost(trainer, pl_module).items():
                 pl_module.log(f"run/{name}", float(value))
 
@@ -56,8 +56,8 @@ class History(Callback):
             self._due = False
 
     def measure(self, trainer: Any, pl_module: Any, step: int | None = None) -> None:
-        """Measure the validation texts, where there are any to be read, and log what was found at
-        this step, or at the present one.
+        """Measure the validation texts, if the run has any, and log the scores at ``step``, by
+        default the present one.
         """
         if not trainer.limit_val_batches or not trainer.datamodule.validation_names:
             return
@@ -72,13 +72,13 @@ class History(Callback):
         if OVERALL not in scores:
             return
         score, step = scores[OVERALL], trainer.global_step if pl_module.learns else 0
-        found = {"loss": score.loss, "perplexity": score.perplexity}
+        numbers = {"loss": score.loss, "perplexity": score.perplexity}
         former = [row for row in self.validations if row["step"] < step]
-        self.validations = [*former, {"step": step, **cost(trainer, pl_module), **found}]
+        self.validations = [*former, {"step": step, **cost(trainer, pl_module), **numbers}]
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations, "due": self._due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
-        self._due = state_dict.get("due", False)  # older checkpoints do not tell
+        self._due = state_dict.get("due", False)  # older checkpoints lack it

@@ -1,4 +1,4 @@
-"""Shows how the masks move."""
+"""Logs how the masks change during training."""
 
 import math
 from collections.abc import Mapping
@@ -21,21 +21,20 @@ WHOLE = "whole model"
 
 
 class MaskLogging(Callback):
-    """Logs, every ``every_n_steps`` optimizer steps, per layer and over all:
+    """Logs the following, every ``every_n_steps`` optimizer steps, per layer and over all layers:
 
-    - ``flips``: the share of groups whose hard mask changed since the last look;
-    - ``distance``: the share of groups whose hard mask differs from the one at the start, the
-      prior;
-    - ``retained_norm``: the l1 norm of the kept weights, 1 being that of the largest of every
-      group (Fang et al. 2024, figure 6);
-    - what the masker tells of its distribution, such as entropy and largest probability;
-    - over all only, ``soft_hard_gap``: cross-entropy of the last batch's targets under its draw
-      minus under the hard mask, nats.
+    - ``flips``: the share of groups whose hard mask changed since the last log;
+    - ``distance``: the share of groups whose hard mask differs from that at the start, the prior;
+    - ``retained_norm``: the l1 norm of the kept weights, relative to that of the largest weights of
+      every group (Fang et al. 2024, figure 6);
+    - the masker's own metrics of its distribution, such as entropy and largest probability;
+    - over all layers only, ``soft_hard_gap``: cross-entropy of the last batch's targets under its
+      drawn mask, minus that under the hard mask, in nats.
 
-    All are computed on the device and fetched together, once a look.
+    All are computed on the device and fetched in one transfer.
 
     Args:
-        every_n_steps: optimizer steps between two looks.
+        every_n_steps: optimizer steps between two logs.
         per_layer: also log each layer by itself.
 
     Attributes:
@@ -77,27 +76,27 @@ class MaskLogging(Callback):
         table = _table(pl_module, {"flips": (now, self._last), "distance": (now, self._first)})
         self._last = now
         if pl_module.task_loss is not None:
-            # As the step computed its own: over the targets alone, at the same precision.
+            # Computed like the loss of the step: over the targets only, at the same precision.
             with trainer.precision_plugin.forward_context():
                 hard = mean_loss(pl_module.window_losses(batch), split_batch(batch)[1])
             table[WHOLE]["soft_hard_gap"] = pl_module.task_loss - hard
-        for name, value in table[WHOLE].items():  # for the progress bar, and callbacks that stop
+        for name, value in table[WHOLE].items():  # for the progress bar, and for early stopping
             pl_module.log(f"masks/{name}", value, prog_bar=name == "flips", logger=False)
         numbers = _fetch(table if self.per_layer else {WHOLE: table[WHOLE]})
         whole = numbers.pop(WHOLE)
         at = {"step": trainer.global_step, **cost(trainer, pl_module)}
         self.looks = [*(look for look in self.looks if look["step"] < at["step"]), at | whole]
-        found = {f"masks/{name}": value for name, value in whole.items()}
+        logged = {f"masks/{name}": value for name, value in whole.items()}
         for name, row in numbers.items():
-            found |= {f"layers/{name}/{metric}": value for metric, value in row.items()}
+            logged |= {f"layers/{name}/{metric}": value for metric, value in row.items()}
         for logger in trainer.loggers:
-            # Straight to the loggers, once: Lightning would repeat them until the next look.
-            logger.log_metrics(found, step=trainer.global_step - 1)
+            # Straight to the loggers: Lightning would log them again at every step until the next.
+            logger.log_metrics(logged, step=trainer.global_step - 1)
 
     @torch.no_grad()
     def describe(self, pl_module: Any) -> dict[str, Any] | None:
-        """The present masks, for a result file: what is logged of them over all, and of each layer
-        under ``layers``; None where nothing is masked.
+        """Metrics of the present masks for a result file: over all layers, and of each layer under
+        ``layers``; None if nothing is masked.
         """
         if not masked_layers(pl_module.lm):
             return None
@@ -114,11 +113,11 @@ class MaskLogging(Callback):
 
 
 def _table(pl_module: Any, moved: Mapping[str, tuple[Ranks, Ranks]]) -> Table:
-    """All metrics by layer, and over all layers as ``WHOLE``.
+    """All metrics by layer, and over all layers under the key ``WHOLE``.
 
     Args:
         pl_module: the module.
-        moved: pairs of masks, whose differences are metrics of these names.
+        moved: two sets of masks for each metric name; their difference is the metric.
     """
     layers = masked_layers(pl_module.lm)
     norms, rows = retained_norms(layers), metrics(layers)
@@ -142,7 +141,7 @@ def _table(pl_module: Any, moved: Mapping[str, tuple[Ranks, Ranks]]) -> Table:
 
 
 def _fetch(table: Table) -> dict[str, dict[str, float]]:
-    """The numbers, all in one transfer."""
+    """Fetch all numbers from the device in one transfer."""
     values = [value.float() for row in table.values() for value in row.values()]
     numbers = iter(torch.stack(values).tolist())
     return {name: {metric: next(numbers) for metric in row} for name, row in table.items()}
@@ -153,7 +152,7 @@ def _ratio(norms: Tensor) -> Tensor:
 
 
 def _ranks(pl_module: Any) -> dict[str, Tensor]:
-    """Each layer's hard mask as a rank a group: a quarter of a byte a weight for 2:4."""
+    """Each layer's hard mask as one rank per group: a quarter of a byte per weight for 2:4."""
     return {name: mask_ranks(layer) for name, layer in masked_layers(pl_module.lm).items()}
 
 

@@ -1,4 +1,4 @@
-"""Measures texts under the hard masks."""
+"""Measures perplexity of texts under the hard masks."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -11,8 +11,8 @@ from sparsify.training.guards import finite_scores
 
 
 def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Score]:
-    """The scores of named texts under the hard masks, in the trainer's precision; none where there
-    is no text.
+    """The scores of named texts under the hard masks, in the trainer's precision; empty without
+    texts.
     """
     meter = PerplexityMeter(batches, pl_module.device)
     for name, some in batches.items():
@@ -34,7 +34,7 @@ def measure_test(trainer: Any, pl_module: Any) -> dict[str, Score]:
 
 
 def measure_validation(trainer: Any, pl_module: Any) -> dict[str, Score]:
-    """The scores of as much of the validation texts as Lightning's own validation reads."""
+    """The scores of the validation texts, cut to the batches that Lightning's validation reads."""
     data, limit = trainer.datamodule, trainer.limit_val_batches
     batches = {
         name: islice(loader, limit if isinstance(limit, int) else int(limit * len(loader)))

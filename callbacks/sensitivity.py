@@ -1,4 +1,4 @@
-"""Measures, after a validation, what each decoder block loses by its masks."""
+"""Measures, after a validation, how much the masks of each decoder block cost."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -32,17 +32,17 @@ class MeasureSensitivity(Callback):
         name = type(strategy).__name__
         if not strategy.effect.prunes:
             raise SparsifyError(
-                f"{name} masks nothing, so that no block can lose by it; take another --strategy"
+                f"{name} masks nothing, so there is nothing to measure; take another --strategy"
             )
         if strategy.effect.changes_base:
             raise SparsifyError(
                 f"the base weights of {name} are {strategy.effect.weights}, so that a "
-                "block that is kept dense would not be the base model's; take a strategy that "
-                "chooses masks alone, or its setting for that"
+                "dense block would not be that of the base model; take a strategy that only "
+                "chooses masks, or its setting for that"
             )
         if not trainer.datamodule.validation_names:
             raise SparsifyError(
-                "there is no validation text, and blocks must not be chosen on the test text; "
+                "there is no validation text, but blocks must not be chosen on the test text; "
                 "give --data.validation FILE"
             )
         if not trainer.limit_val_batches:
@@ -66,45 +66,45 @@ class MeasureSensitivity(Callback):
         def watch(cases: Sequence[frozenset[str]]) -> Iterable[frozenset[str]]:
             return tracked(cases, "measuring blocks", trainer)
 
-        found = measure_sensitivity(pl_module.lm, scores, watch)
+        sensitivity = measure_sensitivity(pl_module.lm, scores, watch)
         if trainer.is_global_zero:
-            _report(trainer, pl_module, found)
+            _report(trainer, pl_module, sensitivity)
 
 
-def _report(trainer: Any, pl_module: Any, found: Sensitivity) -> None:
+def _report(trainer: Any, pl_module: Any, sensitivity: Sensitivity) -> None:
     result = make_result(
         describe_run(trainer, pl_module),
         describe_protocol(
             pl_module.masked.base, pl_module.scored_dtype, trainer.datamodule.describe(SPLIT), SPLIT
         ),
-        found.pruned,
+        sensitivity.pruned,
     )
     del result["scores"]
     path = run_folder(trainer) / "sensitivity.json"
-    write_json(path, result | {"schema": SENSITIVITY_SCHEMA} | found.describe())
+    write_json(path, result | {"schema": SENSITIVITY_SCHEMA} | sensitivity.describe())
     title = f"{type(pl_module.strategy).__name__} {pattern_text(result['run'])}"
     title = f"{title} on {pl_module.masked.base.name}"
     out = console(trainer)
-    out.print(_block_table(found, f"{title}: {SPLIT} perplexity"), _other_table(found))
+    out.print(_block_table(sensitivity, f"{title}: {SPLIT} perplexity"), _other_table(sensitivity))
     out.print(f"result in {path}", soft_wrap=True)
-    _plot(found, f"{title}, {SPLIT} text", path.with_suffix(".png"), out)
+    _plot(sensitivity, f"{title}, {SPLIT} text", path.with_suffix(".png"), out)
 
 
-def _plot(found: Sensitivity, title: str, path: Path, out: Any) -> None:
+def _plot(sensitivity: Sensitivity, title: str, path: Path, out: Any) -> None:
     try:
-        plot_sensitivity(found, title, path)
+        plot_sensitivity(sensitivity, title, path)
     except ImportError:
         out.print(r"no figure, as Matplotlib is missing: pip install 'sparsify-llm\[plot]'")
     else:
         out.print(f"figure in {path}", soft_wrap=True)
 
 
-def _block_table(found: Sensitivity, title: str) -> Table:
+def _block_table(sensitivity: Sensitivity, title: str) -> Table:
     table = Table(title=title)
     table.add_column("block", justify="right")
     for column in ("pruned alone", "nats more", "dense alone", "nats less"):
         table.add_column(column, justify="right")
-    for number, block in enumerate(found.blocks):
+    for number, block in enumerate(sensitivity.blocks):
         table.add_row(
             str(number),
             f"{block.alone_pruned[OVERALL].perplexity:.3f}",
@@ -115,12 +115,16 @@ def _block_table(found: Sensitivity, title: str) -> Table:
     return table
 
 
-def _other_table(found: Sensitivity) -> Table:
+def _other_table(sensitivity: Sensitivity) -> Table:
     table = Table("kept dense")
     for column in ("perplexity", "nats less"):
         table.add_column(column, justify="right")
-    for name, scores in {"none": found.pruned, **found.kept_dense, "all": found.dense}.items():
+    for name, scores in {
+        "none": sensitivity.pruned,
+        **sensitivity.kept_dense,
+        "all": sensitivity.dense,
+    }.items():
         score = scores[OVERALL]
-        less = found.pruned[OVERALL].loss - score.loss
+        less = sensitivity.pruned[OVERALL].loss - score.loss
         table.add_row(name, f"{score.perplexity:.3f}", f"{less:.4f}")
     return table

@@ -1,4 +1,4 @@
-"""Reports speed and memory, and what a run has cost so far."""
+"""Logs speed and memory, and counts the tokens and seconds of a run."""
 
 import resource
 import sys
@@ -14,25 +14,25 @@ from sparsify.models.token_batch import TokenBatch
 
 
 class Throughput(Callback):
-    """Logs tokens per second since the last look, and the peak memory of the process or its GPU.
+    """Logs tokens per second since the last log, and the peak memory of the process or its GPU.
 
     Attributes:
-        tokens: tokens trained on by all ranks, over all resumes, with those of the present batch.
+        tokens: tokens trained on by all ranks, over all resumes, the present batch included.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self._seconds = 0.0  # until the clock last stopped
-        self._since: float | None = None  # None while it stands
+        self._since: float | None = None  # when the clock was last started; None while it stands
         self._seen = 0
         self._seen_at = 0.0
         self._device = torch.device("cpu")
-        self._peak = 0  # of the processes whose checkpoints were loaded
+        self._peak = 0  # peak of the earlier processes, from the checkpoint
 
     @property
     def seconds(self) -> float:
-        """Wall time spent training, over all resumes, looks at masks and checkpoints included,
-        without validation and what comes after.
+        """Wall time spent training, over all resumes. It includes the logging of masks and the
+        saving of checkpoints, but not validation, nor what comes after training.
         """
         running = 0.0 if self._since is None else time.monotonic() - self._since
         return self._seconds + running
@@ -55,7 +55,7 @@ class Throughput(Callback):
             self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the clock, when the device has done what it was given."""
+        """Stop the clock after the device has finished its work."""
         if self._since is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._seconds, self._since = self.seconds, None
@@ -83,7 +83,7 @@ class Throughput(Callback):
             self._seen, self._seen_at = 0, seconds
 
     def peak_memory(self) -> int:
-        """Bytes at the peak, over all resumes."""
+        """Peak memory in bytes, over all resumes."""
         return max(self._peak, peak_memory(self._device))
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,11 +91,11 @@ class Throughput(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
-        self._peak = state_dict.get("peak_memory", 0)  # older checkpoints do not tell
+        self._peak = state_dict.get("peak_memory", 0)  # older checkpoints lack it
 
 
 def cost(trainer: Any, pl_module: Any) -> dict[str, float]:
-    """What training has taken so far: ``tokens`` and ``seconds``; 0 where nothing is learned."""
+    """The ``tokens`` and ``seconds`` that training has taken so far; 0 if nothing is learned."""
     speed = find(trainer, Throughput)
     if not pl_module.learns:
         return {"tokens": 0, "seconds": 0.0}
@@ -103,7 +103,7 @@ def cost(trainer: Any, pl_module: Any) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: allocated by torch on a GPU, resident of the process elsewhere."""
+    """Peak memory in bytes: allocated by torch on a GPU, otherwise resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,5 +1,5 @@
-"""What a run leaves in Weights & Biases beside its metrics: what to group it by, a table of its
-layers, its masks or model as an artifact.
+"""Adds to a run in Weights & Biases what is not a metric: keys to group runs by, a table of layers,
+and the masks or the model as an artifact.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from sparsify.models.layer_names import block_and_kind, block_number
 from sparsify.results.result import describe_protocol, pattern_text
 
 RESULT = "result.json"
-SHORT = 12  # digits of a hash that stand for it
+SHORT = 12  # how many digits of a hash are shown
 
 
 class WandbRecord(Callback):
-    """Where the run logs to Weights & Biases, and only there: at the start the keys to group and
-    filter runs by, after an export a table of the layers, and an artifact of type ``model``.
+    """If the run logs to Weights & Biases, adds at its start keys to group and filter runs by, and
+    after an export a table of the layers and an artifact of type ``model``.
 
     Args:
-        artifact: what of an export is uploaded: its ``masks`` and manifest, the ``full`` folder
-            with all weights, or ``none``; the result file comes with either.
+        artifact: what to upload of an export: its ``masks`` and manifest, the ``full`` folder with
+            all weights (both with the result file), or ``none``.
     """
 
     def __init__(self, artifact: Literal["masks", "full", "none"] = "masks") -> None:
@@ -66,7 +66,7 @@ class WandbRecord(Callback):
         tags = (keys["strategy"], keys["pattern"])
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
         for metric in ("val/perplexity", "val/loss"):
-            # Of what ships the last one holds, and the lowest says whether it was once better.
+            # The last value is that of the exported model; the lowest shows if it was once better.
             run.define_metric(metric, step_metric="trainer/global_step", summary="min,last")
 
     def _finish(self, trainer: Any) -> None:
@@ -85,7 +85,7 @@ class WandbRecord(Callback):
 
 
 def wandb_run(trainer: Any) -> Any | None:
-    """The Weights & Biases run that this process writes to: rank zero's, where there is one."""
+    """The Weights & Biases run of rank zero; None on other ranks, or without such a logger."""
     if not trainer.is_global_zero:
         return None
     loggers = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
@@ -96,13 +96,13 @@ def wandb_run(trainer: Any) -> Any | None:
 def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str, Any]:
     """The flat keys by which runs are grouped and filtered, and the whole protocol.
 
-    Two runs with the same ``protocol`` measured the same model on the same text in the same way.
+    Two runs with the same ``protocol`` used the same base model and text, and measured alike.
     """
     strategy = pl_module.strategy
     protocol = describe_protocol(
         pl_module.masked.base, pl_module.scored_dtype, trainer.datamodule.describe(split), split
     )
-    fits = trainer.state.fn == TrainerFn.FITTING  # which at its end measures whole texts
+    fits = trainer.state.fn == TrainerFn.FITTING  # fit measures whole texts at its end
     limit = "limit_test_batches" if split == "test" else "limit_val_batches"
     protocol["limit_batches"] = 1.0 if fits else getattr(trainer, limit)
     overrides = pl_module.selection.overrides.describe()
@@ -121,8 +121,8 @@ def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str,
 
 
 def describe_lineage(trainer: Any, strategy: Any) -> dict[str, str]:
-    """What a run starts from: a checkpoint, as ``logger/run/checkpoints/file``, and masks that were
-    saved, with their digest.
+    """What the run starts from: a checkpoint, as ``logger/run/checkpoints/file``, and saved masks
+    with their digest.
     """
     lineage = {}
     if trainer.ckpt_path:
@@ -139,11 +139,11 @@ def layer_table(
     """Columns and rows of a table of layers.
 
     Args:
-        layers: the metrics by qualified layer name; not all need to have all.
+        layers: the metrics by qualified layer name; a layer may lack some.
 
     Returns:
         The columns ``block`` (its number; None outside the blocks), ``kind``, ``layer`` and one for
-        each metric, and a row for each layer.
+        each metric; and a row for each layer.
     """
     metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
     rows: list[list[Any]] = []
@@ -173,18 +173,18 @@ def _log_artifact(
         re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:128], type="model", metadata=metadata
     )
     artifact.add_file(str(result_file), name=RESULT)
-    if full:  # read where it lies: a copy of all weights would fill the disk
+    if full:  # uploaded from its place: a copy of all weights would fill the disk
         artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
     else:
         for file in (folder / MANIFEST, folder / FILE_NAME):
-            if file.is_file():  # a model that nothing masks has no masks
+            if file.is_file():  # a dense model has no masks
                 artifact.add_file(str(file))
     aliases = ["latest", run.id, *([metadata["digest"][:SHORT]] if metadata["digest"] else [])]
     run.log_artifact(artifact, aliases=aliases)
 
 
 def _describe_export(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a manifest by which an export is found again."""
+    """The metadata by which an export can be found again."""
     manifest = read_manifest(folder)
     masks = folder / FILE_NAME
     index = read_masks(masks).index if masks.is_file() else None

@@ -1,4 +1,4 @@
-"""Layerwise calibration: what one-shot strategies learn from text."""
+"""Layerwise calibration, which gives one-shot strategies statistics of text."""
 
 from sparsify.calibration.layerwise import Layerwise
 from sparsify.calibration.settings import Calibration

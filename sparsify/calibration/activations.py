@@ -1,10 +1,10 @@
 """Runs decoder blocks one by one over all windows of calibration text.
 
-One buffer holds the activations of all windows at the entry of the present block; the block's
-output takes their place. A block is run with the arguments that the model itself gave it, caught in
-one pass over the first window, so any architecture will do whose blocks pass one tensor of hidden
-states from each to the next. All windows have one length and no padding, so these arguments hold
-for every window.
+One buffer holds the input of the present block for all windows; the block's output then replaces
+it. Each block is called with the other arguments that the model itself gave it, which were recorded
+in one pass over the first window. So any architecture will do whose blocks pass one tensor of
+hidden states from one to the next. The arguments are valid for all windows, as these have the same
+length and no padding.
 
 Shapes: B batch (of one window), S windows, T tokens, H hidden size.
 """
@@ -21,7 +21,7 @@ from sparsify.common.errors import SparsifyError
 
 
 class _Call(NamedTuple):
-    """How the model calls a block, less the hidden states."""
+    """The arguments with which the model calls a block, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -32,13 +32,13 @@ class _Stop(Exception):
 
 
 class Activations:
-    """The activations at the entry of one block, of all windows.
+    """The input of one block for all windows.
 
     Args:
-        model: on CPU or on ``device``.
+        model: the model, on CPU or on ``device``.
         blocks: its decoder blocks by qualified name, in order.
         windows_ST: token ids, int64.
-        device: where to compute; what is elsewhere is moved there for the time of its use.
+        device: where to compute; modules that are elsewhere are moved there while they are used.
         offload: keep the buffer in main memory.
     """
 
@@ -61,11 +61,11 @@ class Activations:
             self._hidden_STH = self._catch_hidden()
 
     def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Run a block over all windows; yields its output, ``[1, T, H]``, for each.
+        """Run a block over all windows and yield its output for each, ``[1, T, H]``.
 
         Args:
-            block: the block at whose entry the activations are.
-            weights: Parameters to use in place of the block's own, by name within it.
+            block: the block whose input the buffer holds.
+            weights: values to use instead of the block's Parameters, by name within the block.
         """
         call = self._calls[block]
         with _replaced(self._blocks[block], weights):
@@ -75,7 +75,7 @@ class Activations:
                 yield _hidden_of(block, output)
 
     def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
-        """Go on to the entry of the next block; arguments as for :meth:`run`."""
+        """Replace the input of a block by its output; arguments as for :meth:`run`."""
         finite = torch.ones((), dtype=torch.bool, device=self._device)
         for index, output_BTH in enumerate(self.run(block, weights)):
             finite &= output_BTH.isfinite().all()
@@ -84,7 +84,7 @@ class Activations:
             raise _not_finite(f"the output of {block}", self._hidden_STH.dtype)
 
     def _catch_calls(self) -> None:
-        """Run the first window through all blocks; remember each one's arguments."""
+        """Run the first window through all blocks and record the arguments of each."""
         names = list(self._blocks)
         before: dict[str, Tensor] = {}
 
@@ -121,7 +121,7 @@ class Activations:
             raise _not_replayable(missing[0], "the model's forward pass does not call it")
 
     def _catch_hidden(self) -> Tensor:
-        """What enters the first block."""
+        """Record the input of the first block for all windows."""
         first = next(iter(self._blocks))
         caught: list[Tensor] = []
 
@@ -164,13 +164,13 @@ def _hidden_of(name: str, output: Any) -> Tensor:
 def _not_replayable(name: str, reason: str) -> SparsifyError:
     return SparsifyError(
         f"{name} cannot be calibrated by itself: {reason}; layerwise calibration needs blocks that "
-        "pass one tensor of hidden states from each to the next: take a strategy that needs no "
+        "pass one tensor of hidden states from one to the next: take a strategy that needs no "
         "activations"
     )
 
 
 def _check_finite(what: str, hidden: Tensor) -> None:
-    """Refuse activations from which no statistic can be made."""
+    """Refuse activations that are not finite, as no statistic can be made of them."""
     if not bool(hidden.isfinite().all()):
         raise _not_finite(what, hidden.dtype)
 
@@ -186,12 +186,12 @@ def _not_finite(what: str, dtype: torch.dtype) -> SparsifyError:
 
 
 def _ignore(_: Any) -> None:
-    """A hook that returns something would change what the module is given."""
+    """Drop the value: what a hook returns would replace the module's input or output."""
 
 
 @contextmanager
 def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use other values for some Parameters."""
+    """Use other values for some Parameters while the block runs."""
     before = {name: block.get_parameter(name).data for name in weights}
     try:
         for name, weight in weights.items():
@@ -206,7 +206,7 @@ def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
 def moved(
     modules: Iterable[nn.Module], device: torch.device, recurse: bool = True
 ) -> Iterator[None]:
-    """Have the modules' tensors on a device, and afterwards each where it was before."""
+    """Move the modules' tensors to a device, and afterwards each back to where it was."""
     places: list[tuple[nn.Module, torch.device]] = []
     try:
         for module in modules:

@@ -1,4 +1,4 @@
-"""Where results of calibration are kept: under the hash of all that they depend on."""
+"""The cache of calibration results, each in a folder named by a hash of all that it depends on."""
 
 import hashlib
 import json
@@ -26,16 +26,16 @@ from sparsify.masking.strategy import SparsityStrategy
 
 log = logging.getLogger("sparsify")
 
-ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all of the core
+ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all source files of sparsify
 
 
 def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path | None:
-    """Where a result is kept: under the hash of what it depends on. None if that cannot be told.
+    """The folder of a result, named by a hash of what it depends on; None if that cannot be hashed.
 
     Args:
-        strategy: whose results they are; all that it holds counts, its source code, and whatever
-            modules lie beside that, as it may import them.
-        inputs: base model, text, pattern, layers: anything that JSON takes.
+        strategy: the strategy that makes the result. The hash covers its state, its source code,
+            and all modules in the same folder, as it may import them.
+        inputs: base model, text, pattern, layers and so on, as JSON values.
     """
     classes = {cls for part in strategy.modules() for cls in type(part).__mro__}
     sources = {
@@ -43,7 +43,7 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
     }
     try:
         state = pickle.dumps(strategy)
-    except Exception as error:  # an object's own __reduce__ may raise anything
+    except Exception as error:  # __reduce__ of an object may raise anything
         log.warning("the calibration's result is not kept: %s", error)
         return None
     digest = hashlib.sha256(state)
@@ -62,10 +62,10 @@ def text_hash(windows_ST: Tensor) -> str:
 
 
 def cache_limit() -> int:
-    """Bytes that the cache may hold: ``$SPARSIFY_CACHE_SIZE`` GiB, or 20.
+    """How many bytes the cache may hold: ``$SPARSIFY_CACHE_SIZE`` GiB, by default 20.
 
     Raises:
-        SparsifyError: it is no number above zero.
+        SparsifyError: the variable is not a finite number above zero.
     """
     said = os.environ.get("SPARSIFY_CACHE_SIZE", "20")
     try:
@@ -81,13 +81,13 @@ def cache_limit() -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kept result, or the finished part of one.
+    """A result in the cache, or the finished part of one.
 
     Attributes:
-        folder: where it is.
-        size: bytes.
-        used: when it was last written or read, seconds since the epoch.
-        about: what its index says: strategy, model, samples, seconds; empty where it is damaged.
+        folder: its folder.
+        size: its size in bytes.
+        used: when it was last written or read, in seconds since the epoch.
+        about: strategy, model, samples and seconds from its index; empty if that is damaged.
     """
 
     folder: Path
@@ -97,11 +97,11 @@ class Entry:
 
     @property
     def partial(self) -> bool:
-        """Whether it is a part, which a stopped run left or a running one writes."""
+        """Whether it is only a part, left by a stopped run or being written by a running one."""
         return self.folder.suffix == PARTIAL or self.folder.name.startswith(PARTIAL)
 
     def remove(self) -> bool:
-        """Remove it, unless a run writes it; whether it is gone."""
+        """Remove it, unless a run is writing it; return whether it is gone."""
         if self.partial and _in_use(self.folder):
             return False
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -109,26 +109,26 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All results in the cache, the one used longest ago first."""
+    """All results in the cache, in the order of their last use, oldest first."""
     root = cache_folder()
     folders = [path for path in root.iterdir() if _is_entry(path)] if root.is_dir() else []
-    found = []
+    kept = []
     for folder in folders:
-        with suppress(FileNotFoundError):  # another run removes it now
+        with suppress(FileNotFoundError):  # another run is removing it
             index = folder / INDEX
             used = (index if index.exists() else folder).stat().st_mtime
             size = sum(path.stat().st_size for path in folder.iterdir())
-            found.append(Entry(folder, size, used, _about(folder)))
-    return sorted(found, key=lambda entry: entry.used)
+            kept.append(Entry(folder, size, used, _about(folder)))
+    return sorted(kept, key=lambda entry: entry.used)
 
 
 def make_room() -> None:
-    """Remove what was used longest ago, until the rest is within :func:`cache_limit`; the newest
-    stays.
+    """Remove the results that were used longest ago until the rest is within :func:`cache_limit`;
+    the newest always stays.
     """
-    found = entries()
-    size, limit = sum(entry.size for entry in found), cache_limit()
-    for entry in found[:-1]:
+    kept = entries()
+    size, limit = sum(entry.size for entry in kept), cache_limit()
+    for entry in kept[:-1]:
         if size <= limit:
             return
         if entry.remove():

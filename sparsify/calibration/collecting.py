@@ -1,4 +1,4 @@
-"""Shows a block's inputs to statistics, while the calibration windows pass through it.
+"""Collects statistics of layer inputs while the calibration windows run through a block.
 
 Shapes: B any leading dimensions, I in.
 """
@@ -20,34 +20,34 @@ def collect_inputs(
     kind: Callable[[int, torch.device], Any],
     windows: Iterable[object],
 ) -> dict[str, Any]:
-    """Collect one statistic of every layer.
+    """Collect one statistic for every layer.
 
     Args:
-        layers: by qualified name.
-        kind: makes the statistic of so many inputs on a device.
-        windows: runs the layers, window by window, as it is gone through.
+        layers: the layers by qualified name.
+        kind: makes a statistic, given the number of inputs and a device.
+        windows: an iterable that runs the layers over one window at each step.
 
     Returns:
-        By layer name; layers that are given the same tensor share one object.
+        The statistics by layer name; layers with the same input tensor share one object.
 
     Raises:
-        SparsifyError: a layer was given no token.
+        SparsifyError: a layer got no token.
     """
-    found: dict[str, Statistic] = {}
+    statistics: dict[str, Statistic] = {}
     owners: set[str] = set()  # the first layer with each input
     window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
 
     def see(name: str, x_BI: Tensor) -> None:
-        if name not in found:
+        if name not in statistics:
             shared = next((stat for x, stat in window if x.is_set_to(x_BI)), None)
             if shared is None:
                 owners.add(name)
                 shared = kind(x_BI.shape[-1], x_BI.device)
-            found[name] = shared
+            statistics[name] = shared
         if name in owners:
-            found[name].add(x_BI.flatten(0, -2))
-            if len(found) < len(layers):
-                window.append((x_BI, found[name]))
+            statistics[name].add(x_BI.flatten(0, -2))
+            if len(statistics) < len(layers):
+                window.append((x_BI, statistics[name]))
 
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -55,9 +55,9 @@ def collect_inputs(
             stack.callback(hook.remove)
         for _ in windows:
             window.clear()
-    if missing := [name for name in layers if name not in found]:
+    if missing := [name for name in layers if name not in statistics]:
         raise SparsifyError(
             f"no calibration token reached {', '.join(missing)}; every masked layer must be "
             "used: raise --model.calibration.samples, or leave it dense with --model.exclude"
         )
-    return found
+    return statistics

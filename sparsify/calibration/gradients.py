@@ -1,4 +1,4 @@
-"""Norms of the loss's gradient over calibration windows.
+"""Computes norms of the loss's gradient over calibration windows.
 
 Shapes: S windows, T tokens, O out, I in.
 """
@@ -20,16 +20,16 @@ def gradient_norms(
     windows_ST: Tensor,
     keep_on: torch.device,
 ) -> dict[str, Tensor]:
-    """The l2 norm over windows of each weight's gradient, with all weights in use.
+    """The l2 norm over windows of each weight's gradient, in the dense model.
 
-    One backward pass a window; a gradient is freed as soon as its square is added, so what is held
-    is one fp32 number a weight.
+    This takes one backward pass per window. A gradient is freed as soon as its square is added, so
+    only one fp32 number per weight is kept.
 
     Args:
         model: the model, on the device to compute on, its scope set to dense.
-        layers: those whose weights are looked at.
+        layers: the layers whose weights are measured, by name.
         windows_ST: token ids.
-        keep_on: where the sums are kept.
+        keep_on: the device of the sums.
 
     Returns:
         fp32 ``[O, I]`` by layer name.
@@ -58,7 +58,7 @@ def gradient_norms(
             with torch.enable_grad():
                 logits = model(input_ids=tokens_BT, use_cache=False).logits
                 token_losses(logits, tokens_BT).mean().backward()
-    # as_stored is its own inverse: a transpose, or nothing.
+    # as_stored transposes or does nothing, so it is its own inverse.
     return {
         name: layer.as_stored(stored[layer.weight].sqrt())  # type: ignore[index]
         for name, layer in layers.items()

@@ -1,8 +1,8 @@
 """The engine of calibration: gives a strategy statistics block by block, and takes its results.
 
-A strategy asks a block for statistics, each kind one pass over the activations at the block's
-entry, and yields its results; then the block runs once more, pruned as they say, to the entry of
-the next. A strategy that asks for nothing costs no forward pass at all.
+A strategy asks a block for statistics; each kind costs one pass over the block's input. It yields
+its results, and the block is run once more, pruned by them, to get the input of the next block. A
+strategy that asks for no statistics costs no forward pass at all.
 
 Shapes: S windows, T tokens, O out, I in.
 """
@@ -34,7 +34,7 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 log = logging.getLogger("sparsify")
 
-_NO_INPUTS = ("_name_or_path", "transformers_version")  # of a model's configuration
+_NO_INPUTS = ("_name_or_path", "transformers_version")  # keys of a config to leave out
 
 
 class _BlockText:
@@ -56,8 +56,8 @@ class _BlockText:
 
 
 class _Known(BaseException):
-    """Ends a strategy's calibration: its result is in a folder. No Exception, as a strategy may
-    catch those.
+    """Ends a strategy's calibration, as an earlier run kept its result in a folder. It is not an
+    Exception, as a strategy may catch those.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,12 +69,12 @@ class Layerwise:
     """Calibrates one model.
 
     Args:
-        masked: its model, on CPU or on ``device``, comes back to where it was.
-        windows: gives the token ids, int64 ``[S, T]``; called once, when a statistic is first
-            asked for.
+        masked: the masked model, on CPU or on ``device``; afterwards it is where it was.
+        windows: returns the token ids, int64 ``[S, T]``; it is called once, when a statistic is
+            first asked for.
         settings: see :class:`Calibration`.
         device: where to compute. Blocks that are elsewhere are moved there one by one.
-        watch: wraps the iteration over blocks, to show how far it is.
+        watch: wraps the iteration over blocks, to show its progress.
     """
 
     def __init__(
@@ -94,27 +94,27 @@ class Layerwise:
         self._windows_ST: Tensor | None = None
         self._activations: Activations | None = None
         self._results: dict[str, LayerResult] = {}  # of the present block
-        self._done: dict[str, LayerResult | None] = {}  # of finished blocks; None is stored
+        self._done: dict[str, LayerResult | None] = {}  # of finished blocks; None if on disk
         self._start_time = 0.0
         self._gradient_norms: dict[str, Tensor] | None = None
         self._writer: ResultWriter | None = None
         self._strategy: SparsityStrategy | None = None
-        self._begun = False  # whether a result has been given
+        self._begun = False  # whether the strategy has yielded a result
         self.record: dict[str, Any] | None = None
 
     def run(self, strategy: SparsityStrategy) -> Iterator[tuple[str, LayerResult]]:
-        """What the strategy's ``calibrate`` yields, or what an equal run yielded.
+        """Yield what the strategy's ``calibrate`` yields, or what it yielded in an equal run.
 
-        Results come when their block is finished, so that the caller can apply them then: no pass
-        over a block sees weights that were changed. Afterwards ``record`` tells what was done, or
-        is None if no text was asked for. In a run of several processes rank 0 computes, and all
+        A result is yielded when its block is finished, so that the caller may apply it at once
+        without changing weights that a pass still needs. Afterwards ``record`` says what was done,
+        or is None if no text was asked for. In a run of several processes rank 0 computes, and all
         yield its results.
         """
         yield from on_rank_zero(self._run(strategy), self._model.device)
         (self.record,) = from_rank_zero([self.record])
 
     def _run(self, strategy: SparsityStrategy) -> Iterator[tuple[str, LayerResult]]:
-        """As :meth:`run`, in this process."""
+        """Do the work of :meth:`run` in this process."""
         self._strategy = strategy
         self._start_time = start = time.perf_counter()
         folder: Path | None = None
@@ -138,7 +138,7 @@ class Layerwise:
             for name, result in read_results(folder, self._patterns):
                 yield name, result.to(self._layers[name].weight.device)
         if self.record is not None:
-            # A result that was there cost what computing it cost, or comparisons would mislead.
+            # For a kept result, state what it once cost to compute, so that comparisons are fair.
             before = self._writer.seconds if self._writer is not None else 0.0
             own = before + time.perf_counter() - start, device_name(self._device)
             seconds, device = own if folder is None else computing_cost(folder)
@@ -150,7 +150,7 @@ class Layerwise:
             for name, result in self._results.items():
                 self._writer.add(name, result)
             self._writer.commit(time.perf_counter() - self._start_time)
-        # Of many blocks that are stored, the results are not all held at once.
+        # None for stored results, which are read again one by one rather than all held at once.
         self._done.update(dict.fromkeys(self._results) if stored else self._results)
         self._results.clear()
 
@@ -160,7 +160,7 @@ class Layerwise:
             yield name, result.to(self._layers[name].weight.device)
 
     def _windows(self) -> Tensor:
-        """The text; at the first call the result of an equal run may take the strategy's place."""
+        """The text. At the first call, a kept result of an equal run may end the calibration."""
         if self._windows_ST is None:
             if self._begun:
                 raise SparsifyError(
@@ -182,17 +182,17 @@ class Layerwise:
         return self._windows_ST
 
     def _look_up(self) -> None:
-        cache_limit()  # a wrong one is better told before the work
+        cache_limit()  # raises before the work, not after it, if the limit is wrong
         strategy = cast(SparsityStrategy, self._strategy).calibrator()
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
         inputs: dict[str, Any] = {"base": self._base_hash, "text": self.record, "layers": patterns}
-        # Equal weights under another configuration are another model.
+        # A model with equal weights and another configuration computes something else.
         config = self._model.config.to_dict()
         inputs["config"] = {k: v for k, v in config.items() if k not in _NO_INPUTS}
         inputs["class"] = f"{type(self._model).__module__}.{type(self._model).__qualname__}"
         inputs["attention"] = self._model.config._attn_implementation
         inputs["dtype"], inputs["device"] = str(self._model.dtype), self._device.type
-        # Sums in another number of threads round otherwise.
+        # Another number of threads rounds sums differently.
         inputs["threads"] = torch.get_num_threads() if self._device.type == "cpu" else None
         folder = result_folder(strategy, inputs)
         if folder is None:
@@ -205,7 +205,7 @@ class Layerwise:
             "model": Path(config.get("_name_or_path") or type(self._model).__name__).name,
             "samples": len(cast(Tensor, self._windows_ST)),
         }
-        # Said by the class itself: one that is derived may well remember blocks.
+        # Only if the class itself declares it: a derived class may depend on earlier blocks.
         goes_on = bool(vars(type(strategy)).get("independent_blocks"))
         self._writer = ResultWriter(folder, self._patterns, about, goes_on)
 
@@ -237,7 +237,7 @@ class Layerwise:
         """See :meth:`Block.collect`; ``block`` is None for layers outside all blocks."""
         if block is None:
             raise SparsifyError(
-                f"{', '.join(layers)} lies outside the decoder blocks, and calibration goes "
+                f"{', '.join(layers)} lies outside the decoder blocks, but calibration goes "
                 "through these block by block; leave it dense, or take a strategy that needs no "
                 "activations"
             )
@@ -256,7 +256,7 @@ class Layerwise:
         return {name: self._gradient_norms[name].to(self._device) for name in layers}
 
     def _start(self, block: str) -> Activations:
-        """Read the text, and go to the entry of a block; those before it hold no masked layer."""
+        """Read the text and run it up to a block; the blocks before it hold no masked layer."""
         activations = Activations(
             self._model, self._modules, self._windows(), self._device, self._settings.offload
         )
@@ -269,7 +269,7 @@ class Layerwise:
         return activations
 
     def _pruned(self, block: str) -> dict[str, Tensor]:
-        """The weights with which a block is left, by name within it."""
+        """The pruned weights of a block by name within it; none if activations stay dense."""
         if self._settings.activations == "dense":
             return {}
         weights = {}
@@ -284,7 +284,7 @@ class Layerwise:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Multiply fp32 matrices as fp32: in TF32 a Hessian may not factor."""
+    """Multiply fp32 matrices in full fp32: in TF32 a Hessian may have no factorisation."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""A mask to start from: any strategy's, or one that was saved.
+"""Priors: masks to start from, made by any strategy or read from a file.
 
 Shapes: O out, I in, G groups, M group size.
 """
@@ -18,7 +18,7 @@ from sparsify.masking.strategy import Block, LayerResult, M, SparsityStrategy
 
 
 class SavedMasks(SparsityStrategy):
-    """The masks of a mask file, or of a folder that was exported.
+    """The masks of a mask file or of an exported folder.
 
     Args:
         path: the file or folder.
@@ -26,10 +26,10 @@ class SavedMasks(SparsityStrategy):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        # Of a local path the last part, as records travel; the digest says which masks they were.
+        # Only the last part of the path, as records may be published; the digest names the masks.
         self.path = Path(path).resolve().name
         self._file = find_file(Path(path))
-        # What a checkpoint restores does not need the file any more.
+        # A run that is restored from a checkpoint no longer needs the file.
         self.digest = read_masks(self._file).digest if self._file.is_file() else ""
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
@@ -41,11 +41,11 @@ class SavedMasks(SparsityStrategy):
 
 
 class MasksOnly(SparsityStrategy):
-    """The masks of a strategy that would update weights too; later blocks see them on the weights
-    as they are.
+    """Only the masks of a strategy that would update weights too; later blocks are calibrated with
+    these masks on the original weights.
 
     Args:
-        strategy: whose masks.
+        strategy: the strategy that makes the masks.
     """
 
     def __init__(self, strategy: SparsityStrategy) -> None:
@@ -58,28 +58,28 @@ class MasksOnly(SparsityStrategy):
 
 
 def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> SparsityStrategy:
-    """The strategy whose masks another one starts from.
+    """Make the strategy whose masks another one starts from.
 
     Args:
-        prior: a one-shot strategy, the name of one, a mask file or an exported folder.
-        weights: let its results hold weights too, if it updates them.
+        prior: a one-shot strategy or its name, or the path of a mask file or exported folder.
+        weights: let its results hold updated weights too, if it has any.
 
     Raises:
-        SparsifyError: it is unknown, or learns its masks.
+        SparsifyError: the prior is unknown, or is a strategy that learns its masks.
     """
     if isinstance(prior, str):
         prior = SavedMasks(prior) if _is_path(prior) else make_strategy(prior)
     if isinstance(prior, StartsFromPrior):
         raise SparsifyError(
-            f"prior {type(prior).__name__}: it learns its masks in a run of its own; name the "
-            "folder that this run exported, or a one-shot strategy"
+            f"prior {type(prior).__name__}: it learns its masks, which takes a run of its own; "
+            "name the folder that this run exported, or a one-shot strategy"
         )
     return prior if weights or prior.effect.only_masks else MasksOnly(prior)
 
 
 def _is_path(prior: str) -> bool:
-    """Whether the text names masks that were saved, were they there or not: what a checkpoint
-    restores needs no prior any more.
+    """Whether the text is a path of saved masks. They need not exist: a run that is restored from a
+    checkpoint no longer needs its prior.
     """
     if prior.lower() in plugins(STRATEGIES):
         return False
@@ -87,16 +87,16 @@ def _is_path(prior: str) -> bool:
 
 
 def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:
-    """Weights whose largest magnitudes are the prior's choice, as near to the given as can be.
+    """Change weights as little as possible so that the prior keeps the largest of each group.
 
-    Where a mask is a function of weights that learn, this is how it starts from a prior. In groups
-    where the prior differs from magnitude, weights that it drops are brought just below the
-    smallest that it keeps, with their signs; kept ones stay, but for zeros (and numbers that are
-    not normal), which become the smallest normal number. All other groups stay.
+    This is how a mask that follows the magnitude of trained weights starts from a prior. Only
+    groups in which the prior does not keep the largest weights change. There, dropped weights are
+    shrunk to just below the smallest kept one, with their signs. Kept weights stay, except zeros
+    and subnormal numbers, which become the smallest normal number.
 
     Args:
         weight_OI: any floating dtype; it is not changed.
-        prior_OI: bool, ``n`` of every ``m``.
+        prior_OI: bool, True for ``n`` of every ``m``.
         pattern: the pattern.
 
     Returns:
@@ -114,13 +114,13 @@ def favour(weight_OI: Tensor, prior_OI: Tensor, pattern: NMPattern) -> Tensor:
 
 
 class StartsFromPrior(SparsityStrategy[M]):
-    """A strategy that learns from another one's masks on: define ``start``.
+    """A strategy that starts to learn from the masks of another; a subclass may define ``start``.
 
     Args:
-        prior: whose masks: a strategy by name or as an object, a mask file or an exported folder;
-            None starts from nothing.
-        weights: start from its weights too, if it updates them; only for a strategy that trains
-            the base weights. They are in place after ``start``.
+        prior: where the masks come from: a strategy by name or as an object, a mask file or an
+            exported folder; None starts from the largest weights.
+        weights: also start from the weights that the prior updates; only for a strategy that
+            trains the base weights. They are put in place after ``start``.
     """
 
     def __init__(self, prior: SparsityStrategy | str | None = None, weights: bool = False) -> None:
@@ -128,10 +128,10 @@ class StartsFromPrior(SparsityStrategy[M]):
         self.prior = None if prior is None else make_prior(prior, weights)
 
     def start(self, masker: M, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0) -> None:
-        """Give the masker its first values; by default it takes over the mask.
+        """Set the masker's first values; by default it takes over the mask.
 
         Args:
-            masker: what ``make_masker`` made.
+            masker: the masker that ``make_masker`` made.
             weight_OI: the layer's weight, or rows of it.
             prior_OI: the prior's mask of these rows, bool; without a prior that of the largest
                 weights.
@@ -151,7 +151,7 @@ class StartsFromPrior(SparsityStrategy[M]):
         """Check the prior's mask and :meth:`start` from it.
 
         Raises:
-            SparsifyError: the prior has no mask of this layer, or one of another shape or pattern.
+            SparsifyError: the prior has no mask for this layer, or one of another shape or pattern.
         """
         if self.prior is None:
             return self.start(masker, weight_OI, masker.pattern.top(weight_OI.abs()), row0)
@@ -163,7 +163,7 @@ class StartsFromPrior(SparsityStrategy[M]):
         pattern = masker.pattern
         if result.mask.shape != weight_OI.shape:
             raise SparsifyError(
-                f"{masker.name}: the prior's mask is {tuple(result.mask.shape)} and the weight is "
+                f"{masker.name}: the prior's mask is {tuple(result.mask.shape)} but the weight is "
                 f"{tuple(weight_OI.shape)}; take a prior made for this model"
             )
         if (pattern.groups(result.mask).sum(-1) != pattern.n).any():

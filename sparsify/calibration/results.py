@@ -1,9 +1,9 @@
-"""One calibration's result on disk, written block by block, so that a stopped one goes on.
+"""Stores the result of a calibration block by block, so that a stopped one can go on.
 
-A folder holds one safetensors file a layer, in the order of computation, and ``files.json`` with
-their hashes and its own, which is replaced as a whole whenever a block is finished. As long as
-layers are missing the folder's name ends in ``.partial``; who writes there holds the lock of its
-file ``lock``, which is gone with its process.
+A folder holds one safetensors file per layer, numbered in the order of computation, and
+``files.json`` with their hashes and its own. That index is replaced as a whole whenever a block is
+finished. While layers are missing, the folder's name ends in ``.partial``. The process that writes
+there holds a lock on the file ``lock``, which the system releases when the process ends.
 """
 
 import json
@@ -35,18 +35,18 @@ PARTIAL = ".partial"
 
 
 class ResultWriter:
-    """Stores results, block by block; without :meth:`finish` they are those of a part.
+    """Stores results block by block; until :meth:`finish`, they are a partial result.
 
-    A disk that is full costs the cache, not the run; what was stored before stays.
+    If the disk is full, the run goes on without the cache; blocks stored before stay.
 
     Args:
         folder: where the whole result will be.
-        patterns: of each layer.
-        about: what to tell of it, for people: anything that JSON takes.
-        goes_on: whether to use what a run that was stopped left; otherwise it is removed.
+        patterns: the pattern of each layer.
+        about: a description for people, in JSON values.
+        goes_on: whether to continue what a stopped run left; otherwise that is removed.
 
     Attributes:
-        seconds: that computing took the runs that were stopped.
+        seconds: how long the stopped runs have computed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ResultWriter:
         self._folder, self._patterns, self._about = folder, patterns, dict(about or {})
         self._partial: Path | None = None
         self._lock: int | None = None
-        self._files: dict[str, str] = {}  # file name by layer, of blocks that are finished too
+        self._files: dict[str, str] = {}  # file name by layer, finished blocks included
         self._hashes: dict[str, str] = {}
         self._committed: dict[str, str] = {}
         self._failed = False
@@ -74,7 +74,7 @@ class ResultWriter:
         if not locked(self._lock):
             os.close(self._lock)
             self._lock = None
-            log.info("another run computes this calibration too; this one's is not kept")
+            log.info("another run computes this calibration too; this run does not keep its result")
             return
         self._partial = partial
         if goes_on:
@@ -84,16 +84,16 @@ class ResultWriter:
                 path.unlink()
 
     def _take_over(self, partial: Path) -> None:
-        """What a stopped run has finished, unless a part of it is damaged."""
+        """Use what a stopped run has finished, unless a part of it is damaged."""
         try:
             index = read_index(partial)
             files = {name: file for file, name in _layers(partial, index["files"])}
             if odd := [name for name in files if name not in self._patterns]:
-                raise SparsifyError(f"it holds {odd[0]}, which is no layer of the model")
+                raise SparsifyError(f"it holds {odd[0]}, which is not a layer of the model")
             self.seconds = float(index["seconds"])
         except FileNotFoundError:
             return
-        except Exception as error:  # a damaged file ends in many kinds
+        except Exception as error:  # a damaged file may raise anything
             log.warning("%s is damaged (%s); it is computed again", partial, error)
             return
         self._files, self._hashes = files, dict(index["files"])
@@ -109,12 +109,12 @@ class ResultWriter:
             self._failed = True
 
     def holds(self, names: Iterable[str]) -> bool:
-        """Whether the results of these layers, one at least, were stored by a run before."""
+        """Whether an earlier run stored the results of all these layers; False for no layers."""
         wanted = list(names)
         return bool(wanted) and all(self._files.get(name) in self._committed for name in wanted)
 
     def read(self, name: str) -> LayerResult:
-        """The stored result of a layer that :meth:`holds`."""
+        """The stored result of a layer for which :meth:`holds` is true."""
         if self._partial is None:
             raise RuntimeError(f"{name} is not stored any more")
         return _read(self._partial / self._files[name], self._patterns)[1]
@@ -134,7 +134,7 @@ class ResultWriter:
             self._files[name], self._hashes[path.name] = path.name, hash_file(path)
 
     def commit(self, seconds: float) -> None:
-        """A block is finished, after so many seconds of this run."""
+        """Note that a block is finished, after so many seconds of this run."""
         if self._partial is not None and not self._failed:
             with self._guard():
                 self._write_index(self._partial, seconds, None)
@@ -147,8 +147,11 @@ class ResultWriter:
             file.write(json.dumps(sealed(index)).encode())
 
     def finish(self, seconds: float, device: str) -> None:
-        """Put the result, which took so long to compute on a device of this name, in its place,
-        unless another run was faster.
+        """Move the complete result to its place, unless another run did so first.
+
+        Args:
+            seconds: how long this run has computed.
+            device: name of the device that it computed on.
         """
         if self._partial is None or self._failed:
             return
@@ -163,7 +166,7 @@ class ResultWriter:
             log.info("kept the calibration's result in %s", self._folder)
 
     def close(self) -> None:
-        """Keep the finished blocks of what was not finished, and remove the rest."""
+        """Keep a partial result for a later run if it has finished blocks, else remove it."""
         if self._partial is not None:
             if not self._committed:
                 shutil.rmtree(self._partial, ignore_errors=True)
@@ -186,8 +189,8 @@ def read_results(
 
 
 def is_whole(folder: Path, patterns: Mapping[str, NMPattern]) -> bool:
-    """Whether a stored result can be used; one that is damaged is removed, with a warning: a cache
-    costs no run.
+    """Whether there is a stored result that can be used. A damaged one is removed with a warning:
+    the cache must not stop a run.
     """
     if not folder.exists():
         return False
@@ -196,7 +199,7 @@ def is_whole(folder: Path, patterns: Mapping[str, NMPattern]) -> bool:
         names = [name for name, _ in read_results(folder, patterns)]
         if sorted(names) != sorted(patterns):
             raise SparsifyError("its layers are not the model's")
-    except Exception as error:  # a damaged file ends in many kinds
+    except Exception as error:  # a damaged file may raise anything
         log.warning(
             "%s, the result of an earlier calibration, is damaged (%s); it is computed again",
             folder,
@@ -204,37 +207,37 @@ def is_whole(folder: Path, patterns: Mapping[str, NMPattern]) -> bool:
         )
         shutil.rmtree(folder, ignore_errors=True)
         return False
-    os.utime(folder / INDEX)  # that it was used: what was not goes first
+    os.utime(folder / INDEX)  # marks it as used: make_room removes by last use
     return True
 
 
 def computing_cost(folder: Path) -> tuple[float, str]:
-    """How many seconds the stored result took to compute, and on what device."""
+    """The seconds that the stored result took to compute, and the name of the device."""
     index = read_index(folder)
     return float(index["seconds"]), str(index["device"])
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What the folder's index says.
+    """Read the folder's index.
 
     Raises:
-        FileNotFoundError: there is none.
-        SparsifyError: it is damaged.
+        FileNotFoundError: there is no index.
+        SparsifyError: the index is damaged.
     """
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if KEY not in index or is_altered(index):
-            raise ValueError("its hash is another, or missing")
+            raise ValueError("its hash is missing or does not fit")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SparsifyError(f"its {INDEX} is damaged ({error})") from error
     return index
 
 
 def _layers(folder: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(file, layer) of files that are as their hashes say."""
+    """Yield (file, layer) for each file, after checking its hash."""
     for file_name, digest in hashes.items():
         if hash_file(folder / file_name) != digest:
-            raise SparsifyError(f"{file_name} is not what was written")
+            raise SparsifyError(f"{file_name} was changed since it was written")
         with safe_open(folder / file_name, framework="pt") as file:
             yield file_name, file.metadata()["layer"]
 
@@ -243,5 +246,5 @@ def _read(path: Path, patterns: Mapping[str, NMPattern]) -> tuple[str, LayerResu
     with safe_open(path, framework="pt") as file:
         name = file.metadata()["layer"]
         mask_OI: Tensor = patterns[name].unrank(file.get_tensor("rank_OG"))
-        updated = "weight_OI" in file.keys()  # noqa: SIM118  # no mapping
+        updated = "weight_OI" in file.keys()  # noqa: SIM118  # not a mapping
         return name, LayerResult(mask_OI, file.get_tensor("weight_OI") if updated else None)

@@ -1,4 +1,4 @@
-"""How much text calibration reads, and under which activations."""
+"""Settings of calibration: how much text it reads, and on which activations."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,10 @@ class Calibration:
     """Settings of layerwise calibration.
 
     Args:
-        samples: windows of training text, each of the data's block size.
-        seed: chooses them.
-        activations: what the statistics of a block are collected on: the output of the blocks
-            before it as they were pruned, or as they were dense.
+        samples: number of windows of training text, each of the data's block size.
+        seed: chooses the windows.
+        activations: whether the blocks before a block are pruned or dense when its statistics are
+            collected.
         offload: keep the activations of all windows in main memory, not on the device.
         cache: keep results on disk, and take them from there when the base model, the text, the
             strategy and its settings are the same.

@@ -1,7 +1,7 @@
-"""Calibration in a run of several processes: rank 0 computes, or reads what an earlier run kept,
-and the others take over its results as they come.
+"""Calibration in a run of several processes: rank 0 computes the results, or reads them from the
+cache, and sends each to the other ranks.
 
-By broadcast, so that no disk needs to be shared and it is the same with the cache and without.
+Results are broadcast, so that the ranks need no common disk, with the cache or without it.
 
 Shapes: O out, I in.
 """
@@ -18,7 +18,7 @@ from sparsify.masking.strategy import LayerResult
 
 
 class _Packed(NamedTuple):
-    """One layer's result in main memory, its mask as one bit a weight."""
+    """One layer's result in main memory, with one bit per weight for the mask."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,14 +29,14 @@ class _Packed(NamedTuple):
 def on_rank_zero(
     results: Iterable[tuple[str, LayerResult]], device: torch.device
 ) -> Iterator[tuple[str, LayerResult]]:
-    """Yield on every rank what ``results`` gives on rank 0; on the others it is not looked at.
+    """Yield on every rank the ``results`` of rank 0; the argument of other ranks is ignored.
 
     Args:
-        results: (layer name, result).
-        device: of what is yielded.
+        results: pairs of layer name and result.
+        device: the device of the results that are yielded.
 
     Raises:
-        SparsifyError: calibration failed on rank 0; the message is the one there.
+        SparsifyError: calibration failed on rank 0, whose message this is.
     """
     if processes() == 1:
         yield from results

@@ -1,6 +1,6 @@
-"""What is known of a layer's input after all calibration windows have passed.
+"""Statistics of a layer's input over all calibration windows.
 
-Layers that are given the same tensor share one object. Shapes: I in, T tokens.
+Layers with the same input tensor share one object. Shapes: I in, T tokens.
 """
 
 from typing import Protocol
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Statistic(Protocol):
-    """Anything that is made for a layer's inputs and is shown them window by window."""
+    """Anything that is made for a number of inputs and then gets them window by window."""
 
     def __init__(self, inputs: int, device: torch.device) -> None: ...
 
     def add(self, x_TI: Tensor) -> None:
-        """Take in the layer's input of one window, in the model's type."""
+        """Add the layer's input of one window, in the model's type."""
         ...
 
 
@@ -25,8 +25,8 @@ class Moments:
     Attributes:
         sum_I: sum over all tokens.
         square_I: sum of squares over all tokens.
-        tokens: how many there were.
-        windows: in how many windows.
+        tokens: number of tokens.
+        windows: number of windows.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Hessian:
 
     Attributes:
         matrix_II: the sum.
-        tokens: how many there were.
+        tokens: number of tokens.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:

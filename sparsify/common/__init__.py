@@ -1,1 +1,1 @@
-"""What knows nothing of masks or models: files, ranks, the terminal, the machine."""
+"""Helpers that know nothing of masks or models: files, ranks, the terminal, the machine."""

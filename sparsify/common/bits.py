@@ -1,4 +1,4 @@
-"""The bits of numbers."""
+"""Compares numbers by their bits."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(values: Tensor) -> Tensor:
-    """The same bytes as integers: equal where every bit is, and zero for +0.0 alone.
+    """View a tensor's bytes as integers. Two are equal if all their bits are; only +0.0 gives 0.
 
-    Operations on floats may change the bits of a NaN, and on fp16 and bf16 some do; those on
+    Operations on floats may change the bits of a NaN, as some on fp16 and bf16 do; operations on
     integers do not.
     """
     return values.contiguous().view(_INTEGERS[values.element_size()])

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Progress(RichProgressBar):
-    """Lightning's, less the number of epochs, as a run's length is in steps, and the version."""
+    """Lightning's bar without the version and the number of epochs: a run is measured in steps."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}".ljust(len(self.validation_description))
@@ -27,6 +27,6 @@ class Progress(RichProgressBar):
 
 
 def tracked(items: Iterable[T], description: str, trainer: Any) -> Iterable[T]:
-    """Show a bar with the time left while going through ``items``, where the trainer shows one."""
+    """Iterate over ``items`` with a bar of the time left, if the trainer shows bars at all."""
     shown = trainer is not None and trainer.progress_bar_callback and trainer.is_global_zero
     return track(items, description, transient=True) if shown else items

@@ -10,14 +10,14 @@ CHECKPOINT_ADVICE = (
 
 
 class SparsifyError(ValueError):
-    """Input that a user can mend; the message states the value, the rule and the fix.
+    """A fault in the input that a user can mend; the message states value, rule and fix.
 
     The command line prints the message alone.
     """
 
 
 class DiskFull(SparsifyError):
-    """A checkpoint found no space; what is there is as it was."""
+    """There was no space for a checkpoint; the files on the disk are unchanged."""
 
 
 def first_line(error: BaseException) -> str:
@@ -27,8 +27,8 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def restoring(path: Any) -> Iterator[None]:
-    """Tell in one message that a checkpoint's content cannot be restored, whoever met it: what
-    Lightning, torch and torchdata read of their own deep inside is checked by them alone.
+    """Turn every error while a checkpoint is restored into one message. Lightning, torch and
+    torchdata check their own parts of a checkpoint, and raise errors of any kind.
 
     Raises:
         SparsifyError: instead of any other exception.

@@ -1,4 +1,4 @@
-"""The hashes of a folder's files: made when it is written, and read as somebody left them."""
+"""Hashes the files of a folder, and parses hashes that somebody may have changed."""
 
 import hashlib
 import re
@@ -13,11 +13,11 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def file_hashes(folder: Path, but: str) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its path from there, sorted.
+    """SHA-256 of every file in a folder, by its path relative to the folder, sorted.
 
     Args:
         folder: the folder.
-        but: the path of the file that will hold the hashes.
+        but: the relative path of the file that will hold the hashes, which is left out.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return {
@@ -28,7 +28,7 @@ def file_hashes(folder: Path, but: str) -> dict[str, str]:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, which is read in pieces."""
+    """SHA-256 of a file; it is read in pieces, as it may not fit into memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -37,10 +37,10 @@ def hash_file(path: Path) -> str:
 
 
 def parse_hashes(entries: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Understand what :func:`file_hashes` may have made.
+    """Check entries that should be the result of :func:`file_hashes`.
 
     Returns:
-        The hashes of paths that stay in the folder, and what is wrong with the others.
+        The hashes whose paths stay in the folder, and a sentence on each entry that is wrong.
     """
     files, problems = {}, []
     for name, value in entries.items():

@@ -1,4 +1,4 @@
-"""JSON files, the cache's place, and disks that are full."""
+"""Reads and writes JSON, explains full disks, and finds the cache folder."""
 
 import errno
 import json
@@ -18,16 +18,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part;
-    values of settings that are secrets are not written.
+    """Write indented JSON in one step: a reader sees the old file or the new one, never a part.
+    Settings that are secrets are written as ``(redacted)``.
 
     Raises:
-        SparsifyError: a number in it is not finite, for which JSON has no word; it is named.
+        SparsifyError: a number in it is not finite, which JSON cannot express; it is named.
     """
     if (odd := _not_finite(content)) is not None:
         raise SparsifyError(
-            f"{path.name} was not written: {odd} is not finite; this is a fault of what computed "
-            "it: please report it with the command"
+            f"{path.name} was not written: {odd} is not finite; this is a fault in the program "
+            "that computed it: please report it with the command"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -41,7 +41,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _not_finite(content: Any, where: str = "") -> str | None:
-    """Where in nested plain values a number is not finite; None if all are."""
+    """The keys, joined by dots, that lead to the first number that is not finite, or None."""
     if isinstance(content, float) and not math.isfinite(content):
         return where.removeprefix(".")
     parts: Iterable[tuple[Any, Any]] = ()
@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        SparsifyError: it is missing or no JSON.
+        SparsifyError: the file is missing, or is not JSON.
     """
     if not path.is_file():
         raise SparsifyError(f"{path.name} is missing")
@@ -69,14 +69,14 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Tell of a full disk in one sentence, whatever library met it.
+    """Turn any library's error about a full disk into one sentence.
 
     Args:
-        folder: where was written.
-        needed: counts the bytes of what was to be written.
+        folder: the folder that the block writes to.
+        needed: counts the bytes that the block has to write.
 
     Raises:
-        DiskFull: instead of what was raised because of a full disk, quota or file size limit.
+        DiskFull: the block failed because of a full disk, a quota or a file size limit.
     """
     try:
         yield
@@ -94,13 +94,13 @@ def disk_full(folder: Path, needed: Callable[[], int] | None = None) -> Iterator
 
 
 def full_disk(error: BaseException | None) -> int | None:
-    """The error number of a full disk, quota or file size limit among an error's causes: torch
-    raises its own on top. None where there is none.
+    """The error number of a full disk, a quota or a file size limit, or None. It is looked for
+    among an error's causes too, as torch wraps the system's error in its own.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno
-        # safetensors has the number in its text alone.
+        # safetensors states the number only in its message.
         if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _FULL:
             return int(match[1])
         error = error.__cause__ or error.__context__

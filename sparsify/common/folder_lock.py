@@ -1,4 +1,4 @@
-"""Locks of files, and the one that a run holds on the folder of its checkpoints."""
+"""File locks, and the lock of a run's folder, so that no second run writes checkpoints there."""
 
 import errno
 import fcntl
@@ -33,12 +33,12 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 class FolderLock:
-    """Held from here to :meth:`release`, or to the end of the process, however that ends.
+    """A lock from construction to :meth:`release`, or to the end of the process, even by a kill.
 
-    Where the file system has no locks, nothing is held.
+    On a file system without locks this does nothing.
 
     Args:
-        folder: of the run; it is made.
+        folder: the run's folder; it is made if it is missing.
 
     Raises:
         SparsifyError: another run holds it.
@@ -65,11 +65,11 @@ class FolderLock:
                 )
             if is_at(handle, self._path):
                 self._handle = handle
-            else:  # who held it has removed the file since it was opened here
+            else:  # the former holder removed the file after this process had opened it
                 os.close(handle)
 
     def release(self) -> None:
-        """Let others have the folder; a second call does nothing."""
+        """Give up the lock; a second call does nothing."""
         if self._handle is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._handle)

@@ -1,7 +1,7 @@
-"""Packages whose names are imported when they are asked for (PEP 562).
+"""Packages that import their public names only when somebody asks for them (PEP 562).
 
-PyTorch, Lightning and Transformers take ten seconds to import; what needs none of them shall not
-wait.
+PyTorch, Lightning and Transformers take ten seconds to import, and commands that need none of them
+should not wait for that.
 """
 
 import sys
@@ -14,11 +14,11 @@ from typing import Any
 def lazy(
     package: str, where: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a package.
+    """Make the ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
         package: its name.
-        where: the module of every public name. The package's modules themselves need not be named.
+        where: the module of every public name. The package's own modules need no entry.
     """
 
     def get(name: str) -> Any:
@@ -29,7 +29,7 @@ def lazy(
             value = import_module(module)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # it is asked for once
+        setattr(sys.modules[package], name, value)  # so that Python does not ask again
         return value
 
     def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run computes on, as records name it."""
+"""The names of the GPU and the CPU, for records."""
 
 import platform
 from pathlib import Path
@@ -7,12 +7,12 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's model; otherwise the kind of device."""
+    """A GPU's model name; of any other device its type, such as ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cpu_name() -> str:
-    """The CPU's model, where the system tells it."""
+    """The CPU's model name, or what ``platform`` says where the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Text of files on a terminal: shown, and never obeyed."""
+"""Prints text from files so that a terminal shows its control characters and never obeys them."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-# Of category Cf a terminal obeys those that change the direction of text; others join letters.
+# The characters of category Cf that change the direction of text. The others join letters.
 DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 LAYOUT = frozenset("\n\t")
 
@@ -16,7 +16,7 @@ def _obeyed(char: str) -> bool:
     if char in LAYOUT:
         return False
     category = unicodedata.category(char)
-    # Cs are halves of characters, which cannot even be encoded.
+    # Cs are halves of surrogate pairs, which cannot even be encoded.
     return category in ("Cc", "Cs", "Zl", "Zp") or char in DIRECTIONS
 
 
@@ -26,14 +26,14 @@ def is_printable(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""The text with what a terminal would obey written out, as ``\x1b``; lines and tabs stay."""
+    r"""The text with control characters written out, as ``\x1b``; newlines and tabs stay."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(ascii(char)[1:-1] if _obeyed(char) else char for char in text)
 
 
 class SafeConsole(Console):
-    """A console whose styles are its own, and none those of the text that it prints."""
+    """A console that adds styles itself, but takes none from the text that it prints."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -42,5 +42,5 @@ class SafeConsole(Console):
             yield Segment(text if control else printable(text), style, control)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As the base class's. Rich takes escape sequences out of some texts and leaves others."""
+        """Print as the base class does, which by itself removes only some escape sequences."""
         super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)

@@ -1,4 +1,4 @@
-"""Keeps libraries' messages that mean nothing to a user off the command line."""
+"""Hides messages of libraries that mean nothing to a user of the command line."""
 
 import logging
 import warnings
@@ -15,8 +15,8 @@ LIBRARIES = ("lightning.pytorch", "transformers")
 NOISE = ("💡 Tip", "Loading `train_dataloader` to estimate", "TPU available")
 WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
-    r"Found .* module\(s\) in eval mode",  # the base model stays so that its dropout is off
-    # True of an epoch; a run's logging goes on over the next ones.
+    r"Found .* module\(s\) in eval mode",  # meant: dropout of the base model is off
+    # True of one epoch, but logging goes on across epochs.
     r"The number of training batches .* is smaller than the logging interval",
     r"'set_vital' is deprecated",  # torchdata 0.11 on torch 2.13
 )
@@ -24,7 +24,7 @@ WARNINGS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence them for the time of the block; then all is as before."""
+    """Hide these messages while the block runs."""
     handlers = [h for name in LIBRARIES for h in logging.getLogger(name).handlers]
     bars = is_progress_bar_enabled()
     with warnings.catch_warnings():
@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message)
         for handler in handlers:
             handler.addFilter(_is_no_noise)
-        disable_progress_bar()  # of loading and writing weights; downloads keep theirs
+        disable_progress_bar()  # for loading and writing weights; downloads keep their own
         try:
             yield
         finally:
@@ -44,5 +44,5 @@ def quiet() -> Iterator[None]:
 
 def _is_no_noise(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    # What Transformers reports of keys, load_checks.py says in a sentence, or refuses.
+    # load_checks.py reads the same report on keys: it warns in one sentence, or refuses the model.
     return not (message.startswith(NOISE) or " LOAD REPORT" in message.partition("\n")[0])

@@ -1,4 +1,4 @@
-"""What one process does for all, so that a failure of one ends all, with its message."""
+"""Ranks that work together: a failure on one rank ends all of them with the same message."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def processes() -> int:
 
 
 def rank_zero() -> bool:
-    """Whether this is the process that writes what all have made."""
+    """Whether this is the process that writes files for all."""
     return processes() == 1 or dist.get_rank() == 0
 
 
@@ -30,8 +30,8 @@ def together() -> Iterator[None]:
     The block must hold no communication, or the ranks would wait for each other in two places.
 
     Raises:
-        SparsifyError: it failed on another rank; the message is the one there, and a full disk is
-            one on all.
+        SparsifyError: the block failed on another rank, whose message this is.
+        DiskFull: the same, where that rank raised DiskFull.
     """
     error: Exception | None = None
     try:
@@ -51,15 +51,15 @@ def together() -> Iterator[None]:
 
 
 def from_rank_zero(items: Iterable[T]) -> Iterator[T]:
-    """Yield on every rank what ``items`` gives on rank 0; on the others it is not looked at.
+    """Yield on every rank the ``items`` of rank 0; the argument of other ranks is ignored.
 
-    One item at a time, so that ranks wait for one only, and no rank holds all.
+    Items are sent one at a time, so that ranks wait for one only, and no rank holds all.
 
     Args:
-        items: of anything that can be pickled.
+        items: anything that can be pickled.
 
     Raises:
-        SparsifyError: iterating failed on rank 0; the message is the one there.
+        SparsifyError: iterating failed on rank 0, whose message this is.
     """
     if processes() == 1:
         yield from items
@@ -95,7 +95,7 @@ def _received() -> Iterator[Any]:
 
 
 def _broadcast(kind: str, content: Any) -> tuple[str, Any]:
-    """What rank 0 says; on the others the arguments are not looked at."""
+    """Return rank 0's arguments on every rank; those of other ranks are ignored."""
     said = [(kind, content)]
     dist.broadcast_object_list(said, src=0)
     return said[0]
@@ -106,16 +106,17 @@ def _message(error: Exception) -> str:
 
 
 def data_parallel(trainer: Any) -> tuple[int, int]:
-    """(rank, number of ranks) of this process among those that see different data."""
+    """(rank, number of ranks) of this process among the processes that read different data."""
     strategy = None if trainer is None else trainer.strategy
     sampler = getattr(strategy, "distributed_sampler_kwargs", None)
     return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
 
 
 def leave_process_group() -> None:
-    """End a run of several processes together; Lightning leaves it to the interpreter's exit.
+    """Close the process group on all ranks together.
 
-    There, a backend's threads may still be at work, and the process is aborted.
+    Lightning leaves this to the interpreter's exit, where threads of the backend may still be at
+    work and abort the process.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -130,7 +131,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def gather(values: Tensor) -> Tensor:
-    """The values of every rank, on every rank.
+    """Give every rank the values of all ranks.
 
     Args:
         values: floating, of the same shape on all ranks.
@@ -141,7 +142,7 @@ def gather(values: Tensor) -> Tensor:
     _, ranks = rank_and_size()
     if ranks == 1:
         return values[None]
-    mine = values.double().contiguous()  # holds exactly whatever they were computed in
+    mine = values.double().contiguous()  # float64 holds every smaller float exactly
     of_ranks = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(of_ranks, mine)
     return torch.stack(of_ranks).to(values.dtype)

@@ -1,9 +1,9 @@
-"""Put a whole folder in the place of another, so that a crash mixes nothing and loses nothing.
+"""Puts a new folder in the place of another, so that a crash neither mixes nor loses files.
 
 The new folder is made beside its place under a hidden name, ``.NAME.partial-XXXXXXXX``, and then
-changes places with the former one. While it is made, a shared lock is held on ``.NAME.lock``: who
-can take that lock for itself alone knows that what lies there in hidden folders is of the dead.
-A lock, not a process number, because other nodes may write to the same file system.
+changes places with the former one. Meanwhile its process holds a shared lock on ``.NAME.lock``.
+Whoever gets the lock exclusively knows that the hidden folders belong to dead processes.
+It is a lock, not a process number, because other nodes may write to the same file system.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ _FORMER = ".former"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place; it gets there, flushed and readable by all, when the block
-    ends, and not at all if the block fails.
+    """Write a file under a hidden name. When the block ends, the file is flushed, made readable by
+    all and put at ``path``; if the block fails, it is removed.
     """
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -48,13 +48,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def partial_folder(place: Path) -> Iterator[Path]:
-    """Make an empty hidden folder beside ``place``; whatever is under its name at the end goes.
+    """Make an empty hidden folder beside ``place``; what has its name at the end is removed.
 
-    First, unless another process is making a folder for the same place, it removes what killed
-    ones left there. Where the file system has no locks, nothing is removed.
+    Before that it removes hidden folders that killed processes left, unless another process is
+    making a folder for the same place, or the file system has no locks.
 
     Args:
-        place: where the folder will go; if that is a symbolic link, beside what it points to.
+        place: where the folder will go; a symbolic link is followed first.
 
     Yields:
         The folder, readable by its owner only.
@@ -72,21 +72,21 @@ def partial_folder(place: Path) -> Iterator[Path]:
 def replace_folder(new: Path, place: Path) -> None:
     """Put a complete folder in its place, and remove the one that was there.
 
-    At every moment ``place`` is the former folder or the new one, whole; all of the new one is
-    on the disk before it is seen. What is killed after the exchange leaves the former under the
-    name of ``new``.
+    At every moment ``place`` is the whole former folder or the whole new one, and the new one is
+    flushed to disk before it appears there. A process that is killed after the exchange leaves the
+    former folder under the name of ``new``.
 
-    Where two folders cannot be exchanged (NFS, old kernels), the former is renamed to
-    ``new``'s name and ``.former``, then the new one takes the place. A kill between the two leaves
-    nothing at ``place`` and both folders whole under their hidden names; the next
-    :func:`partial_folder` puts the former back.
+    Where two folders cannot be exchanged (NFS, old kernels), the former is first renamed to the
+    name of ``new`` with ``.former`` appended, then the new one is moved to ``place``. A kill
+    between the two leaves nothing at ``place`` and both folders whole under their hidden names;
+    the next :func:`partial_folder` puts the former back.
 
     Args:
-        new: on the same file system, as :func:`partial_folder` makes it.
-        place: a symbolic link stays, and the folder that it points to is replaced.
+        new: the complete folder from :func:`partial_folder`, on the same file system.
+        place: if it is a symbolic link, the link stays and the folder it points to is replaced.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written; it is as it was.
+        OSError: the disk is full, or ``place`` cannot be written; it is unchanged.
     """
     place = place.resolve()
     flush_all(new)
@@ -136,7 +136,7 @@ def _rename_twice(new: Path, place: Path) -> Path:
 
 
 def flush_all(folder: Path) -> None:
-    """Have all of a folder on the disk; links and what is no file have nothing to flush."""
+    """Flush a folder and its regular files to disk; links and pipes have nothing to flush."""
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root, name)
@@ -146,7 +146,7 @@ def flush_all(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file's contents, or a folder's entries, on the disk."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -160,7 +160,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def _at_work(place: Path) -> Iterator[None]:
-    """Share the place's lock with all others at work; tidy up first if there are none."""
+    """Hold the shared lock of ``place``; if no other process does, tidy up first."""
     path = place.with_name(f".{place.name}.lock")
     handle = _open_lock(path, place)
     try:
@@ -173,17 +173,17 @@ def _at_work(place: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path, place: Path) -> int | None:
-    """A handle on the locked file, or None where the file system has no locks."""
+    """A handle on the lock file, locked, or None where it cannot be opened or locked."""
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # another user's, at work or killed
+        except PermissionError:  # the file belongs to another user
             return None
         try:
             if locked(handle) and is_at(handle, path):
                 _tidy(place)
-            # Waits for another that tidies. Between the two locks others may come and go: this
-            # process has no folder yet.
+            # Waits while another process tidies. The lock may change hands before this call: that
+            # does no harm, as this process has no folder yet.
             fcntl.flock(handle, fcntl.LOCK_SH)
         except OSError as error:
             os.close(handle)
@@ -191,14 +191,14 @@ def _open_lock(path: Path, place: Path) -> int | None:
                 raise
             path.unlink(missing_ok=True)
             return None
-        # The last one at work unlinks the file, maybe before this process had its lock.
+        # The last process to leave unlinks the file, maybe before this one had its lock.
         if is_at(handle, path):
             return handle
         os.close(handle)
 
 
 def _tidy(place: Path) -> None:
-    """Remove what killed processes left; put a former folder back where there is no other."""
+    """Remove what killed processes left; if ``place`` is empty, first put a former folder back."""
     hidden = re.compile(re.escape(f".{place.name}.partial-") + rf"\w{{8}}({_FORMER})?")
     left = [path for path in place.parent.iterdir() if hidden.fullmatch(path.name)]
     for former in (path for path in left if path.name.endswith(_FORMER)):

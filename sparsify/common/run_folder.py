@@ -1,4 +1,4 @@
-"""Where a run writes."""
+"""Finds the folder that a run writes to."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from lightning.pytorch import Trainer
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of this run: the first logger's, by Lightning's own rule for checkpoints, or the
-    default root.
+    """The folder of this run: that of the first logger, as Lightning chooses it for checkpoints;
+    without a logger the default root.
     """
     if not trainer.loggers:
         return Path(trainer.default_root_dir)

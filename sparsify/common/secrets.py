@@ -1,4 +1,4 @@
-"""Keeps secrets out of the files that a run writes; the run itself has them."""
+"""Removes secrets from settings before they are written to files."""
 
 import re
 from typing import Any, cast
@@ -7,15 +7,16 @@ from jsonargparse import Namespace
 
 REDACTED = "(redacted)"
 
-# A key is secret if one of its words says so, or two that follow each other. Words are divided by
-# anything but letters and digits, and before an upper-case letter. "token" alone is a secret; of
-# longer names that end so, most are a tokenizer's ("eos_token"), so that the word before decides.
+# A key is secret if one of its words is in the first list, or if it has a word of the second list
+# before "key" or of the third before "token". Words end at any character but letters and digits,
+# and before a capital. "token" alone is secret too; in longer names the word before it decides, as
+# most of them are a tokenizer's ("eos_token").
 # fmt: off
 _WORDS = frozenset((
     "password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials",
     "authorization", "bearer", "cookie", "apikey", "apitoken", "authtoken", "accesstoken",
 ))
-# Whose key or token it is: one of these stands before the word.
+# What kind of key or token it is: the word before.
 _KEYS = frozenset((
     "api", "access", "private", "secret", "account", "encryption", "signing", "service",
 ))
@@ -44,8 +45,8 @@ def is_secret(key: str) -> bool:
 def redacted(value: Any) -> Any:
     """A copy of settings in which :data:`REDACTED` stands for every secret.
 
-    Secret is what a key says (:func:`is_secret`), at any depth, and the user and password of a URL.
-    None and truth values (``use_api_key: true``) stay.
+    Secrets are the values of keys that :func:`is_secret` picks, at any depth, and the user and
+    password in a URL. None and booleans (``use_api_key: true``) stay.
     """
     if isinstance(value, Namespace):
         return _namespace({key: _entry(key, part) for key, part in vars(value).items()})
@@ -59,7 +60,7 @@ def redacted(value: Any) -> Any:
 
 
 def _namespace(entries: dict[str, Any]) -> Any:
-    return cast(Any, Namespace)(**entries)  # which has no types
+    return cast(Any, Namespace)(**entries)  # Namespace has no type hints
 
 
 def _entry(key: Any, value: Any) -> Any:
@@ -81,7 +82,7 @@ def _hidden(value: Any) -> Any:
 
 
 def holds_redacted(value: Any, where: str = "") -> str | None:
-    """The place of the first value that was a secret and is gone, or None."""
+    """The keys, joined by dots, that lead to the first redacted value, or None."""
     if isinstance(value, Namespace):
         value = vars(value)
     parts: Any = ()
@@ -91,5 +92,5 @@ def holds_redacted(value: Any, where: str = "") -> str | None:
         parts = enumerate(value)
     elif isinstance(value, str) and REDACTED in value:
         return where
-    found = (holds_redacted(part, f"{where}.{key}" if where else str(key)) for key, part in parts)
-    return next((place for place in found if place is not None), None)
+    places = (holds_redacted(part, f"{where}.{key}" if where else str(key)) for key, part in parts)
+    return next((place for place in places if place is not None), None)

@@ -1,4 +1,4 @@
-"""Logs and warnings of the command line's process: text of files in them is shown, not obeyed."""
+"""Makes logs and warnings printable: a terminal never obeys control characters in them."""
 
 import logging
 import warnings
@@ -15,7 +15,7 @@ class _ShownRecord(logging.LogRecord):
 
 @contextmanager
 def shown_logs() -> Iterator[None]:
-    """For the time of the block, whichever library logs or warns: names of tensors, for example."""
+    """Do so while the block runs, for every library that logs or warns, of tensor names say."""
     factory, format_ = logging.getLogRecordFactory(), warnings.formatwarning
 
     def shown(message: Warning | str, *place: object, **more: object) -> str:

@@ -1,11 +1,11 @@
-"""What a command does when it is asked to end: by Ctrl-C, SIGTERM or SIGUSR1.
+"""Ends a command cleanly when it gets a signal: Ctrl-C, SIGTERM or SIGUSR1.
 
-Wherever nothing is lost by it, the signal raises :class:`Interrupted` at once, which unwinds like
-Ctrl-C in any Python program. While a model learns the signal is only noted
-(:func:`hold`), and the run ends when its state has been saved.
+Where no work would be lost, the signal raises :class:`Interrupted` at once, which unwinds like
+Ctrl-C in any Python program. While a model is trained (:func:`hold`), the signal is only noted, and
+the run ends after it has saved its state.
 
-Only :func:`stoppable`, which the command line enters, touches the process; without it, as in a
-notebook, all of this stands idle.
+Only :func:`stoppable`, which the command line enters, installs signal handlers. Elsewhere, as in a
+notebook, this module does nothing.
 """
 
 import os
@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Exit status by signal. SIGUSR1 is how a batch system announces that time is nearly up.
+# Exit status by signal. Batch systems send SIGUSR1 when time is nearly up.
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if hasattr(signal, "SIGUSR1"):
     STATUS[signal.SIGUSR1] = 143
 
-# Seconds in which a signal that comes again is the same request: a terminal, a launcher and our own
-# processes may each send it on.
+# A signal that is repeated within so many seconds is the same request: a terminal, a launcher and
+# our own processes may each send it on.
 SAME = 1.0
-# Seconds that the other processes of a run have to end.
+# So many seconds the other processes of a run have to end.
 GRACE = 5.0
 PARENT = "SPARSIFY_PARENT"
 
@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 
     Attributes:
         signum: the signal.
-        advice: how to go on.
+        advice: the end of the message that begins with "stopped", which says how to go on.
     """
 
     def __init__(self, signum: int) -> None:
@@ -60,7 +60,7 @@ _state = _State()
 
 
 def active() -> bool:
-    """Whether this process is a command that takes signals."""
+    """Whether this process handles signals, that is, is inside :func:`stoppable`."""
     return _state.active
 
 
@@ -70,15 +70,15 @@ def asked() -> int | None:
 
 
 def hold() -> None:
-    """From now on note the signal only; :func:`release` must follow."""
+    """From now on only note a signal; :func:`release` must follow."""
     _state.held = True
 
 
 def release() -> None:
-    """From now on end at once.
+    """From now on end at once when a signal comes.
 
     Raises:
-        Interrupted: a signal came since :func:`hold`.
+        Interrupted: one came since :func:`hold`.
     """
     _state.held = False
     if _state.asked is not None:
@@ -87,14 +87,14 @@ def release() -> None:
 
 
 def stop(signum: int) -> Interrupted:
-    """What to raise where the ranks have agreed that one of them got this signal."""
+    """The exception to raise when the ranks have agreed that one of them got this signal."""
     _state.held = False
     _state.asked = signum
     return Interrupted(signum)
 
 
 def started(children: Sequence[subprocess.Popen[Any]]) -> None:
-    """Say which processes this one has started to share its work."""
+    """Register the processes that this one has started as further ranks."""
     _state.children = children
 
 
@@ -113,8 +113,9 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _pass_on(signum: int) -> None:
-    """To the ranks below. Up it goes by their exit status: a signal from below could come so late
-    that it would pass for a second one. While signals are held the ranks agree by themselves.
+    """Send a signal on to the ranks that this process started. They tell it of theirs by their exit
+    status: a signal could arrive so late that it would count as a second one. While signals are
+    held, the ranks agree among themselves.
     """
     for child in _state.children:
         child.send_signal(signum)
@@ -122,12 +123,12 @@ def _pass_on(signum: int) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Run a command that ends as this module says, then put back the former handlers.
+    """Run a command that signals end as the module says, then restore the former handlers.
 
-    Off the main thread Python takes no signals, and this does nothing but tell the exit status.
+    Python handles signals on the main thread only; on another one this only sets the exit status.
 
     Raises:
-        SystemExit: the command was asked to end before it had; the status is that of the signal.
+        SystemExit: a signal came before the command had ended; the status is the signal's.
     """
     global _state
     former_state, _state = _state, _State()
@@ -146,7 +147,8 @@ def stoppable() -> Iterator[None]:
             _leave_if_ranked(_asked_status() or 130)
             raise SystemExit(_asked_status() or 130) from None
         except Exception:
-            # A rank that waits for one that was stopped fails before it hears of the signal.
+            # When a signal stops a rank, another that waits for it fails, maybe before it gets the
+            # signal itself.
             status = _asked_status() or _stopped_child()
             if status is None:
                 raise
@@ -166,7 +168,7 @@ def _asked_status() -> int | None:
 
 
 def _stopped_child() -> int | None:
-    """The status of a stopped run, where one of its ranks was stopped by a signal."""
+    """The exit status for this run if a signal stopped one of its ranks, else None."""
     statuses = {-number: status for number, status in STATUS.items()}
     statuses |= {status: status for status in STATUS.values()}
     end = time.monotonic() + (1.0 if _state.children else 0.0)
@@ -181,8 +183,8 @@ def _stopped_child() -> int | None:
 
 
 def _end_ranks() -> None:
-    """Wait a little for the ranks that this process started, then kill what is left: it may wait
-    for this process in a collective. Nothing of theirs is lost, as rank 0 writes.
+    """Wait a little for the ranks that this process started, then kill the rest: they may be
+    waiting for this process in a collective. They lose nothing, as only rank 0 writes.
     """
     end = time.monotonic() + GRACE
     for child in _state.children:
@@ -194,8 +196,10 @@ def _end_ranks() -> None:
 
 
 def _leave_if_ranked(status: int) -> None:
-    """At the interpreter's exit a backend's threads may abort a process of several."""
-    # Not imported here: the signal may have come in the midst of PyTorch's own import.
+    """Leave at once if there is a process group: threads of its backend may abort the process while
+    the interpreter exits.
+    """
+    # Not imported here: the signal may have come while PyTorch itself was being imported.
     dist: Any = sys.modules.get("torch.distributed")
     if hasattr(dist, "is_initialized") and dist.is_initialized():
         _leave(status)
@@ -210,8 +214,8 @@ def _leave(status: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Have a rank that our launcher started end with the process that started it, however that
-    ends; of other processes do nothing.
+    """If our launcher started this process as a rank, make it end when its parent ends, even by a
+    kill.
     """
     own = os.environ.pop(PARENT, None)
     if own is None:
@@ -227,7 +231,7 @@ def die_with_parent() -> None:
             threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
     except (OSError, AttributeError):  # a C library without it
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it had died before
+    if os.getppid() != parent:  # the parent died before this call
         os._exit(1)
 
 
@@ -238,11 +242,11 @@ def _watch_parent(parent: int) -> None:
 
 
 def watch_ranks(done: threading.Event) -> None:
-    """End this process if a rank that it started fails while it waits for it, which no exception
-    would: in a rendezvous or a collective Python does not run.
+    """End this process when a rank that it started fails. An exception could not do that: in a
+    rendezvous or a collective Python does not run.
 
     Args:
-        done: set when the ranks' work has come to its end.
+        done: set when the ranks have finished their work.
     """
     while not done.wait(0.2):
         failed = next((child for child in _state.children if child.poll()), None)

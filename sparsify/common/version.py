@@ -1,4 +1,4 @@
-"""The versions of what is installed."""
+"""The versions of installed packages."""
 
 from importlib import metadata
 
@@ -7,15 +7,15 @@ DISTRIBUTION = "sparsify-llm"
 
 
 def version(package: str = "sparsify") -> str:
-    """The version of a package, ``sparsify`` being this one; of this one ``unknown`` where it was
+    """The version of a package; ``sparsify`` is this one, whose version is ``unknown`` where it was
     not installed under its own name.
 
     Raises:
-        PackageNotFoundError: another one is not installed.
+        PackageNotFoundError: the package is another one, and not installed.
     """
     if package != "sparsify":
         return metadata.version(package)
     try:
         return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:  # a finished run's result is not to be lost for this
+    except metadata.PackageNotFoundError:  # no reason to lose a finished run's result
         return "unknown"

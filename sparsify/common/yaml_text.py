@@ -1,4 +1,4 @@
-"""YAML as people mean it: ``2:4`` is a text, where YAML 1.1 reads the sexagesimal number 124."""
+"""Reads YAML as people mean it: ``2:4`` is text, not the base-60 number 124 of YAML 1.1."""
 
 import re
 from typing import Any
@@ -10,10 +10,10 @@ MODE = "sparsify"
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """YAML's safe types, without times of day and dates, and with ``1e-3`` as a number."""
+    """Loads YAML's safe types, less times and dates, and reads ``1e-3`` as a number."""
 
 
-# jsonargparse's own rules for numbers, less those of base sixty.
+# jsonargparse's own rules for numbers, less numbers in base 60.
 _INT = re.compile(r"^[-+]?(?:0b[0-1_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
@@ -30,18 +30,18 @@ _Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 def load(text: str) -> Any:
-    """What a text of YAML says.
+    """Parse YAML.
 
     Args:
-        text: a file's, or one value of the command line.
+        text: the content of a file, or one value of the command line.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
-    value = _jsonargparse_load(text)  # which knows texts that only look like mappings
+    value = _jsonargparse_load(text)  # leaves texts that only look like mappings
     return value if isinstance(value, str) else yaml.load(text, Loader=_Loader)  # noqa: S506  # safe types alone
 
 
 _jsonargparse_load = get_loader("yaml")
-# A mode of its own: other parsers of this process keep theirs.
+# Under a name of its own, so that other parsers in this process keep their YAML.
 set_loader(MODE, load, (yaml.YAMLError,))

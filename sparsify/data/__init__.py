@@ -1,4 +1,4 @@
-"""Text sources, token blocks and the data module that feeds them to training."""
+"""Text sources, their token blocks, and the data module that feeds these to training."""
 
 from sparsify.data.module import TextDataModule
 from sparsify.data.sources import Source

@@ -1,7 +1,7 @@
 """The order in which training reads the blocks of several sources.
 
-The order is a function of the seed and the epoch alone, so a run can be repeated, resumed at any
-batch, and split over ranks without a change in what it reads.
+The order depends only on the seed and the epoch, so a run reads the same when it is repeated,
+resumed at any batch, or split over ranks.
 """
 
 import math
@@ -16,20 +16,20 @@ from sparsify.common.errors import SparsifyError
 
 PLACE = "the checkpoint's place in the data"
 
-# First word after the seed, so that the two kinds of draw never share a random stream (numpy pads
-# seeds with zeros, so their lengths alone would not tell [seed, 1] from [seed, 1, 0]).
+# These stand after the seed, so that the two kinds of draw never share a random stream. (Keys of
+# different length would not do: NumPy pads with zeros, so [seed, 1] equals [seed, 1, 0].)
 SHUFFLE, PERMUTATION = 1, 2
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Splits a whole number in proportion to weights, by the largest-remainder method.
+    """Splits an integer in proportion to weights, by the largest-remainder method.
 
     Args:
         total: The number to split.
         weights: Positive shares, of any sum.
 
     Returns:
-        One whole number a weight; they sum to `total`.
+        One integer per weight; they sum to `total`.
     """
     exact = [total * weight / sum(weights) for weight in weights]
     quotas = [math.floor(share) for share in exact]
@@ -43,8 +43,8 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
     """Checks that weights are given for all sources or for none.
 
     Args:
-        names: Name of each source, for messages.
-        weights: Weight of each source, or None.
+        names: Names of the sources, for messages.
+        weights: Their weights; None for a source without one.
 
     Returns:
         The weights, or None when no source has one.
@@ -58,8 +58,8 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
     if len(given) < len(weights):
         lacking = [name for name, weight in zip(names, weights, strict=True) if weight is None]
         raise SparsifyError(
-            f"train sources {', '.join(lacking)} have no weight and others have one; weights are "
-            "given for all sources or for none: add or remove weights"
+            f"train sources {', '.join(lacking)} have no weight and others have one; weights must "
+            "be given for all sources or for none: add or remove weights"
         )
     for name, weight in zip(names, given, strict=True):
         if not (math.isfinite(weight) and weight > 0):
@@ -71,11 +71,11 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
 
 
 def check_same_data(saved: Any, own: Any) -> None:
-    """Checks that a saved position is one in the data of this run.
+    """Checks that a saved position refers to the data that this run reads.
 
     Args:
-        saved: What the saved position's data depend on.
-        own: The same of this run.
+        saved: The settings that decide what the saved run read.
+        own: The same settings of this run.
 
     Raises:
         SparsifyError: They differ.
@@ -91,14 +91,14 @@ def check_same_data(saved: Any, own: Any) -> None:
 class BlendSampler(Sampler[int]):
     """Indices into the concatenated blocks of several sources, in the order of one epoch.
 
-    Without weights each block comes once an epoch. With weights source i gives ``quotas[i]`` blocks
-    an epoch, from an endless sequence of permutations of its own blocks that goes on from one epoch
-    to the next: small sources repeat evenly, large ones are covered over epochs. An epoch has
-    ``sum(sizes)`` blocks either way, shuffled together.
+    Without weights, each block comes once per epoch. With weights, source i gives ``quotas[i]``
+    blocks per epoch. It takes them from an endless sequence of permutations of its own blocks, and
+    each epoch goes on where the last one ended: small sources repeat evenly, large ones are covered
+    over several epochs. Either way an epoch has ``sum(sizes)`` blocks, shuffled together.
 
     Args:
         sizes: Number of blocks of each source.
-        weights: Share of each source in an epoch, of any sum, or None.
+        weights: Relative share of each source in an epoch, or None.
         seed: Not negative.
 
     Raises:
@@ -119,11 +119,11 @@ class BlendSampler(Sampler[int]):
             )
 
     def __len__(self) -> int:
-        """Number of blocks an epoch."""
+        """Number of blocks per epoch."""
         return sum(self.sizes)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that iteration begun after this call gives.
+        """Chooses the epoch for iterators that begin after this call.
 
         Args:
             epoch: Counted from 0.
@@ -154,15 +154,15 @@ class BlendSampler(Sampler[int]):
 
 
 class BatchesOfRank(Sampler[list[int]]):
-    """The batches of one rank: numbers rank, rank + world, ... of the sampler's order.
+    """The batches of one rank: every world-th batch of the sampler's order, starting at the rank.
 
-    The ranks' batches at step i are the batches ``i * world`` to ``(i + 1) * world - 1`` of one
-    process, so two ranks train on what one process reads with twice the gradient accumulation. The
-    last round is dropped if it lacks a full batch for any rank.
+    At step i the ranks together read the batches ``i * world`` to ``(i + 1) * world - 1`` of a
+    single process. So two ranks train on what one process reads with twice the gradient
+    accumulation. A last step without a full batch for every rank is dropped.
 
     Args:
         sampler: Gives the order; its ``set_epoch`` chooses the epoch.
-        batch_size: Blocks a batch.
+        batch_size: Blocks per batch.
         rank: This process, from 0.
         world: Number of processes.
     """
@@ -174,17 +174,16 @@ class BatchesOfRank(Sampler[list[int]]):
         self.world = world
 
     def __len__(self) -> int:
-        """Number of batches an epoch, the same for every rank."""
+        """Number of batches per epoch, the same on every rank."""
         return len(self.sampler) // (self.batch_size * self.world)
 
     def __iter__(self) -> "BatchIterator":
-        """Begins the epoch that the sampler has when the first batch is asked for."""
+        """Begins the epoch that the sampler is set to when the first batch is asked for."""
         return BatchIterator(self)
 
     def identity(self) -> dict[str, Any]:
-        """What the batches of an epoch depend on; a saved position holds only where it is equal.
-
-        Not on the number of processes: it only says which of them reads a batch.
+        """The settings that decide an epoch's batches; a saved position is valid only under equal
+        ones. The number of processes is not among them: it only decides who reads a batch.
         """
         return {
             "blocks": list(self.sampler.sizes),
@@ -195,9 +194,9 @@ class BatchesOfRank(Sampler[list[int]]):
 
 
 class BatchIterator(Iterator[list[int]]):
-    """Position in one epoch of a `BatchesOfRank`, which can be saved and restored.
+    """Iterates over one epoch of a `BatchesOfRank`; its position can be saved and restored.
 
-    The epoch is read at the first batch: trainers ask for the iterator before they set the epoch.
+    It asks for the epoch at the first batch, as trainers set the epoch after they get the iterator.
 
     Args:
         batches: The batches to go through.
@@ -206,7 +205,7 @@ class BatchIterator(Iterator[list[int]]):
     def __init__(self, batches: BatchesOfRank) -> None:
         self.batches = batches
         self._step = 0
-        self._epoch: int | None = None  # of _step; None until it is known
+        self._epoch: int | None = None  # the epoch that _step is in; None until it is known
         self._order: NDArray[np.int64] | None = None
 
     def __next__(self) -> list[int]:
@@ -223,8 +222,8 @@ class BatchIterator(Iterator[list[int]]):
         return indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, which is the same on every rank: the epoch, and how many of its batches
-        all ranks together have read.
+        """The position, the same on every rank: the epoch, and how many of its batches all ranks
+        together have read.
         """
         epoch, step = self._position()
         return {"epoch": epoch, "batch": step * self.batches.world}
@@ -233,8 +232,8 @@ class BatchIterator(Iterator[list[int]]):
         """Goes to a saved position, and sets the sampler's epoch to the saved one.
 
         Args:
-            state: What `state_dict` gave, on any number of ranks. Batches that do not fill a round
-                of the present ones are the last of their epoch, and end it.
+            state: What `state_dict` gave, on any number of ranks. If the present ranks cannot share
+                so many batches equally, these were the last of their epoch, which then ends.
         """
         self.batches.sampler.set_epoch(state["epoch"])
         step = -(-state["batch"] // self.batches.world)
@@ -243,6 +242,7 @@ class BatchIterator(Iterator[list[int]]):
     def _position(self) -> tuple[int, int]:
         if self._epoch is not None and self._order is not None:
             return self._epoch, self._step
-        # Not begun: a position restored from another epoch was the end of that epoch.
+        # Not begun. If the trainer has set another epoch since a position was restored, that
+        # position was the end of its epoch.
         epoch = self.batches.sampler.epoch
         return epoch, self._step if self._epoch in (None, epoch) else 0

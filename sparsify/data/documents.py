@@ -17,11 +17,11 @@ from sparsify.data.sources import BadRows, BadRowsPolicy, Shard, Source, Unusabl
 
 @dataclass(frozen=True)
 class Instruction:
-    """A document of which only parts are learned.
+    """A document of which only parts are learned, that is, are targets of the loss.
 
     Args:
         text: The whole text.
-        learned: Start and end of each part that is learned, in characters.
+        learned: Start and end of each learned part, in characters.
     """
 
     text: str
@@ -32,14 +32,15 @@ Document = str | Instruction
 
 
 def open_source(source: Source, stream: bool = False) -> Sequence[Shard]:
-    """The parts of a source, in a fixed order.
+    """Finds the parts of a source, in a fixed order.
 
     Args:
-        source: What to read.
-        stream: Whether to give the parts of a data set one by one, each with positions.
+        source: The source.
+        stream: Whether to give each file of a data set as a part with positions of its own, rather
+            than the data set as one part.
 
     Raises:
-        SparsifyError: It cannot be found or opened.
+        SparsifyError: The source cannot be found or opened.
     """
     if source.in_memory:
         return [ObjectShard(source)]
@@ -55,26 +56,26 @@ def read_documents(
     """Yields the documents of a source in a fixed order.
 
     Args:
-        source: What to read.
-        bad_rows: "error" raises at the first row that is not usable; "skip" counts it in `report`.
-        report: Receives the rows that "skip" leaves out.
-        tokenizer: Its chat template writes messages; other sources need none.
+        source: The source to read.
+        bad_rows: "error" raises at the first unusable row; "skip" counts it in `report`.
+        report: Counts the rows that "skip" leaves out.
+        tokenizer: Needed for sources of messages only, which its chat template turns into text.
 
     Yields:
         One document, never empty.
 
     Raises:
-        SparsifyError: The source is missing, has nothing of a known kind, cannot be read or
-            decoded, or a row is bad and `bad_rows` is "error".
+        SparsifyError: The source is missing, has no file of a known kind, cannot be read or
+            decoded, or a row is unusable and `bad_rows` is "error".
     """
     judge = Judge(source, bad_rows, report, tokenizer)
-    found = (
+    usable = (
         document
         for shard in open_source(source)
         for number, row in shard.rows()
         if (document := judge(shard.name, number, row)) is not None
     )
-    documents = islice(found, source.documents)
+    documents = islice(usable, source.documents)
     if not source.joined:
         yield from documents
     elif texts := [str(text) for text in documents]:
@@ -82,13 +83,13 @@ def read_documents(
 
 
 class Judge:
-    """Makes the document of a row, or accounts for the row.
+    """Turns a row into a document, or counts it as unusable.
 
     Args:
         source, bad_rows, report, tokenizer: As for `read_documents`.
 
     Raises:
-        SparsifyError: The source has messages and the tokenizer no chat template.
+        SparsifyError: The source has messages, but the tokenizer has no chat template.
     """
 
     def __init__(
@@ -102,20 +103,20 @@ class Judge:
         self._tokenizer = tokenizer
         if source.messages_key is not None and not getattr(tokenizer, "chat_template", None):
             raise SparsifyError(
-                f"{source.label} has messages, and the tokenizer has no chat template to write "
+                f"{source.label} has messages, but the tokenizer has no chat template to write "
                 "them: use an instruction model's tokenizer, or set tokenizer.chat_template"
             )
 
     def __call__(self, name: str, number: int, row: object) -> Document | None:
-        """The document, or None for a row that is left out.
+        """Return the document, or None for a row that is left out.
 
         Args:
-            name: Of the file, for messages.
-            number: Of the row.
-            row: Its value.
+            name: Name of the file, for messages.
+            number: Number of the row.
+            row: Value of the row.
 
         Raises:
-            SparsifyError: The row is bad, and bad rows are errors.
+            SparsifyError: The row is unusable, and such rows are errors.
         """
         document = row if isinstance(row, Unusable) else self._document(row)
         if not isinstance(document, Unusable):
@@ -124,8 +125,8 @@ class Judge:
         if self._bad_rows == "error":
             raise SparsifyError(
                 f"{where}: {document.reason}{document.detail}; every document must be a text that "
-                "is not empty: mend it, or use --data.bad_rows skip, which counts such rows and "
-                "leaves them out"
+                "is not empty: correct the row, or use --data.bad_rows skip, which counts such "
+                "rows and leaves them out"
             )
         self._report.add(document.reason, where)
         return None
@@ -182,12 +183,12 @@ class Judge:
         learned = []
         for number, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                # What comes after the words that ask the model to speak is what it says.
+                # The template's opening words ask the model to speak; its answer follows them.
                 before, after = write(number, opened=True), write(number + 1)
                 if not (text.startswith(after) and after.startswith(before)):
                     return Unusable(
                         "turns that the chat template changes when more follow",
-                        "; it cannot be told what the assistant says: cut the row into "
+                        ", so that the assistant's part cannot be found: split the row into "
                         "conversations of one turn",
                     )
                 learned.append((len(before), len(after)))
@@ -200,7 +201,7 @@ def _why_bad(text: object, key: str, may_be_empty: bool) -> str | None:
     if not may_be_empty and not text.strip():
         return "empty text"
     try:
-        text.encode()  # JSON escapes can spell half a surrogate pair, which no tokenizer takes
+        text.encode()  # JSON escapes may spell half a surrogate pair, which tokenizers refuse
     except UnicodeEncodeError:
         return "text is not valid Unicode"
     return None

@@ -1,4 +1,4 @@
-"""Rows of text, JSON-lines and Parquet files."""
+"""Reads the rows of text, JSON-lines and Parquet files."""
 
 import gzip
 import io
@@ -20,8 +20,8 @@ from sparsify.data.sources import (
     optional,
 )
 
-LONGEST = 2**29  # characters of a row: what unpacks to more is no text, or belongs in several rows
-ROWS_A_READ = 1024  # of a Parquet row group, whose decoded text may be larger than memory
+LONGEST = 2**29  # characters in a row; more are not text, or belong in several rows
+ROWS_A_READ = 1024  # rows decoded at once; a whole Parquet row group may be larger than memory
 
 
 class FileShard:
@@ -29,7 +29,7 @@ class FileShard:
 
     Args:
         file: The file.
-        source: Names the keys to read.
+        source: The source, which names the keys to read.
     """
 
     def __init__(self, file: Path, source: Source) -> None:
@@ -42,7 +42,7 @@ class FileShard:
 
 
 class FileRows(Iterator[tuple[int, object]]):
-    """Rows of one file; a position is the number of rows before it."""
+    """Rows of one file; a position is the number of rows already read."""
 
     def __init__(self, file: Path, source: Source, skip: int) -> None:
         self._count = skip
@@ -62,7 +62,7 @@ def file_shards(source: Source) -> list[FileShard]:
     """The files of a source, in a fixed order.
 
     Raises:
-        SparsifyError: The path is missing, or has no file of a known kind.
+        SparsifyError: The path does not exist, or there is no file of a known kind.
     """
     return [FileShard(file, source) for file in _files(source.path)]
 
@@ -84,16 +84,16 @@ def _read(file: Path, source: Source) -> Iterator[tuple[int, object]]:
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise SparsifyError(
-            f"{file} cannot be read ({error}); every file of a source must be a readable file, "
-            "and one named .gz a whole gzip file: mend or remove it"
+            f"{file} cannot be read ({error}); every file of a source must be readable, and a file "
+            "named .gz a whole gzip file: mend or remove it"
         ) from error
 
 
 def _bounded(text: str, file: Path, row: int) -> str:
-    """The text of a row, unless it is longer than a row may be."""
+    """The text of a row; SparsifyError if it is too long."""
     if len(text) > LONGEST:
         raise SparsifyError(
-            f"{file}:{row} is longer than {LONGEST} characters; a row is held in memory, and must "
+            f"{file}:{row} is longer than {LONGEST} characters; a row is held in memory and must "
             "be shorter: split it into several rows or files"
         )
     return text
@@ -126,7 +126,7 @@ def _json_lines(given: IO[str], file: Path) -> Iterator[tuple[int, object]]:
             yield blank, Unusable("blank line")
             blank = None
         if not line.strip():
-            blank = number  # judged at the next line: a blank last line is no row
+            blank = number  # yielded at the next line, as a blank last line is not a row
             continue
         try:
             row = json.loads(line)
@@ -157,7 +157,7 @@ def _parquet(file: Path, source: Source) -> Iterator[tuple[int, object]]:
 def _kind(file: Path) -> str:
     name = file.name.lower()
     plain = name.removesuffix(".gz")
-    # Parquet compresses by itself.
+    # A Parquet file is compressed inside, so .parquet.gz is not a known kind.
     return Path(name if plain.endswith(PARQUET_SUFFIX) else plain).suffix
 
 
@@ -173,10 +173,10 @@ def _files(path: str) -> list[Path]:
         shown = path if len(path) <= 200 else repr(path[:80] + "...")
         raise SparsifyError(
             f"{shown} does not exist; a source must be a file or a folder: correct the path, or "
-            "give texts themselves, in Python, by a name as {'mine': ['first text', ...]}"
+            "give texts themselves, in Python, under a name as {'mine': ['first text', ...]}"
         )
     if root.is_dir():
-        # posix form: the same order, and so the same data, on every system
+        # POSIX form gives the same order, and so the same data, on every system.
         files = sorted(
             (file for file in root.rglob("*") if file.is_file() and _kind(file) in known),
             key=lambda file: file.relative_to(root).as_posix(),
@@ -197,12 +197,12 @@ def _files(path: str) -> list[Path]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # longer than a path can be, or with a zero byte
+    except (OSError, ValueError):  # longer than a path may be, or with a zero byte
         return False
 
 
 def _open(file: Path) -> IO[str]:
-    # utf-8-sig: as UTF-8, less the byte order mark that some editors put first
+    # utf-8-sig is UTF-8 without the byte order mark that some editors write first.
     if file.name.lower().endswith(".gz"):
         return gzip.open(file, "rt", encoding="utf-8-sig")
     return file.open(encoding="utf-8-sig")

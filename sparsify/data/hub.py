@@ -1,4 +1,4 @@
-"""Rows of Hugging Face data sets, downloaded or streamed; no code of a data set is ever run."""
+"""Reads Hugging Face data sets, downloaded or streamed, without running code of theirs."""
 
 import re
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ class HubShard:
     """A data set, or one of the files that it streams from.
 
     Args:
-        name: For messages.
+        name: Name of the data set, for messages.
         dataset: The whole data set.
-        part: Number of the file; None reads all.
+        part: Number of the file, from 0; None reads all.
     """
 
     def __init__(self, name: str, dataset: Any, part: int | None = None) -> None:
@@ -23,10 +23,10 @@ class HubShard:
         self._dataset, self._part = dataset, part
 
     def rows(self, position: Any = None) -> "HubRows":
-        """The rows from a position; only those of parts have positions."""
+        """The rows from a position, which must be None unless this is one file."""
         if self._part is None:
             return HubRows(self.name, self._dataset, position)
-        # Made anew: a position that was restored stays in the object.
+        # A new object each time, as a restored position would stay in an old one.
         parts = self._dataset.num_shards
         part = self._dataset.shard(num_shards=parts, index=self._part)
         return HubRows(self.name, part, position)
@@ -46,18 +46,18 @@ class HubRows(Iterator[tuple[int, object]]):
     def __next__(self) -> tuple[int, object]:
         try:
             row = next(self._rows)
-        except (OSError, ValueError) as error:  # the network's, and a file's that is not as named
+        except (OSError, ValueError) as error:  # of the network, or of a damaged file
             raise SparsifyError(
                 f"{self._name} cannot be read further than row {self._count} ({error}); every file "
-                "of a data set must be reachable and whole: look at the network, or mend it, and "
-                "resume from the last checkpoint"
+                "of a data set must be reachable and whole: check the network or mend the file, "
+                "and resume from the last checkpoint"
             ) from error
         self._count += 1
         return self._count, row
 
     def position(self) -> dict[str, Any]:
         """The number of rows read, and the data set's own state."""
-        if self._count == self._start["row"]:  # the data set has a state from its first row on
+        if self._count == self._start["row"]:  # the data set has no state before its first row
             return dict(self._start)
         return {"row": self._count, "dataset": self._dataset.state_dict()}
 
@@ -66,11 +66,11 @@ def hub_shards(source: Source, parts: bool) -> list[HubShard]:
     """The parts of a data set, in a fixed order.
 
     Args:
-        source: Names it.
-        parts: Whether to give the files that it streams from one by one, or all as one part.
+        source: The source that names it.
+        parts: Whether to give each file that it streams from as a part, rather than all as one.
 
     Raises:
-        SparsifyError: It is not found or not reached, or has no such configuration, split or
+        SparsifyError: It is not found or cannot be reached, or lacks the configuration, split or
             column.
     """
     dataset = _load(source)
@@ -96,19 +96,19 @@ def _load(source: Source) -> Any:
         raise SparsifyError(
             f"{source.path} is not found or not reached ({error}); it must be a data set of the "
             "hub that you may read, or a local folder in the hub's layout: correct the name, or "
-            "look at the network"
+            "check the network"
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise _explain(source, name, datasets, error) from error
 
 
 def _is_folder(name: str) -> bool:
-    """Whether it is read in place: a cached copy would stay as it is when the folder changes."""
+    """Whether the name is a local folder, which is read in place: a cached copy could be stale."""
     return Path(name).is_dir()
 
 
 def _explain(source: Source, name: str, datasets: Any, error: Exception) -> SparsifyError:
-    """What is wrong with a data set that there is but that cannot be loaded."""
+    """Explain why a data set that exists cannot be loaded."""
     try:
         configs = datasets.get_dataset_config_names(name)
         if "Config name is missing" in str(error) or source.config not in (None, *configs):

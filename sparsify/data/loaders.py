@@ -1,4 +1,4 @@
-"""Loaders whose position a checkpoint restores."""
+"""Training loaders that can save their position in a checkpoint and go back to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from sparsify.data.packing import PackedText, to_batch
 from sparsify.data.stream import CHOICE, Blocks
 from sparsify.models.token_batch import TokenBatch
 
-# Lightning fetches a batch ahead from a loader without length, and its saved position would be one
-# batch too far. No run gets to the end of this one.
+# The length that an endless loader states, which no run reaches. From a loader without a length
+# Lightning fetches one batch ahead, and the saved position would be one batch too far.
 BATCHES = 2**40
 
 
@@ -32,17 +32,18 @@ class TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[misc
             check_same_data(state["of"], self.batch_sampler.identity())
             _check_position(state["position"])
             super().load_state_dict(state["position"])
-            # Torchdata reads the position only here, and when Lightning comes to this by itself, it
-            # hides what is raised behind an error of its own.
+            # Only iter() makes torchdata read the position. Left to Lightning, an error in it would
+            # be hidden behind one of Lightning's own.
             iter(self)
             super().load_state_dict(state["position"])
 
 
 def _check_position(position: Mapping[str, Any]) -> None:
-    """Torchdata takes whatever is true for the end of an epoch, and any number for a count.
+    """Check the types of a saved position: torchdata takes any true value for the end of an epoch,
+    and any number for a count.
 
     Raises:
-        ValueError: it is not what the loader saves; a value is named.
+        ValueError: a value has a type that the loader does not save; it is named.
     """
     if type(position["_iterator_finished"]) is not bool:
         raise ValueError(
@@ -68,8 +69,8 @@ class BlockDataset(Dataset[Tensor | TokenBatch]):
 def check_trainer_of_stream(trainer: Any) -> None:
     if getattr(trainer, "max_steps", 1) == -1:
         raise SparsifyError(
-            "the trainer has max_steps -1, and train streams without end; a run ends by its "
-            "steps: give --trainer.max_steps"
+            "the trainer has max_steps -1, and train streams without end; only a number of steps "
+            "ends such a run: give --trainer.max_steps"
         )
     interval = getattr(trainer, "val_check_interval", 1.0)
     if isinstance(interval, float) and interval != 1.0:
@@ -82,19 +83,19 @@ def check_trainer_of_stream(trainer: Any) -> None:
 class StreamLoader(Iterator[Tensor | TokenBatch]):
     """This process's batches of an endless blend; it can save its position.
 
-    Every process makes all blocks and keeps its own batches, of which numbers rank, rank + world,
-    ... of one process's: two ranks train on what one process reads with twice the gradient
-    accumulation.
+    Every process makes the blocks of all, and keeps every world-th batch, starting at its rank. So
+    two ranks train on what one process reads with twice the gradient accumulation.
 
     Args:
-        sources: Gives the blocks of each source.
-        weights: Share of each source.
+        sources: The blocks of each source.
+        weights: Relative share of each source.
         masked: Whether some tokens are context only.
         seed: Not negative.
-        batch_size: Blocks a batch.
+        batch_size: Blocks per batch.
         rank: This process, from 0.
         world: Number of processes.
-        identity: What the blocks depend on; a saved position holds only where it is equal.
+        identity: The settings that decide the blocks; a saved position is valid only under equal
+            ones.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class StreamLoader(Iterator[Tensor | TokenBatch]):
         self._borders = np.cumsum(weights)[:-1] / sum(weights)
         self._seed, self._batch_size, self._rank, self._world = seed, batch_size, rank, world
         self._identity = identity
-        self._block = 0  # number of the next one, of all ranks
+        self._block = 0  # number of the next block, counted over all ranks
 
     def __len__(self) -> int:
         """More batches than any run reads."""
@@ -127,10 +128,10 @@ class StreamLoader(Iterator[Tensor | TokenBatch]):
         return to_batch(torch.stack(own), self._masked)
 
     def source_of(self, block: int) -> int:
-        """The number of the source that gives a block.
+        """The number of the source that a block comes from.
 
         Args:
-            block: Its number, from 0.
+            block: Number of the block, from 0.
         """
         share = np.random.default_rng([self._seed, CHOICE, block]).random()
         return int(np.searchsorted(self._borders, share, side="right"))

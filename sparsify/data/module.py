@@ -1,4 +1,4 @@
-"""The Lightning data module: named text sources to batches of token blocks.
+"""The Lightning data module, which makes batches of token blocks from named text sources.
 
 Shapes: B batch, T tokens of a block.
 """
@@ -42,27 +42,26 @@ class TextDataModule(LightningDataModule):
 
     A batch is a Tensor, or a `TokenBatch` where a source has tokens that are context only.
 
-    A split is one path, a list of paths (each named after its file, with the folder's name before
-    it where two would be the same), or a mapping of names to paths
-    or `Source`. ``embedded:NAME`` is one of the texts that come with the package. With no `train`
-    the text that comes with the package is used, for `validation` and `test` also where they are
-    not given. With `train`, a split that is not given is absent.
+    A split is one path, a list of paths, or a mapping of names to paths or `Source`. In a list,
+    each source is named after its file, with the folder's name in front where two would be equal.
+    ``embedded:NAME`` is one of the texts that come with the package. Without `train`, every split
+    that is not given is the package's text; with `train`, it is absent.
 
     Args:
         train: Sources of the training split, read as one blend.
         validation: Sources of the validation split, one loader each.
         test: Sources of the test split, one loader each.
-        block_size: Tokens a block, T; at least 2, for a token and the next one.
-        batch_size: Training blocks a batch on each process.
-        eval_batch_size: Validation and test blocks a batch.
+        block_size: Tokens per block, T; at least 2, for a token and the next one.
+        batch_size: Training blocks per batch on each process.
+        eval_batch_size: Validation and test blocks per batch.
         bad_rows: Whether a row without a usable text stops the run ("error") or is counted and
             left out ("skip").
         seed: Seed of the order of the training blocks; not negative.
         tokenizer: Turns text into token ids. None takes the ``tokenizer`` of the trainer's module.
 
     Raises:
-        SparsifyError: A number is out of range, a split is given with no source, or a source's
-            settings contradict each other.
+        SparsifyError: A number is out of range, a split is given without a source, or settings of a
+            source contradict each other.
     """
 
     def __init__(
@@ -88,12 +87,12 @@ class TextDataModule(LightningDataModule):
         self.bad_rows: BadRowsPolicy = bad_rows
         self.seed = seed
         self.tokenizer = tokenizer
-        given: dict[Split, Sources] = {"train": train, "validation": validation, "test": test}
+        splits: dict[Split, Sources] = {"train": train, "validation": validation, "test": test}
         self.sources = {
             split: embedded_sources(split)
             if train is None and value is None
             else named_sources(split, value)
-            for split, value in given.items()
+            for split, value in splits.items()
         }
         for sources in self.sources.values():
             for name, source in sources.items():
@@ -104,9 +103,9 @@ class TextDataModule(LightningDataModule):
         if self.endless and self.weights is None and len(self.sources["train"]) > 1:
             names = ", ".join(name for name, s in self.sources["train"].items() if s.endless)
             raise SparsifyError(
-                f"train source {names} streams without end, and no source has a weight; a blend "
-                "with a stream has no other shares: give every source a weight, or the stream a "
-                "limit of documents"
+                f"train source {names} streams without end, and no source has a weight; only "
+                "weights can say the shares of a blend with a stream: give every source a weight, "
+                "or the stream a limit of documents"
             )
         self._packed: dict[Split, dict[str, PackedText]] = {}
         self._packed_with: PreTrainedTokenizerBase | None = None
@@ -132,14 +131,14 @@ class TextDataModule(LightningDataModule):
         return list(self.sources["test"])
 
     def setup(self, stage: str) -> None:
-        """Reads and packs what a stage needs and is not packed yet.
+        """Reads and packs the splits that a stage needs, unless that was done before.
 
         Args:
             stage: "fit", "validate" or "test".
 
         Raises:
             SparsifyError: A source cannot be read or is less than one block, there is no tokenizer,
-                or the trainer would shard the data a second time.
+                or the trainer would distribute the data over processes a second time.
         """
         trainer = self.trainer
         if (
@@ -151,8 +150,8 @@ class TextDataModule(LightningDataModule):
                 "the trainer has use_distributed_sampler=True; TextDataModule gives each process "
                 "its own batches: set Trainer(use_distributed_sampler=False)"
             )
-        # Lightning warns of both, and both are meant: blocks lie in memory, so a worker process
-        # would only copy them, and a split may be absent.
+        # Lightning warns of no workers and of an empty split. Both are meant: blocks lie in memory,
+        # where a worker would only copy them, and a split may be absent.
         for message in ("The '.*' does not have many workers", "Total length of `list` across"):
             warnings.filterwarnings("ignore", message=message)
         self._pack(*SPLITS_OF_STAGE[stage])
@@ -161,8 +160,8 @@ class TextDataModule(LightningDataModule):
         """This process's training batches [B, T], int64; the loader can save its position.
 
         Raises:
-            SparsifyError: The blocks are fewer than one batch for every process, or the trainer
-                asks a stream for its end.
+            SparsifyError: There are too few blocks for one batch on every process, or a setting of
+                the trainer needs the end of a stream.
         """
         packed = self._pack("train")["train"]
         rank, world = data_parallel(self.trainer)
@@ -183,8 +182,8 @@ class TextDataModule(LightningDataModule):
             return TrainLoader(
                 ConcatDataset([BlockDataset(p, marked) for p in packed.values()]),
                 batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
-                # Its own generator: a loader draws a number at the start of each epoch, and drawing
-                # it from the global one would make a resumed run's dropout differ.
+                # A loader draws a number at the start of each epoch. Drawn from the global
+                # generator, it would change the dropout of a resumed run.
                 generator=torch.Generator(),
             )
 
@@ -197,11 +196,11 @@ class TextDataModule(LightningDataModule):
         return self._eval_dataloaders("test")
 
     def calibration(self, samples: int, seed: int = 0) -> Tensor:
-        """Training blocks for calibration, all different, in the proportions of the blend.
+        """Draws different training blocks for calibration, in the proportions of the blend.
 
         Args:
             samples: Number of blocks, at least 1.
-            seed: Chooses the blocks; not negative. Of a stream they are the first in any case.
+            seed: Chooses the blocks; not negative. A stream always gives its first blocks.
 
         Returns:
             Token ids [samples, T], int64.
@@ -212,7 +211,7 @@ class TextDataModule(LightningDataModule):
         at_least("samples", samples, 1)
         packed = self._pack("train")["train"]
         names = list(self.sources["train"])
-        # A stream's share comes from weights; without any there is no other source.
+        # Without weights a stream is the only source, and takes all.
         sizes = [len(packed[name].blocks) if name in packed else 1 for name in names]
         rng = np.random.default_rng(seed)
         chosen = []
@@ -225,19 +224,19 @@ class TextDataModule(LightningDataModule):
             if share > len(blocks):
                 raise SparsifyError(
                     f"calibration asks for {share} of {samples} blocks from train source {name}, "
-                    f"which has {len(blocks)}; blocks are used once: ask for fewer with "
+                    f"which has {len(blocks)}; each block is used once: ask for fewer with "
                     "--model.calibration.samples, or add text"
                 )
             chosen.append(blocks[rng.permutation(len(blocks))[:share]])
         return unmarked(torch.cat(chosen)[rng.permutation(samples)])
 
     def describe(self, split: Split) -> dict[str, Any]:
-        """What a split holds, for the record of a run; free of absolute paths.
+        """Describes the content of a split for the record of a run, without absolute paths.
 
         Returns:
             ``block_size``, and under ``sources`` for each name the file name, the numbers of
-            documents, tokens, blocks and dropped tokens, and the digest of the token ids; of a
-            stream, which has none of these, that it is one.
+            documents, tokens, blocks and dropped tokens, and the digest of the token ids; for a
+            stream, which has no such numbers, ``"streaming": True`` instead.
         """
         packed = self._pack(split)[split]
         return {
@@ -267,7 +266,7 @@ class TextDataModule(LightningDataModule):
                         for name, source in self.sources[split].items()
                         if split != "train" or not source.endless
                     }
-        finally:  # rows left out may be why there is too little text
+        finally:  # also on failure: the rows left out may be why there is too little text
             report.warn()
         return self._packed
 
@@ -288,8 +287,8 @@ class TextDataModule(LightningDataModule):
         )
 
     def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor | TokenBatch]]:
-        # Every process reads all blocks: a sum over them is then exact and the same on each with no
-        # communication, and FSDP needs the same number of forwards on every process.
+        # Every process reads all blocks. So each gets the same exact sum without communication, and
+        # FSDP gets the same number of forward passes on every process.
         return [
             DataLoader(
                 BlockDataset(packed, self.sources[split][name].masked),

@@ -1,4 +1,4 @@
-"""Rows of Python objects: Hugging Face data sets, lists of texts, rows of any iterable."""
+"""Reads rows from Python objects: Hugging Face data sets, lists of texts, and other iterables."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -17,7 +17,7 @@ class ObjectShard:
     """The rows of one object.
 
     Args:
-        source: Its ``path`` is the object.
+        source: The source; its ``path`` is the object.
     """
 
     def __init__(self, source: Source) -> None:
@@ -29,7 +29,7 @@ class ObjectShard:
 
 
 class ObjectRows(Iterator[tuple[int, object]]):
-    """Rows of one object; a position is the number of rows before it."""
+    """Rows of one object; a position is the number of rows already read."""
 
     def __init__(self, source: Source, skip: int) -> None:
         rows: Any = source.path
@@ -50,15 +50,15 @@ class ObjectRows(Iterator[tuple[int, object]]):
 
 
 def is_dataset(value: object) -> bool:
-    """Whether it is an object of the package ``datasets``, which is not imported for this."""
+    """Whether a value is an object of the package ``datasets``, told without importing that."""
     return type(value).__module__.partition(".")[0] == "datasets"
 
 
 def part_of(split: str, value: Any) -> Any:
-    """What is given for a split; of a `datasets.DatasetDict` the part of the split's name.
+    """The value given for a split; if it is a `datasets.DatasetDict`, its part of that name.
 
     Raises:
-        SparsifyError: It has no such part.
+        SparsifyError: The `DatasetDict` has no such part.
     """
     if not (is_dataset(value) and isinstance(value, Mapping)):
         return value
@@ -71,10 +71,10 @@ def part_of(split: str, value: Any) -> Any:
 
 
 def rows_of(split: str, value: Any) -> Any:
-    """An object whose rows can be read more than once.
+    """The value as an object whose rows can be read more than once.
 
     Raises:
-        SparsifyError: It is not one that rows of text come from.
+        SparsifyError: Its type cannot hold rows of text.
     """
     if is_dataset(value) and not isinstance(value, Mapping) and hasattr(value, "column_names"):
         return value

@@ -1,7 +1,7 @@
-"""Packs documents into blocks of token ids of one length.
+"""Packs documents into blocks of token ids of equal length.
 
-A token that is context only, such as one of a prompt, is stored as the complement of its id, which
-is negative: blocks then need no second tensor, and those of plain text cost nothing.
+A token that is context only, such as one of a prompt, is stored as the complement ``~id``, which is
+negative. So blocks need no second tensor that marks the targets.
 
 Shapes: T tokens of a block.
 """
@@ -27,7 +27,7 @@ from sparsify.models.token_batch import TokenBatch
 
 log = logging.getLogger("sparsify")
 
-DOCUMENTS_A_CALL = 64  # enough to keep a fast tokenizer's threads busy, few enough for memory
+DOCUMENTS_A_CALL = 64  # enough for a fast tokenizer's threads, few enough for memory
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class PackedText:
     """Token blocks of one source.
 
     Args:
-        blocks: int32 token ids [blocks, T]; int32 because token ids fit and it halves the memory.
-            The complement of an id is a token that is context only.
+        blocks: int32 token ids [blocks, T], with half the memory of int64. A token that is context
+            only is stored as the complement of its id.
         documents: Number of documents.
-        tokens: Number of tokens of all documents and separators, before the last partial block
-            was dropped.
-        dropped: Number of tokens of the last partial block, which `blocks` lacks.
+        tokens: Number of tokens of all documents and separators, dropped ones included.
+        dropped: Number of tokens in the last partial block, which `blocks` leaves out.
         sha256: Hex digest of all `tokens` ids as little-endian int32. Equal digests mean equal
             text and tokenizer, whatever the block size.
     """
@@ -52,7 +51,7 @@ class PackedText:
     sha256: str
 
     def describe(self) -> dict[str, Any]:
-        """Its numbers, for records."""
+        """These numbers, for records."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -65,15 +64,16 @@ class PackedText:
 class Packer:
     """Joins documents with the end-of-text token.
 
-    The end of text is context only where the token before it is: what is learned ends with it.
+    That token is a target if the token before it is one, so that the model learns to end a
+    response; after context it is context only.
 
     Args:
-        tokenizer: Must have an ``eos_token``, which separates documents. It adds no other special
-            token.
+        tokenizer: Must have an ``eos_token``, which separates documents. No other special token is
+            added.
         name: Name of the source, for messages.
 
     Attributes:
-        ids: int32 ids not yet taken, context only as complements.
+        ids: int32 ids not yet taken; the complement of an id if the token is context only.
         documents: Number of documents so far.
 
     Raises:
@@ -84,13 +84,13 @@ class Packer:
         separator = tokenizer.eos_token_id
         if not isinstance(separator, int):
             raise SparsifyError(
-                f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}; documents are "
-                "separated by it: use a tokenizer that has one, or set tokenizer.eos_token"
+                f"{name}: the tokenizer's eos_token is {tokenizer.eos_token!r}; it separates "
+                "documents and must exist: use a tokenizer with one, or set tokenizer.eos_token"
             )
         self.ids = array("i")
         self.documents = 0
         self._separator = separator
-        self._last = 0  # id before the next one
+        self._last = 0  # the last id added
         self._tokenizer, self._name = tokenizer, name
 
     def add(self, documents: Sequence[Document]) -> None:
@@ -100,7 +100,7 @@ class Packer:
             documents: Few enough to tokenise at once.
 
         Raises:
-            SparsifyError: The tokenizer does not tell which token stands for which text.
+            SparsifyError: The tokenizer does not tell which token belongs to which text.
         """
         for group in _calls(documents):
             if len(group) == 1 and isinstance(group[0], str):
@@ -112,7 +112,9 @@ class Packer:
                     self._append([ids])
 
     def _packed(self, documents: Sequence[Document]) -> list["array[int]"]:
-        """Their ids; what the tokenizer made is freed before `ids` grows."""
+        """The ids of documents, as arrays, so that the tokenizer's lists are freed before `ids`
+        grows.
+        """
         return [array("i", ids) for ids in self._encode(documents)]
 
     def _append(self, pieces: Iterable["array[int]"]) -> None:
@@ -127,12 +129,12 @@ class Packer:
 
     def take(self, count: int) -> Tensor:
         """Removes the first ids: int32 [count]."""
-        taken = torch.from_numpy(np.array(self.ids[:count], dtype=np.int32))
+        first = torch.from_numpy(np.array(self.ids[:count], dtype=np.int32))
         del self.ids[:count]
-        return taken
+        return first
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added and not yet taken."""
+        """The ids that were added but not yet taken, and the number of documents."""
         ids = torch.from_numpy(np.array(self.ids, dtype=np.int32))
         return {"ids": ids, "documents": self.documents, "last": self._last}
 
@@ -147,9 +149,9 @@ class Packer:
         if marked and not getattr(self._tokenizer, "is_fast", False):
             raise SparsifyError(
                 f"{self._name}: {type(self._tokenizer).__name__} does not tell which token stands "
-                "for which text, and prompts are told from responses by it: use a fast tokenizer"
+                "for which text, so prompts are not told from responses: use a fast tokenizer"
             )
-        # verbose=False: a document may be longer than the model's context, it is cut later
+        # verbose=False: no warning of a document longer than the context, as it is cut later
         try:
             encoded = self._tokenizer(
                 texts,
@@ -159,12 +161,12 @@ class Packer:
                 verbose=False,
             )
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+            if type(error).__name__ != "PanicException":  # from Rust, and not an Exception
                 raise
             raise SparsifyError(
                 f"{self._name}: the tokenizer failed at documents {self.documents + 1} to "
                 f"{self.documents + len(texts)} ({error}); it must take every text: look at these "
-                "documents, or take another version of the package tokenizers"
+                "documents, or install another version of the package tokenizers"
             ) from error
         if not marked:
             yield from encoded["input_ids"]
@@ -181,9 +183,9 @@ def pack(
     """Joins documents with the end-of-text token and cuts them into blocks.
 
     Args:
-        documents: The texts, read once.
+        documents: The documents, iterated once.
         tokenizer: As for `Packer`.
-        block_size: Tokens a block.
+        block_size: Tokens per block.
         name: Name of the source, for messages.
 
     Returns:
@@ -215,20 +217,20 @@ def pack(
 
 
 def unmarked(blocks: Tensor) -> Tensor:
-    """The token ids of blocks, context or not, int64 of the same shape."""
+    """The plain token ids of blocks, with complements undone; int64 of the same shape."""
     blocks = blocks.long()
     return torch.where(blocks < 0, ~blocks, blocks)
 
 
 def to_batch(blocks: Tensor, masked: bool) -> Tensor | TokenBatch:
-    """Blocks as training takes them.
+    """Makes the batch that training reads.
 
     Args:
-        blocks: int32 ids, context only as complements.
-        masked: Whether there may be any of those.
+        blocks: int32 ids; the complement of an id if the token is context only.
+        masked: Whether there may be such tokens.
 
     Returns:
-        int64 token ids, with their targets if `masked`.
+        int64 token ids; if `masked`, a `TokenBatch` of them and their targets.
     """
     return TokenBatch(unmarked(blocks), blocks >= 0) if masked else blocks.long()
 
@@ -256,7 +258,7 @@ def _log(name: str, packed: PackedText) -> None:
 
 
 def _calls(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Runs of documents that are tokenised together: no more characters than a long one has."""
+    """Groups documents to tokenise together, with at most `LONGEST` characters where possible."""
     group: list[Document] = []
     size = 0
     for document in documents:

@@ -1,4 +1,4 @@
-"""Cuts a long text into pieces that are tokenised one by one, where this changes no token."""
+"""Cuts a long text into pieces to tokenise one by one, at places where no token changes."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,21 +7,21 @@ from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger("sparsify")
 
-LONGEST = 2**22  # characters: a tokenizer needs some 200 bytes of memory for each of them
-CONTEXT = 256  # characters on each side of a cut that decide whether it changes tokens
-NEARBY = 8  # lines' ends, and spaces, that are tried first
-TRIED = 4096  # places in all, which takes a second or two
+LONGEST = 2**22  # characters; a tokenizer needs some 200 bytes of memory for each
+CONTEXT = 256  # characters on each side of a cut, by which it is judged whether tokens change
+NEARBY = 8  # so many line ends, then so many spaces are tried first
+TRIED = 4096  # so many other places are tried after them, in a second or two
 
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 def pieces(text: str, encode: Encode, where: str) -> Iterator[str]:
-    """A text in parts of at most `LONGEST` characters.
+    """Cuts a text into pieces of at most `LONGEST` characters.
 
     Args:
         text: one document.
-        encode: the token ids of each of some texts.
-        where: what document it is, for the warning.
+        encode: returns the token ids of each text in a list.
+        where: the document's name, for the warning.
     """
     start, warned = 0, False
     while len(text) - start > LONGEST:
@@ -49,14 +49,14 @@ def _equal(text: str, place: int, encode: Encode) -> bool:
 
 
 def _places(text: str, least: int, most: int) -> Iterator[int]:
-    """Where to cut: at the last ends of lines, at the last spaces, then at any white space."""
+    """Places to cut, best first: the last line ends, the last spaces, then any white space."""
     for space in ("\n", " "):
         end = most
         for _ in range(NEARBY):
             end = text.rfind(space, least, end)
             if end < 0:
                 break
-            # A line's end stays with the line, and a space goes with the word that it leads.
+            # A newline stays with its line, and a space with the word after it.
             yield end + 1 if space == "\n" else end
     tried = 0
     for end in range(most - 1, least - 1, -1):
@@ -71,8 +71,8 @@ def _places(text: str, least: int, most: int) -> Iterator[int]:
 @rank_zero_only
 def _warn(where: str, place: int) -> None:
     log.warning(
-        "%s: the document is cut at character %d for the tokenizer's memory, and no place nearby "
-        "leaves its tokens as they were; split it into documents yourself to choose the place",
+        "%s: the document is cut at character %d to save the tokenizer's memory, and no place "
+        "nearby leaves its tokens as they were; split it yourself to choose the place",
         where,
         place,
     )

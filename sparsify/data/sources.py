@@ -1,4 +1,4 @@
-"""What a source of text is, and an account of its rows that are not usable."""
+"""Describes a source of text, and counts its unusable rows."""
 
 import importlib
 import logging
@@ -28,27 +28,27 @@ class Source:
     """One named stream of documents.
 
     Args:
-        path: A file, or a folder that is read recursively in sorted order. Plain text (.txt, .text,
-            .md) is one document a file; JSON lines (.jsonl, .json) and Parquet (.parquet) are one
-            document a row. Text and JSON lines may end in .gz. ``hf://`` and a name is a data set
+        path: A file, or a folder that is read recursively in sorted order. A plain text file (.txt,
+            .text, .md) is one document; JSON lines (.jsonl, .json) and Parquet (.parquet) hold one
+            document per row. Text and JSON lines may end in .gz. ``hf://`` and a name is a data set
             of the Hugging Face hub, or a local folder in the hub's layout. In Python also a
             `datasets.Dataset`, or any iterable of rows or texts.
         weight: Share of this source in a training epoch, relative to the other sources' weights.
-            None gives every block once an epoch. Has no effect outside training.
+            None gives every block once per epoch. Has no effect outside training.
         text_key: Key of the text in each row.
-        config: Configuration of a hub's data set.
-        split: Split of a hub's data set.
-        streaming: Read a hub's data set over the network as it is needed. Training on a source that
-            streams, with no limit of `documents`, packs its blocks as they are needed, without end.
+        config: Configuration of a data set on the hub.
+        split: Split of a data set on the hub.
+        streaming: Read a data set on the hub over the network as it is needed. Without a limit of
+            `documents`, training then also packs its blocks as they are needed, without end.
         documents: Read at most so many documents.
-        shuffle_buffer: Documents that a training stream shuffles together; it then shuffles the
-            order of the files too. 0 keeps the order of the source.
+        shuffle_buffer: Number of documents that a training stream shuffles together; it then
+            shuffles the order of the files too. 0 keeps the order of the source.
         prompt_key: Key of a text that is context only; the response follows with nothing between.
-        response_key: Key of the text that is learned after the prompt, and the end of text with it.
-        messages_key: Key of a list of {role, content}, written by the tokenizer's chat template;
-            what the assistant says is learned.
-        joined: Join all rows, empty ones too, by blank lines into one document, as papers measure
-            perplexity.
+        response_key: Key of the text after the prompt, which is learned, as is its end of text.
+        messages_key: Key of a list of {role, content}, which the tokenizer's chat template turns
+            into text; the assistant's messages are learned.
+        joined: Join all rows, empty ones too, with blank lines into one document, as papers do to
+            measure perplexity.
     """
 
     path: str
@@ -70,12 +70,12 @@ class Source:
 
     @property
     def hub(self) -> bool:
-        """Whether the path names a data set, not a file or folder."""
+        """Whether the path names a data set rather than a file or folder."""
         return not self.in_memory and self.path.startswith(HUB)
 
     @property
     def in_memory(self) -> bool:
-        """Whether the rows are those of a Python object."""
+        """Whether the source is a Python object."""
         return not isinstance(self.path, str)
 
     @property
@@ -85,7 +85,7 @@ class Source:
 
     @property
     def endless(self) -> bool:
-        """Whether training reads it as a stream without end."""
+        """Whether training reads the source as a stream without end."""
         return self.streaming and self.documents is None
 
     @property
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of a row that are read."""
+        """The keys that are read from each row."""
         if self.messages_key is not None:
             return [self.messages_key]
         if self.prompt_key is not None and self.response_key is not None:
@@ -103,7 +103,7 @@ class Source:
         return [self.text_key]
 
     def check(self, name: str) -> None:
-        """Checks the settings, and that they go together; reads nothing.
+        """Checks the settings one by one and together, without reading the source.
 
         Args:
             name: Name of the source, for messages.
@@ -118,25 +118,25 @@ class Source:
         if self.documents is not None and self.documents < 1:
             refuse(f"documents is {self.documents}; it must be at least 1", "raise it")
         if self.shuffle_buffer < 0:
-            rule = "it must be at least 0, which does not shuffle"
+            rule = "it must be at least 0, which means no shuffling"
             refuse(f"shuffle_buffer is {self.shuffle_buffer}; {rule}", "raise it")
         if (self.prompt_key is None) != (self.response_key is None):
-            given = f"prompt_key {self.prompt_key!r} and response_key {self.response_key!r}"
-            refuse(f"it has {given}; they go together", "give both or neither")
+            keys = f"prompt_key {self.prompt_key!r} and response_key {self.response_key!r}"
+            refuse(f"it has {keys}; they go together", "give both or neither")
         if self.messages_key is not None and self.prompt_key is not None:
             rule = "a row is either messages or a prompt and a response"
             refuse(f"it has messages_key and prompt_key; {rule}", "remove one")
         if self.joined and (self.masked or self.endless):
             other = "messages or responses" if self.masked else "a stream without end"
-            rule = "plain rows that end can be joined"
+            rule = "only a limited number of plain rows can be joined"
             refuse(f"it is joined and has {other}; {rule}", "remove one, or give documents")
         if not self.hub and (self.config is not None or self.split != "train"):
-            given = f"config {self.config!r} and split {self.split!r}"
+            options = f"config {self.config!r} and split {self.split!r}"
             rule = f"files have neither, only a path that begins with {HUB}"
-            refuse(f"it has {given} and the path {self.label}; {rule}", "correct the path")
+            refuse(f"it has {options} and the path {self.label}; {rule}", "correct the path")
 
     def describe(self) -> dict[str, Any]:
-        """Where the text is from, free of absolute paths."""
+        """Where the text is from, without absolute paths."""
         if self.in_memory:
             return {"file": self.label}
         if not self.hub:
@@ -146,7 +146,7 @@ class Source:
         return {"file": HUB + name, "config": self.config, "split": self.split}
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what is read, in plain values free of absolute paths."""
+        """All settings that decide what is read, as plain values without absolute paths."""
         return asdict(replace(self, path=self.describe()["file"]))
 
 
@@ -156,11 +156,11 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[tuple[int, object]]: ...
 
     def __next__(self) -> tuple[int, object]:
-        """Number of the next row, from 1, and its value or an `Unusable`."""
+        """The number of the next row, from 1, and its value or an `Unusable`."""
         ...
 
     def position(self) -> Any:
-        """Where the next row is, in plain values."""
+        """The position of the next row, in plain values."""
         ...
 
 
@@ -168,13 +168,13 @@ class Shard(Protocol):
     """One part of a source that is read from end to end.
 
     Attributes:
-        name: For messages.
+        name: Name of the part, for messages.
     """
 
     name: str
 
     def rows(self, position: Any = None) -> Rows:
-        """The rows from a position that `Rows.position` gave; None is the first."""
+        """The rows from a position that `Rows.position` returned; None starts at the first."""
         ...
 
 
@@ -183,8 +183,8 @@ class Unusable:
     """A row that could not be read.
 
     Args:
-        reason: Why; rows are counted by it.
-        detail: More for a message about this row alone.
+        reason: Why the row is unusable; rows are counted by reason.
+        detail: What a message about this row alone adds.
     """
 
     reason: str
@@ -207,7 +207,7 @@ class BadRows:
         """Counts one row.
 
         Args:
-            reason: Why the row is not usable; rows are counted by it.
+            reason: Why the row is unusable.
             where: ``file:line`` of the row.
         """
         self.counts[reason] += 1
@@ -215,7 +215,7 @@ class BadRows:
 
     @rank_zero_only
     def warn(self) -> None:
-        """Logs one warning line with the counts, on rank zero, if there are any."""
+        """Logs the counts as one warning, on rank zero, if rows were left out."""
         if self.counts:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
             log.warning(
@@ -246,12 +246,12 @@ def check_columns(path: object, columns: list[str], keys: list[str]) -> None:
     """Checks that a table has the columns that are read.
 
     Args:
-        path: Of the table, for messages.
-        columns: Those that there are.
-        keys: Those that are read.
+        path: Path of the table, for messages.
+        columns: The columns of the table.
+        keys: The columns that will be read.
 
     Raises:
-        SparsifyError: One is missing.
+        SparsifyError: A column is missing.
     """
     missing = [key for key in keys if key not in columns]
     if missing:

@@ -1,4 +1,4 @@
-"""The texts of a split: as they were given, or the embedded ones."""
+"""Finds the sources of a split: those that the user gave, or the embedded texts."""
 
 import os
 from collections import Counter
@@ -25,7 +25,7 @@ def embedded_sources(split: Split) -> dict[str, Source]:
 
 
 def _located(source: Source, split: Split) -> Source:
-    """With the file of the package's own text where a path such as ``embedded:python`` names it."""
+    """The source; a path such as ``embedded:python`` is replaced by that of the package's file."""
     if source.in_memory:
         return source
     kind, _, name = source.path.partition(":")
@@ -39,7 +39,7 @@ def _located(source: Source, split: Split) -> Source:
 
 
 def _source(split: Split, given: Any) -> Source:
-    """A source of a path, of an object with rows, or as it is."""
+    """Makes a source of a path or of an object with rows; a `Source` stays."""
     source = given if isinstance(given, Source) else Source(part_of(split, given))
     return replace(source, path=rows_of(split, source.path)) if source.in_memory else source
 
@@ -61,7 +61,7 @@ def named_sources(split: Split, sources: Any) -> dict[str, Source]:
         return {split: _located(_source(split, sources), split)}
     paths = [sources] if isinstance(sources, str) else sources
     if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
-        return {split: _source(split, paths)}  # rows: a list of strings is a list of paths
+        return {split: _source(split, paths)}  # rows, as they are not all paths
     names = [source_stem(path.removeprefix(f"{EMBEDDED}:")) for path in paths]
     counts = Counter(names)
     named: dict[str, Source] = {}

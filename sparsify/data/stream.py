@@ -1,8 +1,8 @@
-"""Training text that is packed as it is read, without end.
+"""Packs training text into blocks while it is read, without end.
 
-What is read is a function of the settings alone, and every position can be saved and restored
-exactly: a stream is restored by reading again the documents that were shuffled together with the
-next one, of which only a few tokens need to be kept.
+The blocks depend only on the settings, and every position can be saved and restored exactly. To
+restore a stream, the documents that were shuffled together with the next one are read again; a
+checkpoint holds only their position and the few tokens that await their block.
 
 Shapes: B batch, T tokens of a block.
 """
@@ -19,12 +19,12 @@ from sparsify.data.documents import Document, Judge
 from sparsify.data.packing import DOCUMENTS_A_CALL, Packer
 from sparsify.data.sources import BadRows, Rows, Shard
 
-# First words after the seed, beside those of blend.py.
+# These stand after the seed and keep random streams apart, like those of blend.py.
 CHOICE, SHARDS, BUFFER = 3, 4, 5
 
 
 class Blocks(Protocol):
-    """Blocks of one source, without end."""
+    """An endless sequence of blocks from one source."""
 
     def __next__(self) -> Tensor:
         """The next block, int32 [T]."""
@@ -35,16 +35,16 @@ class Blocks(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `state_dict` gave."""
+        """Goes to a position that `state_dict` returned."""
         ...
 
 
 class PackedBlocks:
-    """Blocks that lie in memory, in one permutation after another.
+    """Endless blocks from a source that lies in memory, in one permutation after another.
 
     Args:
         blocks: int32 [blocks, T].
-        seed: The run's.
+        seed: The run's seed.
         source: Number of the source.
     """
 
@@ -69,24 +69,24 @@ class PackedBlocks:
 
 
 class StreamedBlocks:
-    """Blocks of documents that are read, shuffled and packed as they are needed.
+    """Endless blocks of documents that are read, shuffled and packed as they are needed.
 
-    Runs of `buffer` documents are permuted, and so is the order of the shards in every epoch.
+    Documents are shuffled in runs of `buffer`, and the shards in every epoch.
 
     Args:
-        name: Of the source, for messages.
-        shards: Its parts.
-        judge: Makes documents of rows.
-        report: Where `judge` counts rows that it leaves out.
-        packer: Makes tokens of documents.
-        block_size: Tokens a block.
-        seed: The run's.
+        name: Name of the source, for messages.
+        shards: Parts of the source.
+        judge: Turns rows into documents.
+        report: Where `judge` counts the rows that it leaves out.
+        packer: Turns documents into tokens.
+        block_size: Tokens per block.
+        seed: The run's seed.
         source: Number of the source.
-        buffer: Documents shuffled together; 0 keeps the order of the source.
+        buffer: Number of documents shuffled together; 0 keeps the order of the source.
 
     Attributes:
-        shards: Its parts.
-        epoch: Of the newest document in the blocks so far; the first is 0.
+        shards: Parts of the source.
+        epoch: Epoch of the last document read so far, from 0.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class StreamedBlocks:
         self._seed, self._source, self._buffer = seed, source, buffer
         self._warn_at = 1
         self.epoch = 0
-        self._epoch = 0  # of the next row
-        self._shard = 0  # number of it in the epoch's order
+        self._epoch = 0  # epoch of the next row
+        self._shard = 0  # number of the shard in the epoch's order
         self._found = 0  # documents of the epoch so far
-        self._rows: Rows | None = None  # of the shard; None before its first
+        self._rows: Rows | None = None  # rows of the shard; None before its first
         self._shard_name = ""  # for messages
         self._run = -1  # number of the run of documents that is being packed
-        self._start = self._position()  # of the run
-        self._documents: list[Document] = []
-        self._packed = 0  # documents of the run that the packer has
+        self._start = self._position()  # position where that run starts
+        self._documents: list[Document] = []  # of that run
+        self._packed = 0  # how many of them the packer already has
 
     def __next__(self) -> Tensor:
         while len(self._packer.ids) < self._block_size:
@@ -150,7 +150,7 @@ class StreamedBlocks:
         return {"epoch": self._epoch, "shard": self._shard, "found": self._found, "rows": rows}
 
     def _read_run(self) -> list[Document]:
-        """The next documents in their new order; a run ends at the latest with the epoch."""
+        """Read the next run of documents and shuffle it; a run does not go beyond its epoch."""
         documents: list[Document] = []
         while len(documents) < (self._buffer or DOCUMENTS_A_CALL):
             number, row = next(self._open_shard(), (0, None))
@@ -183,7 +183,7 @@ class StreamedBlocks:
         self._epoch, self._shard, self._found = self._epoch + 1, 0, 0
 
     def _open_shard(self, position: Any = None) -> Rows:
-        """The rows of the present shard."""
+        """The rows of the current shard, opened if need be."""
         if self._rows is None:
             number = self._shard
             if self._buffer:

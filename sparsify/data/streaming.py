@@ -1,4 +1,4 @@
-"""A training blend in which at least one source streams."""
+"""Reads a training blend in which at least one source streams."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,11 @@ class Streaming:
     """Reads the streams of a blend.
 
     Args:
-        sources: the blend's, by name.
+        sources: the sources of the blend, by name.
         tokenizer: turns text into token ids.
-        bad_rows: what becomes of rows without a usable text.
-        block_size: tokens a block, T.
-        seed: of the order of what is read.
+        bad_rows: whether rows without a usable text are errors or left out.
+        block_size: tokens per block, T.
+        seed: seed of the order of documents and sources.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Streaming:
         )
 
     def first_blocks(self, name: str, count: int) -> Tensor:
-        """The first blocks of a stream, ``[count, T]``, or all of its first epoch if they are
-        fewer.
+        """The first ``count`` blocks of a stream, ``[count, T]``; fewer if its first epoch is
+        shorter.
         """
         stream, blocks = self.stream(name), list[Tensor]()
         while len(blocks) < count:
@@ -76,10 +76,10 @@ class Streaming:
 
         Args:
             packed: the sources of the blend that lie in memory.
-            weights: shares of the sources; None where there is only one.
-            batch_size: blocks a batch on each process.
-            rank: this process among those that see different data.
-            world: how many these are.
+            weights: relative shares of the sources; None if there is only one.
+            batch_size: blocks per batch on each process.
+            rank: rank of this process among those that read different data.
+            world: number of these processes.
         """
         sources: list[Blocks] = []
         identity: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""What leaves: the exported folder, its manifest, mask files, and the formats of others."""
+"""Everything that is written for others: the exported folder, its manifest, and mask files."""

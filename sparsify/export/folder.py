@@ -1,7 +1,7 @@
-"""Write a masked model as a plain Hugging Face folder that loads anywhere.
+"""Writes a masked model as a plain Hugging Face folder that loads anywhere.
 
 The folder holds the model with exact zeros, its tokenizer, the packed masks and
-``sparsity_manifest.json``. It is written beside its place and moved there when it is whole.
+``sparsity_manifest.json``. It is written under a hidden name and moved to its place when complete.
 """
 
 import copy
@@ -48,22 +48,23 @@ def export(
 ) -> None:
     """Write the folder whole, or leave everything as it was.
 
-    In a run of several processes every rank must call this. Only rank 0 writes, and if it fails,
-    all do.
+    In a run of several processes every rank must call this. Only rank 0 writes; if it fails, the
+    call fails on all.
 
     Args:
         masked: the model with its masks; it is not changed.
-        folder: the place to write to.
+        folder: the folder to write.
         record: lineage, protocol and results, for the manifest.
         overwrite: replace an earlier export.
-        tokens_BT: windows of text, int64, for which what was written is compared with what was
-            measured; None takes drawn token ids.
-        measuring: the masks and the precision under which scores were measured; None takes the hard
-            masks alone.
+        tokens_BT: windows of text, int64, on which the written model is compared with the masked
+            one; None takes random token ids.
+        measuring: a context that sets the masks and the precision under which scores were measured;
+            None sets the hard masks only.
 
     Raises:
-        SparsifyError: the place is taken, the disk is full, weights changed that must not, or the
-            folder, read back as plain Transformers, does not compute what the masked model does.
+        SparsifyError: the folder must not be replaced, the disk is full, weights changed that must
+            not, or the written model, loaded with plain Transformers, computes something else than
+            the masked model.
     """
     with together():
         if rank_zero():
@@ -76,7 +77,7 @@ def export(
 
 
 class _Whole(NamedTuple):
-    """What is gathered: base weights by Parameter, masks and shipped weights by layer."""
+    """The gathered model: base weights by Parameter name, masks and shipped weights by layer."""
 
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
@@ -84,7 +85,7 @@ class _Whole(NamedTuple):
 
 
 def _gather(masked: MaskedModel) -> _Whole:
-    """All that rank 0 writes, one tensor at a time; on the other ranks nothing is kept."""
+    """Gather all that rank 0 writes, one tensor at a time; the other ranks keep nothing."""
     model = _Whole({}, {}, {})
     for name, parameter in base_parameters(masked.model).items():
         weight = whole(parameter)
@@ -110,7 +111,7 @@ def _write(
     weights, masks, _ = whole_model
     if not masked.strategy.effect.changes_base and hash_parameters(weights) != masked.base.hash:
         raise SparsifyError(
-            "the base weights changed during the run, though the strategy says that they stay"
+            "the base weights changed during the run, though the strategy declares them frozen"
         )
     for name, layer in masked.layers.items():
         # A weight that two layers share is listed once.
@@ -135,10 +136,10 @@ def _write(
             content["files"] = file_hashes(partial, but=MANIFEST)
             write_json(partial / MANIFEST, content | dict(record))
             check_read_back(partial, masked.model, type(plain), weights, measured)
-            # Whoever serves the model may be another user; some of these were made private.
+            # Another user may serve the model, and some of these files were made private.
             for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-            # Again: writing takes minutes, and others write too.
+            # Check again: writing takes minutes, in which others may have written here.
             check_target(folder, overwrite, masked.base.name_or_path)
             keep_others(folder, partial)
             replace_folder(partial, folder)
@@ -154,21 +155,21 @@ def _write(
 def _masked(
     layer: MaskedLinear, stored: Tensor, mask_OI: Tensor, shipped_OI: Tensor | None
 ) -> Tensor:
-    """A layer's weight as it ships, in the layout of the stored one."""
+    """A layer's weight as it is exported, in the layout of the stored one."""
     if shipped_OI is None:
-        weight_OI = layer.as_stored(stored)  # a transpose, or nothing: its own inverse
+        weight_OI = layer.as_stored(stored)  # transposes or does nothing, so it is its own inverse
         shipped_OI = torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
     return layer.as_stored(shipped_OI)
 
 
 def mask_lineage(masked: MaskedModel) -> dict[str, Any]:
-    """Where a model's masks come from, for a mask file."""
+    """Which base model and strategy the masks come from, for a mask file."""
     return {"base": masked.base.name, "strategy": masked.strategy.describe()}
 
 
 def _storage_dtype(masked: MaskedModel, weights: Any) -> torch.dtype:
-    """The type in which the base is stored, if it holds these values exactly; else the one in which
-    they were used.
+    """The type in which the base is stored, if it can hold these values exactly; otherwise the type
+    in which the run used them.
     """
     stored = masked.base.stored_dtype
     exact = all(torch.equal(w.to(stored).to(w.dtype), w) for w in weights)
@@ -223,13 +224,14 @@ def _manifest(
 
 
 def _stored_tensors(folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
-    """What the files hold.
+    """Describe the tensors in the files.
 
     Returns:
-        ``tensors``: by name in the files, the hash of the values; of those in memory, which came
-        from the base, wherever they are stored under the same name.
-        ``stored_as``: the Parameters that are not stored under their own name, each with the name
-        that it shares or was given, or None where Transformers stores it in parts.
+        ``tensors``: the hash of each tensor's values, by its name in the files; hashed from memory
+        if the model has a tensor of that name, otherwise from the file.
+        ``stored_as``: for each Parameter that is not stored under its own name, the name that it
+        has in the files (of the Parameter that it shares, or a new one), or None if Transformers
+        stores it in parts.
     """
     values, stored = plain.state_dict(), StoredWeights(folder)
     tensors = {

@@ -1,7 +1,6 @@
-"""``sparsity_manifest.json``: what an exported folder says of itself.
+"""Reads ``sparsity_manifest.json``, in which an exported folder describes itself.
 
-It is read as somebody may have left it: what can be read is used, and what cannot is a problem in
-words.
+Somebody may have edited it: whatever can be read is used, and each fault becomes a sentence.
 """
 
 import math
@@ -21,15 +20,15 @@ from sparsify.models.base import Dtype
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"
-# How a layer's weight lies in its file: Linear's, or Conv1D's.
+# The layout of a layer's weight in its file: that of Linear, or that of Conv1D.
 OUT_IN, IN_OUT = "out_in", "in_out"
 
 T = TypeVar("T")
 
-# Rows or columns of a weight; what is larger is damage, and nothing to compute with.
+# No weight has more rows or columns: a larger number is damage, and must not be computed with.
 _MOST = 2**40
 
-# What each kind of ``Effect.weights`` does to the base's values that ship.
+# Which exported values of the base each kind of ``Effect.weights`` changes.
 _CHANGES = {
     "frozen": "nothing",
     "proxy": "nothing",
@@ -41,14 +40,14 @@ _CHANGES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that should hold a pattern.
+    """A layer that should have a pattern.
 
     Attributes:
-        tensor: the name of its weight in the files; None where it is not stored as one tensor.
+        tensor: the name of its weight in the files; None if it is not stored as one tensor.
         shape: (O, I).
         pattern: the N:M pattern along I.
         transposed: whether the file holds it as ``[I, O]``.
-        may_be_dense: whether the pattern is only a question, as nothing says that it was masked.
+        may_be_dense: whether the layer may also be dense, as nothing says that it was masked.
     """
 
     tensor: str | None
@@ -60,21 +59,22 @@ class Layer:
 
 @dataclass
 class Manifest:
-    """What a manifest says.
+    """The content of a manifest.
 
     Attributes:
         problems: what is wrong with the manifest itself.
         layers: the masked layers by qualified name.
         tensors: the hash of each tensor in the files.
-        files: the hash of each file beside the manifest, by its path in the folder; None where the
-            manifest tells none, as those of version 0.1.0.
-        stored_as: Parameters that the files hold under another name, or in parts (None).
+        files: the hash of each file beside the manifest, by its path in the folder; None if the
+            manifest has no such list, like those of version 0.1.0.
+        stored_as: the name in the files of each Parameter that is not stored under its own; None if
+            it is stored in parts.
         dtype: the type of the stored weights.
         base_hash: the hash of the base model's Parameters.
-        base_dtype: the type in which it was computed.
-        changes: which of the base's weights the strategy changed: ``nothing``, ``masked layers`` or
+        base_dtype: the type in which that hash was computed.
+        changes: which weights of the base the strategy changed: ``nothing``, ``masked layers`` or
             ``all weights``.
-        weights: the strategy's own word for that.
+        weights: the strategy's ``weights``, from which this follows.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -89,15 +89,15 @@ class Manifest:
     weights: str = "frozen"
 
     def tensor_of(self, parameter: str) -> str | None:
-        """The name in the files of a Parameter."""
+        """The name of a Parameter in the files."""
         return parameter if parameter in self.tensors else self.stored_as.get(parameter)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder as it stands.
+    """Read the manifest of an exported folder as plain JSON.
 
     Raises:
-        SparsifyError: there is none, or it is not readable.
+        SparsifyError: there is no manifest, or it is not readable.
     """
     if not (folder / MANIFEST).is_file():
         raise SparsifyError(
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     content = read_json(folder / MANIFEST)
     if not isinstance(content, dict):
-        raise SparsifyError(f"{folder / MANIFEST}: it is no JSON object; export the model again")
+        raise SparsifyError(f"{folder / MANIFEST}: not a JSON object; export the model again")
     return content
 
 
@@ -123,13 +123,13 @@ def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
 
 
 def parse_manifest(content: Any) -> Manifest:
-    """Understand a manifest's parsed JSON; never fails."""
-    found = Manifest()
+    """Turn the JSON of a manifest into a :class:`Manifest`; never fails."""
+    manifest = Manifest()
     if not isinstance(content, dict):
-        found.problems.append(f"{MANIFEST}: it is a {type(content).__name__}, not an object")
-        return found
+        manifest.problems.append(f"{MANIFEST}: it is a {type(content).__name__}, not an object")
+        return manifest
     if content.get("schema") != MANIFEST_SCHEMA:
-        found.problems.append(
+        manifest.problems.append(
             f"{MANIFEST}: its schema is {short(content.get('schema'))}, and this version reads "
             f"{MANIFEST_SCHEMA!r}; export again"
         )
@@ -141,32 +141,34 @@ def parse_manifest(content: Any) -> Manifest:
         if isinstance(value, kind):
             return value
         stated = "is missing" if value is None else f"is {short(value)}"
-        found.problems.append(f"{MANIFEST}: {'.'.join(path)} {stated}; it must be a {_NAMES[kind]}")
+        manifest.problems.append(
+            f"{MANIFEST}: {'.'.join(path)} {stated}; it must be a {_NAMES[kind]}"
+        )
         return None
 
-    found.tensors = _of_strings(read(dict, "tensors") or {}, "tensors", found.problems)
+    manifest.tensors = _of_strings(read(dict, "tensors") or {}, "tensors", manifest.problems)
     if "files" in content:
-        found.files, wrong = parse_hashes(read(dict, "files") or {})
-        found.problems += [f"{MANIFEST}: files of {problem}" for problem in wrong]
-    found.stored_as = {
+        manifest.files, wrong = parse_hashes(read(dict, "files") or {})
+        manifest.problems += [f"{MANIFEST}: files of {problem}" for problem in wrong]
+    manifest.stored_as = {
         str(name): None if other is None else str(other)
         for name, other in (read(dict, "stored_as") or {}).items()
     }
-    found.dtype = _dtype(read(str, "dtype"), found.problems)
-    found.base_hash = read(str, "base", "hash") or ""
-    found.base_dtype = _base_dtype(read(str, "base", "dtype"), found.problems)
-    _read_changes(found, read(str, "strategy", "weights"))
+    manifest.dtype = _dtype(read(str, "dtype"), manifest.problems)
+    manifest.base_hash = read(str, "base", "hash") or ""
+    manifest.base_dtype = _base_dtype(read(str, "base", "dtype"), manifest.problems)
+    _read_changes(manifest, read(str, "strategy", "weights"))
     for name, entry in (read(dict, "layers") or {}).items():
         try:
-            found.layers[name] = _layer(found, name, entry)
+            manifest.layers[name] = _layer(manifest, name, entry)
         except (SparsifyError, KeyError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else cut(str(error), 200)
-            found.problems.append(f"{MANIFEST}: the entry of {name} is damaged ({reason})")
-    _check_dense(found, read(dict, "dense") or {})
+            manifest.problems.append(f"{MANIFEST}: the entry of {name} is damaged ({reason})")
+    _check_dense(manifest, read(dict, "dense") or {})
     run = content.get("run")
     if isinstance(run, dict) and "sparsity" in run:
-        _check_sparsity(found, run["sparsity"])
-    return found
+        _check_sparsity(manifest, run["sparsity"])
+    return manifest
 
 
 _NAMES: dict[type, str] = {dict: "JSON object", str: "string"}
@@ -184,7 +186,7 @@ def _of_strings(entries: dict[str, Any], what: str, problems: list[str]) -> dict
 def _dtype(name: str | None, problems: list[str]) -> str:
     if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
         problems.append(
-            f"{MANIFEST}: dtype {short(name)} is no type of PyTorch, such as 'bfloat16'"
+            f"{MANIFEST}: dtype {short(name)} is not a type of PyTorch, such as 'bfloat16'"
         )
         return ""
     return name or ""
@@ -201,19 +203,19 @@ def _base_dtype(name: str | None, problems: list[str]) -> str:
     return "float32"
 
 
-def _read_changes(found: Manifest, weights: str | None) -> None:
+def _read_changes(manifest: Manifest, weights: str | None) -> None:
     if weights is None:
         return
     if weights not in _CHANGES:
-        found.problems.append(
+        manifest.problems.append(
             f"{MANIFEST}: strategy.weights is {short(weights)}; it must be one of "
             f"{', '.join(_CHANGES)}"
         )
         return
-    found.weights, found.changes = weights, _CHANGES[weights]
+    manifest.weights, manifest.changes = weights, _CHANGES[weights]
 
 
-def _layer(found: Manifest, name: str, entry: Any) -> Layer:
+def _layer(manifest: Manifest, name: str, entry: Any) -> Layer:
     rows, columns = entry["shape"]
     if not all(type(size) is int and 0 < size <= _MOST for size in (rows, columns)):
         raise ValueError(f"shape {short(entry['shape'])} is not [out_features, in_features]")
@@ -222,29 +224,29 @@ def _layer(found: Manifest, name: str, entry: Any) -> Layer:
     pattern = NMPattern.parse(str(entry["pattern"]))
     if columns % pattern.m:
         raise ValueError(f"in_features={columns} is not a multiple of m={pattern.m}")
-    tensor = found.tensor_of(f"{name}.weight")
+    tensor = manifest.tensor_of(f"{name}.weight")
     return Layer(tensor, (rows, columns), pattern, entry["layout"] == IN_OUT)
 
 
-def _check_dense(found: Manifest, dense: dict[str, Any]) -> None:
-    known = [*found.tensors, *found.stored_as]
+def _check_dense(manifest: Manifest, dense: dict[str, Any]) -> None:
+    known = [*manifest.tensors, *manifest.stored_as]
     for name in dense:
         if not any(other == name or other.startswith(f"{name}.") for other in known):
-            found.problems.append(
-                f"{name}: {MANIFEST} lists it as dense, and none of its tensors is stored"
+            manifest.problems.append(
+                f"{name}: {MANIFEST} lists it as dense, but none of its tensors is stored"
             )
-        if name in found.layers:
-            found.problems.append(f"{name}: {MANIFEST} lists it as masked and as dense")
+        if name in manifest.layers:
+            manifest.problems.append(f"{name}: {MANIFEST} lists it as masked and as dense")
 
 
-def _check_sparsity(found: Manifest, stated: Any) -> None:
-    """The share of zeros is of all matrices of the decoder blocks, so that the masked ones' own is
-    the most that it can be.
+def _check_sparsity(manifest: Manifest, stated: Any) -> None:
+    """Check the stated sparsity: as it counts all matrices of the decoder blocks, it cannot exceed
+    the share of zeros in the masked ones.
     """
-    layers = found.layers
+    layers = manifest.layers
     tensors = {layer.tensor for layer in layers.values()}
     if len(tensors) < len(layers) or not all(re.search(r"\.\d+\.", name) for name in layers):
-        return  # weights that are shared, or outside the blocks, count otherwise
+        return  # the share counts weights that are shared or outside the blocks differently
     sizes = [math.prod(layer.shape) for layer in layers.values()]
     zeros = sum(
         size * (1 - layer.pattern.density)
@@ -252,7 +254,7 @@ def _check_sparsity(found: Manifest, stated: Any) -> None:
     )
     most = zeros / sum(sizes) if sizes else 0.0
     if not isinstance(stated, int | float) or not (0 < stated <= most + 1e-9 or stated == most):
-        found.problems.append(
-            f"{MANIFEST}: run.sparsity is {short(stated)}; the layers' patterns make {most:.4f} of "
-            "the masked weights zero, and of all of the blocks' weights no more"
+        manifest.problems.append(
+            f"{MANIFEST}: run.sparsity is {short(stated)}; it must not exceed {most:.4f}, "
+            "the share of zeros in the masked layers by their patterns, nor be 0 unless that is"
         )

@@ -1,8 +1,8 @@
-"""Reads an exported folder back as its users will, and compares it with what was measured.
+"""Loads an exported folder as its users will, and compares its logits with the measured ones.
 
-What can differ though every number was written rightly: a flag of the config that ties a tensor to
-another, a tensor under a name that the loader does not ask for, a setting that lives in the model
-object alone.
+They can differ though every number was written correctly: a flag of the config may tie one tensor
+to another, a tensor may have a name that the loader does not ask for, and a setting may exist only
+in the model object.
 
 Shapes: B windows, T tokens, V vocabulary.
 """
@@ -29,8 +29,8 @@ Measuring = Callable[[], AbstractContextManager[None]]
 
 
 class Measured(NamedTuple):
-    """What the masked model computed: logits ``[B, T, V]`` on CPU of tokens ``[B, T]``, and what
-    it was computed under.
+    """Logits of the masked model, ``[B, T, V]`` on CPU, with their tokens ``[B, T]`` and the
+    context under which they were computed.
     """
 
     tokens_BT: Tensor
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 
 def measure(masked: MaskedModel, tokens_BT: Tensor | None, measuring: Measuring) -> Measured:
-    """Run the masked model over windows, or over drawn token ids where there are none.
+    """Run the masked model over windows of text, or over random token ids if there are none.
 
     Every rank of a sharded run must call this.
     """
@@ -62,21 +62,21 @@ def check_read_back(
     written: Mapping[str, Tensor],
     measured: Measured,
 ) -> None:
-    """Load a folder as plain Transformers, and refuse it if it computes anything else.
+    """Load a folder with plain Transformers, and refuse it if it does not compute the same logits.
 
-    On an accelerator its weights are brought there layer by layer, so that no second model needs
-    room.
+    On an accelerator its weights are moved there layer by layer, so that no second model has to
+    fit.
 
     Args:
-        folder: the written one.
+        folder: the folder that was written.
         like: the masked model that it holds.
         plain_class: the model's class without masks.
         written: the Parameters by name, as they should be stored.
-        measured: what that model itself computed.
+        measured: the logits of the masked model.
 
     Raises:
-        SparsifyError: it does not load whole, or a logit differs by a bit; the tensors that differ
-            are named.
+        SparsifyError: the folder does not load completely, or a logit differs by a bit; the tensors
+            that differ are named.
     """
     model = _load(folder, like, plain_class)
     if like.device.type != "cpu":
@@ -104,12 +104,12 @@ def _load(
         model, info = loader.from_pretrained(
             str(folder),
             dtype=like.dtype,
-            attn_implementation=like.config._attn_implementation,  # or sums run in another order
+            attn_implementation=like.config._attn_implementation,  # others add in another order
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a model class raises for files that are not its own
+    except Exception as error:  # a model class may raise anything for wrong files
         raise SparsifyError(
             f"what was written cannot be read back by Transformers ({type(error).__name__}: "
             f"{error}); nothing was exported"
@@ -124,7 +124,7 @@ def _load(
 
 
 def _reason(model: PreTrainedModel, like: PreTrainedModel, written: Mapping[str, Tensor]) -> str:
-    """What differs, in words."""
+    """Say in words what differs."""
     read = dict(model.named_parameters(remove_duplicate=False))
     odd = [
         name

@@ -1,7 +1,7 @@
-"""Where an export may go, and which files of a former export's folder are the user's own.
+"""Checks where an export may be written, and keeps the user's own files in a former export.
 
-All that can be known of a place is checked before the work: a folder that cannot be written is
-better known then than after hours of training.
+A place is checked as far as possible before the work: nobody wants to hear after hours of training
+that a folder cannot be written.
 """
 
 import errno
@@ -16,7 +16,7 @@ from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.index import FILE_NAME
 
-# What exports wrote whose manifest does not list its files.
+# The files of exports whose manifest does not list them.
 _KNOWN = {
     MANIFEST,
     FILE_NAME,
@@ -39,7 +39,7 @@ _KNOWN = {
 
 
 def check_target(folder: Path, overwrite: bool, base: str | None = None) -> None:
-    """Refuse a place that an export must not replace, or cannot write.
+    """Refuse a place that an export must not replace or cannot be written to.
 
     Args:
         folder: where the export will go.
@@ -47,8 +47,8 @@ def check_target(folder: Path, overwrite: bool, base: str | None = None) -> None
         base: the run's own base model, if that is a folder.
 
     Raises:
-        SparsifyError: something is there that is not an earlier export or was changed since;
-            ``overwrite`` was not asked for; the base model lies there; or the place cannot be
+        SparsifyError: there is something other than an earlier export; there is one, but it was
+            changed since or ``overwrite`` is False; the base model is there; or the place cannot be
             written.
     """
     check_writable(folder)
@@ -69,7 +69,7 @@ def check_target(folder: Path, overwrite: bool, base: str | None = None) -> None
         return
     if not (place / MANIFEST).is_file():
         raise SparsifyError(
-            f"{folder} exists and holds no {MANIFEST}, so it is not an export and stays; "
+            f"{folder} exists and holds no {MANIFEST}, so it is not an export and is not replaced; "
             "name another folder"
         )
     if not overwrite:
@@ -85,26 +85,26 @@ def check_target(folder: Path, overwrite: bool, base: str | None = None) -> None
     if edited:
         raise SparsifyError(
             f"{folder}: {', '.join(edited)} was changed since the export that wrote it, and "
-            "overwriting would lose that; move it elsewhere, or name another folder"
+            "overwriting would lose the change; move it elsewhere, or name another folder"
         )
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path of which the system says already that nothing can be made there.
+    """Refuse a path where the system already says that nothing can be made.
 
     Args:
-        path: of a file or folder, which may be there or not.
+        path: path of a file or folder that may exist or not.
 
     Raises:
-        SparsifyError: it lies below a file, goes round in symbolic links, is too long, or the
-            nearest folder above it cannot be written.
+        SparsifyError: the path lies below a file, is a loop of symbolic links or too long, or the
+            nearest existing folder above it cannot be written.
     """
     try:
         place = path.resolve(strict=False)
         above = place.parent
         while not _exists(above) and above != above.parent:
             above = above.parent
-        _exists(place)  # raises what is wrong with the last part of the path
+        _exists(place)  # raises if something is wrong with the last part of the path
         longest = os.pathconf(above, "PC_NAME_MAX") if above.is_dir() else None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
         reason = getattr(error, "strerror", None) or "it is a loop of symbolic links"
@@ -118,25 +118,25 @@ def check_writable(path: Path) -> None:
             f"{path} cannot be written: you have no right to write in {above}; "
             "name another place, or change its rights"
         )
-    # It is made beside its place under a longer name: .NAME.partial-XXXXXXXX.former
+    # It is first written under a longer name: .NAME.partial-XXXXXXXX.former
     room = len(os.fsencode(place.name)) + len(".") + len(".partial-XXXXXXXX.former")
     if longest is not None and room > longest:
         raise SparsifyError(
             f"{path} cannot be written: the name has {len(place.name)} characters, and its file "
-            f"system takes {longest} with the ending of an unfinished one; take a shorter name"
+            f"system takes {longest}, with the ending of unfinished files; take a shorter name"
         )
 
 
 def keep_others(former: Path, new: Path) -> None:
-    """Put what the user added to a former export's folder into the new one, with its times and
-    rights: as another name of the same file where the file system can, else as a copy.
+    """Bring files that the user added to a former export into the new one, with their times and
+    rights: as hard links if the file system can, otherwise as copies.
 
     Args:
-        former: a folder that :func:`check_target` found to be an export, or nothing.
+        former: a folder that :func:`check_target` found to be an export; it may be missing.
         new: the folder that will take its place.
 
     Raises:
-        SparsifyError: the new export wrote a file under the name of one of the user's.
+        SparsifyError: the new export has a file of the same name as one of the user's.
     """
     if not former.is_dir():
         return
@@ -152,7 +152,7 @@ def keep_others(former: Path, new: Path) -> None:
             empty = not any(Path(root, name).iterdir())
             if empty:
                 (new / inside / name).mkdir(parents=True, exist_ok=True)
-    # From the inside out, as making a file changes its folder's time.
+    # From the inside out, as a new file changes the time of its folder.
     for root, _, _ in os.walk(former, topdown=False):
         inside = Path(root).relative_to(former)
         if inside.parts and (new / inside).is_dir():
@@ -162,8 +162,8 @@ def keep_others(former: Path, new: Path) -> None:
 def _keep(source: Path, place: Path) -> None:
     if os.path.lexists(place):
         raise SparsifyError(
-            f"{source} was not written by the export that is to be replaced, and the new one "
-            "writes a file of this name; move it elsewhere, or name another folder"
+            f"{source} was not written by the export that is to be replaced, but the new one has a "
+            "file of this name; move it elsewhere, or name another folder"
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -175,7 +175,7 @@ def _keep(source: Path, place: Path) -> None:
 
 
 def _written(folder: Path) -> dict[str, str | None]:
-    """What the export in a folder wrote, by relative name: the hash, or None where none is told."""
+    """The files that the export in a folder wrote, by relative name, with their hash if known."""
     files = _read(folder / MANIFEST).get("files")
     if isinstance(files, dict):
         return {str(name): str(digest) for name, digest in files.items()} | {MANIFEST: None}
@@ -193,7 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _exists(path: Path) -> bool:
-    """As ``Path.exists``, which hides why it could not tell."""
+    """Like ``Path.exists``, but raises if the system cannot tell."""
     try:
         path.stat()
     except FileNotFoundError:

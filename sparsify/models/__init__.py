@@ -1,1 +1,1 @@
-"""Base models: loaded, checked, hashed, and measured by perplexity."""
+"""Loads, checks and hashes base models, and measures their perplexity."""

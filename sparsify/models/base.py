@@ -1,6 +1,4 @@
-"""The dense model that a run starts from: where it is, how it is loaded, and the hash that names
-it.
-"""
+"""Finds and loads the dense model that a run starts from, and computes the hash that names it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,8 @@ EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 
 def _location(name_or_path: str) -> dict[str, Any]:
-    """The arguments by which Transformers finds a model; it runs no code that comes with one, and
-    does not ask whether it may.
+    """The arguments with which Transformers finds a model, without running code that comes with it
+    and without asking whether it may.
     """
     arguments: dict[str, Any] = {
         "pretrained_model_name_or_path": name_or_path,
@@ -42,7 +40,7 @@ def _location(name_or_path: str) -> dict[str, Any]:
 
 
 def _check(name_or_path: str) -> None:
-    if not _is_gguf(name_or_path):  # Transformers makes the configuration of these itself
+    if not _is_gguf(name_or_path):  # Transformers makes the configuration of GGUF files itself
         check_model_files(_location(name_or_path)["pretrained_model_name_or_path"])
 
 
@@ -59,33 +57,33 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
 
     Raises:
-        SparsifyError: nothing that can be loaded is there, or the files and the model that their
-            configuration describes do not hold the same tensors.
+        SparsifyError: there is no model that can be loaded, or its files do not hold the tensors
+            that its configuration describes.
     """
     with load_errors("model", name_or_path):
         _check(name_or_path)
         location = _location(name_or_path)
         if not _is_gguf(name_or_path):
             check_plain(AutoConfig.from_pretrained(**location), name_or_path)
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **location,
             dtype=dtype,
             output_loading_info=True,
-            # Not that they be ignored: they come back in the loading info, and are refused.
+            # Not to ignore them: the loading info then names them, and check_loaded refuses them.
             ignore_mismatched_sizes=True,
         )
-        model, info = found
+        model, info = loaded
     check_loaded(model, name_or_path, info)
     correct_tie(model)
     if _is_gguf(name_or_path):
-        # The weights are plain now; what is left of the quantisation would forbid to save them.
+        # The weights are plain now, but Transformers would refuse to save them with these settings.
         del model.config.quantization_config
         model.hf_quantizer = None
     return model.eval()
 
 
 def load_skeleton(name_or_path: str) -> PreTrainedModel:
-    """The model without its weights, on the meta device; arguments and errors as
+    """Load a model without weights, on the meta device; arguments and errors as
     :func:`load_model`.
     """
     with load_errors("model", name_or_path), torch.device("meta"):
@@ -104,14 +102,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 @dataclass
 class BaseModel:
-    """A dense model that was checked, and what names it.
+    """A dense model that was checked, with its name and hash.
 
     Attributes:
         model: in evaluation mode.
         name_or_path: where it came from.
         stored_dtype: the type in which its weights are stored.
-        hash: of its Parameters, see :func:`~sparsify.models.hashes.hash_parameters`.
-        own_tokenizer: the tokenizer that came with it; None to load it from where the model is.
+        hash: hash of its Parameters, see :func:`~sparsify.models.hashes.hash_parameters`.
+        own_tokenizer: its tokenizer; while it is None, :attr:`tokenizer` loads it on first use.
     """
 
     model: PreTrainedModel
@@ -122,7 +120,7 @@ class BaseModel:
 
     @property
     def name(self) -> str:
-        """Its name for records: of a local path the last part, as they travel."""
+        """Its name for records, which may be published: of a local path only the last part."""
         path = Path(self.name_or_path).expanduser()
         return path.resolve().name if path.exists() else self.name_or_path
 
@@ -135,10 +133,10 @@ class BaseModel:
 
 
 def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
-    """Load a model that can be masked; arguments and errors as :func:`load_model`.
+    """Load a model and check that it can be masked; arguments and errors as :func:`load_model`.
 
     Raises:
-        SparsifyError: its weights are quantised, or not finite.
+        SparsifyError: also if its weights are quantised or not finite.
     """
     model = load_model(name_or_path, dtype)
     return check_base(model, name_or_path, stored_dtype(name_or_path))
@@ -150,7 +148,7 @@ def check_base(
     stored: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> BaseModel:
-    """Name a model object by its hash; errors as :func:`load_base`."""
+    """Check that a model object can be masked, and hash it; errors as :func:`load_base`."""
     check_model(model)
     check_finite(model.named_parameters())
     digest = hash_parameters(dict(model.named_parameters()))
@@ -158,9 +156,7 @@ def check_base(
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:
-    """The type in which a model's weights are stored; of a GGUF file's, the one that holds them
-    all.
-    """
+    """The type in which a model's weights are stored; float32 for GGUF files, which mix types."""
     if _is_gguf(name_or_path):
         return torch.float32
     return AutoConfig.from_pretrained(**_location(name_or_path)).dtype or torch.float32

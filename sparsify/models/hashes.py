@@ -1,4 +1,4 @@
-"""The hashes that name a tensor and a base model."""
+"""Hashes tensors and base models, to name them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ def hash_tensor(tensor: torch.Tensor) -> str:
 def hash_parameters(
     parameters: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
 ) -> str:
-    """SHA-256 over Parameters by name, type, shape and value: the name of a base model; with
-    ``dtype`` the one that they would have in this type.
+    """SHA-256 over the names, types, shapes and values of Parameters, which names a base model.
+    ``dtype`` converts them first.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):

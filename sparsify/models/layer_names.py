@@ -1,4 +1,4 @@
-"""Qualified names of layers, shortened for people."""
+"""Shortens the qualified names of layers for people."""
 
 import re
 
@@ -6,19 +6,20 @@ OTHER = "other"
 
 
 def family(name: str) -> str:
-    """The name with its numbers replaced by ``*``: what a layer is called in every block."""
+    """The name with its numbers replaced by ``*``, so that it is the same in every block."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def block_and_kind(name: str) -> tuple[str, str]:
-    """The block and the kind of a layer: ``model.layers.0`` and ``self_attn.q_proj``; numbers
-    within a kind, as those of experts, become ``*``, and a layer in no block is in ``other``.
+    """Split a layer's name into block and kind, such as ``model.layers.0`` and
+    ``self_attn.q_proj``. Numbers within a kind, such as those of experts, become ``*``; a layer
+    outside all blocks has the block ``other``.
     """
     match = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
     return (match[1], family(match[2])) if match else (OTHER, family(name))
 
 
 def block_number(name: str) -> int | None:
-    """The number of a layer's block; None of a layer in no block."""
+    """The number of a layer's block, or None for a layer outside all blocks."""
     block, _ = block_and_kind(name)
     return None if block == OTHER else int(block.rpartition(".")[2])

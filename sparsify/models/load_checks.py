@@ -1,4 +1,4 @@
-"""Whether a loaded model is what its files say, and whether it can be measured as it ships."""
+"""Checks that a loaded model is the one in its files, and that it can be masked and measured."""
 
 import logging
 import re
@@ -16,8 +16,8 @@ from sparsify.models.layer_names import family
 
 log = logging.getLogger("sparsify")
 
-# Tensors that older versions of Transformers saved though they hold nothing learned: the tables of
-# rotary and absolute positions, the triangle of causal attention, and the number for its zeros.
+# Tensors that older versions of Transformers saved though nothing in them is learned: the tables of
+# rotary and absolute positions, the triangle of causal attention, and the value of its masked part.
 _FORMER_BUFFERS = re.compile(
     r"(^|\.)((rotary_emb|rotary|attn|attention|self_attn)\.)?(inv_freq|position_ids|masked_bias)$"
     r"|\.(attn|attention|self_attn)\.(bias|causal_mask)$"
@@ -27,18 +27,18 @@ _FORMER_BUFFERS = re.compile(
 def check_loaded(model: PreTrainedModel, name_or_path: str, info: Mapping[str, Any]) -> None:
     """Refuse a model that is not the one in the files.
 
-    Transformers fills with random numbers what the files lack or hold in another shape, and passes
-    over what the class has no place for. Keys that a class declares to be without meaning, and
-    tied ones that are stored once, are not in ``info``.
+    Transformers fills a tensor with random numbers if the files lack it or hold it in another
+    shape, and ignores a tensor that the class has no place for. ``info`` does not list keys that
+    the class itself declares meaningless, nor tied tensors that are stored once.
 
-    A tensor for which there is no place is refused where it would have changed what the model
-    computes: beside a module's own Parameters, or in a list of blocks. One of a whole module that
-    the class does not have, such as a vision tower or a reward head, is named in a warning.
+    A tensor without a place is refused if the saved model must have computed with it: if it stands
+    beside a module's own Parameters, or in a list of blocks. If it belongs to a whole module that
+    the class lacks, such as a vision tower or a reward head, a warning names it.
 
     Args:
-        model: as loaded.
+        model: the loaded model.
         name_or_path: what it was loaded from.
-        info: as ``from_pretrained(output_loading_info=True)`` gives it.
+        info: the second result of ``from_pretrained(output_loading_info=True)``.
 
     Raises:
         SparsifyError: a tensor is missing, of another shape, or has no place in the model.
@@ -89,7 +89,7 @@ def check_model(model: Any) -> None:
     """Refuse an object that cannot be masked as it is.
 
     Raises:
-        SparsifyError: it is no causal LM with plain weights, in memory, without adapters.
+        SparsifyError: it is not a causal LM in memory with plain weights and without adapters.
     """
     if isinstance(model, type):
         raise SparsifyError(
@@ -126,23 +126,23 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
             continue
         kinds = [
             kind
-            for kind, found in (("nan", values.isnan()), ("inf", values.isinf()))
-            if bool(found.any())
+            for kind, odd in (("nan", values.isnan()), ("inf", values.isinf()))
+            if bool(odd.any())
         ]
         count = int((~torch.isfinite(values)).sum())
         verb = "is" if count == 1 else "are"
         raise SparsifyError(
             f"{name}: {count} of {values.numel()} values {verb} not finite ({', '.join(kinds)}); "
             "give a model with finite weights; if they overflowed in float16, save it in bfloat16 "
-            "or float32 and take that --model.dtype"
+            "or float32 and use that type as --model.dtype"
         )
 
 
 def correct_tie(model: PreTrainedModel) -> None:
-    """Have the configuration say that weights are not tied where they are not.
+    """Set ``tie_word_embeddings`` to False where the model's weights are not tied.
 
-    Where the files hold two tensors with different values that the configuration calls tied,
-    Transformers loads both. Saved under that configuration one of them would be lost.
+    If the files hold two different tensors that the configuration calls tied, Transformers loads
+    both; saving the model with that configuration would lose one of them.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -162,10 +162,10 @@ def correct_tie(model: PreTrainedModel) -> None:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose ids reach beyond the embedding.
+    """Refuse a tokenizer with ids for which the embedding has no row.
 
-    Only the ordinary vocabulary counts, and the token that ends a text. Tokens that were added, to
-    pad for example, may lie beyond it as long as no text holds them: they are named in a warning.
+    Only the ordinary vocabulary and the tokens that begin or end a text count. Added tokens, for
+    padding say, may lie beyond the embedding as long as no text holds them: a warning names them.
 
     Raises:
         SparsifyError: ids of ordinary text have no row.
@@ -179,7 +179,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
     highest = max(vocabulary.values())
     if ordinary := sorted(beyond - added):
         raise SparsifyError(
-            f"the tokenizer has ids up to {highest}, such as that of {ordinary[0]!r}, and the "
+            f"the tokenizer has ids up to {highest}, such as that of {ordinary[0]!r}, but the "
             f"model's embedding has {rows} rows; give the model its own tokenizer"
         )
     log.warning(
@@ -191,15 +191,15 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Refuse token ids without a row in the embedding.
+    """Refuse token ids for which the embedding has no row.
 
     Raises:
-        SparsifyError: there are some.
+        SparsifyError: there is such an id.
     """
     rows = _rows(model)
     if (highest := int(tokens.max())) >= rows:
         raise SparsifyError(
-            f"the text holds the token id {highest}, and the model's embedding has {rows} rows; "
+            f"the text holds the token id {highest}, but the model's embedding has {rows} rows; "
             "give the model its own tokenizer, or text without added tokens"
         )
 
@@ -210,21 +210,21 @@ def _rows(model: PreTrainedModel) -> int:
 
 
 def check_positions(model: PreTrainedModel, block_size: int) -> None:
-    """Refuse windows that are longer than a table of learned positions; warn of those that are
-    longer than what a model with rotary positions was trained for.
+    """Refuse windows longer than the model's table of learned positions. For rotary positions, only
+    warn of windows longer than those of its training.
 
     Args:
         model: its weights may be on the meta device.
         block_size: tokens of a window.
 
     Raises:
-        SparsifyError: a table has fewer rows than the window has tokens.
+        SparsifyError: the table has fewer positions than the window has tokens.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or block_size <= positions:
         return
     for name, table in model.named_modules():
-        # OPT's table has rows before the first position.
+        # OPT's table has extra rows before the first position.
         rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
         learned = rows - int(getattr(table, "offset", 0)) == positions
         if learned and table is not model.get_input_embeddings():
@@ -243,14 +243,14 @@ def check_positions(model: PreTrainedModel, block_size: int) -> None:
 
 @torch.no_grad()
 def check_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that their model does not call, but reads the weight of: a mask would change
-    the exported model, and not the measured one.
+    """Refuse layers whose weight the model reads without calling the layer: a mask would change the
+    exported model, but not the measured one.
 
-    The model runs over a few tokens. A layer counts where the module that holds it runs, so that
-    experts to which no token is routed do not.
+    The model runs over a few tokens. A layer is judged only if the module that holds it was called,
+    so experts that got no token are not.
 
     Args:
-        model: in evaluation mode, computing what its dense weights do.
+        model: in evaluation mode, computing with its dense weights.
         layers: the masked layers by qualified name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Why a model or tokenizer could not be loaded, each reason in one sentence."""
+"""Explains in one sentence why a model or tokenizer could not be loaded."""
 
 import pickle
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @contextmanager
 def load_errors(what: str, name_or_path: str) -> Iterator[None]:
-    """Turn what Transformers raises into one sentence.
+    """Turn the errors that Transformers raises for models it cannot load into one sentence.
 
     Args:
         what: ``model`` or ``tokenizer``.
         name_or_path: as the user gave it.
 
     Raises:
-        SparsifyError: the block raised what Transformers does for models that it cannot load.
+        SparsifyError: the block raised one of them.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
             f"{name_or_path!r}: its weights are a pickle that holds other things than tensors, and "
             "reading it would run code; take the model's safetensors file"
         ) from error
-    # Transformers raises KeyError and NotImplementedError for types of a GGUF file that it does not
-    # know, and RuntimeError and TypeError for weights and configurations that do not fit.
+    # Transformers raises KeyError and NotImplementedError for GGUF files of a type that it does not
+    # know, and RuntimeError and TypeError if weights and configuration do not fit each other.
     except (
         OSError,
         ValueError,
@@ -62,17 +62,17 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
 
 
 def check_plain(config: Any, name_or_path: str) -> None:
-    """Refuse a quantised checkpoint: its layers hold no weights that a mask could drop, and an
-    export would claim to be quantised.
+    """Refuse a quantised checkpoint: its layers hold no weights that a mask could drop, and the
+    configuration of an export would still say that it is quantised.
 
     Raises:
-        SparsifyError: the configuration states a method of quantisation.
+        SparsifyError: the configuration holds a ``quantization_config``.
     """
     stated: Any = getattr(config, "quantization_config", None)
     if stated is None:
         return
-    found = (stated if isinstance(stated, dict) else vars(stated)).get("quant_method")
-    method = getattr(found, "value", found) or "of a method that it does not name"
+    named = (stated if isinstance(stated, dict) else vars(stated)).get("quant_method")
+    method = getattr(named, "value", named) or "of a method that it does not name"
     raise SparsifyError(
         f"{name_or_path!r} is quantised ({method}), and masks need plain weights; give the "
         "checkpoint from before it was quantised, or dequantise it and save that with "
@@ -107,15 +107,15 @@ def _reason(what: str, name_or_path: str, error: Exception) -> str:
     if "for this kind of AutoModel" in line:
         kind = line.partition("configuration class ")[2].partition(" for")[0]
         name = kind.rpartition(".")[2].strip("'>")
-        return f"{name} is the configuration of no causal language model"
+        return f"{name} is not the configuration of a causal language model"
     if "instantiate the backend tokenizer" in line:
         return (
-            "it has no tokenizer that the tokenizers package reads; save one as tokenizer.json "
+            "it has no tokenizer that the tokenizers package can read; save one as tokenizer.json "
             "with the fast tokenizer's save_pretrained"
         )
     if "couldn't connect to" in line.lower():
         return (
-            "it is no folder here, it is not in the cache of downloads, and the Hugging Face Hub "
+            "it is not a local folder and not in the cache of downloads, and the Hugging Face Hub "
             "cannot be reached; check its spelling and the network"
         )
     return line

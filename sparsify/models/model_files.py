@@ -1,4 +1,4 @@
-"""What a model's folder may ask Transformers to do: nothing that runs code from elsewhere."""
+"""Refuses models whose files would make Transformers run code from elsewhere."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 from sparsify.common.errors import SparsifyError
 
 # The implementations that come with PyTorch and Transformers. Any other name makes Transformers
-# import a package or, with the package "kernels", download one from the hub and run it.
+# import a package or, where the package "kernels" is installed, download code and run it.
 BUILT_IN = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
@@ -20,17 +20,17 @@ KERNELS = ("kernel_config", "use_kernels")
 
 
 def check_model_files(name_or_path: str) -> None:
-    """Refuse a model whose configuration names code to fetch or packages to import.
+    """Refuse a model whose configuration names code to download or packages to import.
 
-    Custom model code (``auto_map``) is not looked for here: Transformers leaves it alone, as it is
-    never told to trust it.
+    Custom model code (``auto_map``) is not checked here, as Transformers never runs it without
+    ``trust_remote_code``.
 
     Args:
         name_or_path: a folder, or a Hugging Face id.
 
     Raises:
-        SparsifyError: it names a kernel, another model, or is quantised.
-        OSError: there is no configuration.
+        SparsifyError: it names a kernel or another model, or is quantised.
+        OSError: it has no configuration.
     """
     if (Path(name_or_path) / ADAPTER_CONFIG_NAME).is_file() or (
         is_peft_available() and find_adapter_config_file(name_or_path) is not None
@@ -61,7 +61,7 @@ def check_model_files(name_or_path: str) -> None:
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every entry, those of parts in it too."""
+    """Every entry, those of nested mappings included."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, Mapping):

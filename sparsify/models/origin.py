@@ -1,4 +1,4 @@
-"""Where a run's base model comes from: a name, or an object that goes back as it came."""
+"""Gets a run's base model: loads it by name, or borrows an object and gives it back unchanged."""
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,12 +9,12 @@ from sparsify.models.load_checks import correct_tie
 
 
 class Origin:
-    """Gives the base model, and keeps an object that was given in evaluation mode.
+    """Loads the base model, or takes an object, which it keeps in evaluation mode during the run.
 
     Args:
-        name_or_path: as :func:`~sparsify.models.base.load_model` takes it; of an object the name
-            for messages and records.
-        dtype: the type of the weights, where they are loaded.
+        name_or_path: as :func:`~sparsify.models.base.load_model` takes it; for an object only its
+            name in messages and records.
+        dtype: the type in which weights are loaded; an object keeps its own.
     """
 
     def __init__(self, name_or_path: str, dtype: Dtype) -> None:
@@ -24,7 +24,7 @@ class Origin:
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def give(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take these objects in place of loading any."""
+        """Use these objects instead of loading a model and a tokenizer."""
         self._model, self._tokenizer = model, tokenizer
 
     @property
@@ -35,10 +35,10 @@ class Origin:
         return self._tokenizer
 
     def base(self) -> BaseModel:
-        """The checked model.
+        """The model, checked.
 
         Raises:
-            SparsifyError: it cannot be loaded, or not be masked.
+            SparsifyError: it cannot be loaded or cannot be masked.
         """
         if self._model is None:
             base = load_base(self._name_or_path, self._dtype)
@@ -52,12 +52,12 @@ class Origin:
         return base
 
     def enter_modes(self, model: PreTrainedModel, recomputes: bool) -> None:
-        """Have a given model in the modes of a run again.
+        """Put a model that was given as an object into the modes of a run again.
 
         Args:
             model: the model.
-            recomputes: whether its blocks recompute their activations, which they do in training
-                mode alone.
+            recomputes: whether its blocks recompute their activations, which they only do in
+                training mode.
         """
         if self._modes is None:
             return
@@ -67,16 +67,16 @@ class Origin:
                 part.training = True
 
     def restore_modes(self) -> None:
-        """Have the modules of a given model in training or evaluation mode as they came."""
+        """Put the modules of a model that was given as an object back into their former modes."""
         if self._modes is not None:
             self._modes.leave()
 
 
 class Modes:
-    """Which modules of a model are in training mode: as it came, and as a run left it.
+    """Remembers which modules of a model are in training mode, before a run and after it.
 
     Args:
-        model: in the mode to which it shall be restored.
+        model: in the modes to restore later.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,8 +85,8 @@ class Modes:
         self._of_run: dict[str, bool] | None = None
 
     def enter(self) -> None:
-        """Evaluation mode, in which dropout is off; at a second run the modes of the first, whose
-        blocks may be in training mode so that their activations are recomputed.
+        """Set evaluation mode, in which dropout is off. At a second run set the modes of the first,
+        in which blocks that recompute activations may be in training mode.
         """
         if self._of_run is None:
             self._model.eval()
@@ -94,7 +94,7 @@ class Modes:
             _set(self._model, self._of_run)
 
     def leave(self) -> None:
-        """The modes in which the model came; modules that have come since stay as they are."""
+        """Restore the modes from before the run; modules that were added since keep theirs."""
         self._of_run = _modes(self._model)
         _set(self._model, self._given)
 

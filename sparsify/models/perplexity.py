@@ -1,8 +1,8 @@
-"""Token perplexity, and the result file that every later command reads.
+"""Token perplexity, by the usual protocol of pruning papers.
 
-Perplexity follows the usual protocol of pruning papers: windows of equal length without overlap,
-the mean cross-entropy over the L - 1 targets of each (of instruction data those in responses), and
-the exponential of the mean over windows.
+A text is cut into windows of equal length without overlap. The loss of a window is the mean
+cross-entropy over its T - 1 targets (for instruction data, over those in responses); perplexity is
+the exponential of the mean loss over windows.
 Shapes: B windows, T tokens, V vocabulary.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from sparsify.common.errors import SparsifyError
 
 OVERALL = "overall"
-MAX_LOSS = 700.0  # nats a token; exp(710) is above all float64
+MAX_LOSS = 700.0  # nats per token; exp(710) overflows float64
 
 
 def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Cross-entropy of every next token in fp32, nats: ``[B, T - 1]``."""
+    """Cross-entropy of every next token, fp32, in nats: ``[B, T - 1]``."""
     targets = tokens_BT[:, 1:]
     flat = F.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
@@ -31,11 +31,12 @@ def token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 def mean_loss(losses_BT: Tensor, targets_BT: Tensor | None) -> Tensor:
-    """The mean over the tokens that are targets, 0-d; 0 with a graph where there is none.
+    """The mean loss over the tokens that are targets, 0-d; without targets it is 0, with zero
+    gradients.
 
     Args:
         losses_BT: from :func:`token_losses`.
-        targets_BT: bool, ``[B, T]``, for all tokens of the windows; None where all are targets.
+        targets_BT: bool, ``[B, T]``, True at targets; None if all tokens are.
     """
     if targets_BT is None:
         return losses_BT.mean()
@@ -48,7 +49,7 @@ class Score:
     """Perplexity of one text.
 
     Attributes:
-        loss: mean cross-entropy a token, nats.
+        loss: mean cross-entropy per token, nats.
         perplexity: its exponential.
         windows: how many windows with targets were measured.
         targets: how many tokens were predicted.
@@ -61,10 +62,10 @@ class Score:
 
 
 class NotFinite(SparsifyError):
-    """A score that is not finite, and so none.
+    """A perplexity is not finite.
 
     Attributes:
-        tokens_T: the first window whose loss is not finite, where that is known.
+        tokens_T: the tokens of the first window whose loss is not finite, if they are known.
     """
 
     def __init__(self, message: str, tokens_T: Tensor | None = None) -> None:
@@ -73,11 +74,11 @@ class NotFinite(SparsifyError):
 
 
 class _FirstOdd:
-    """The first window of a text whose loss is not finite, found without a synchronisation."""
+    """Finds the first window of a text whose loss is not finite, without a synchronisation."""
 
     def __init__(self) -> None:
         self._seen = 0
-        self.number: Tensor | None = None  # counted from 1; 0 as long as there is none
+        self.number: Tensor | None = None  # counted from 1; 0 while all are finite
         self.tokens_T: Tensor | None = None
 
     def update(self, losses_B: Tensor, tokens_BT: Tensor | None) -> None:
@@ -94,14 +95,14 @@ class _FirstOdd:
 
 
 class PerplexityMeter:
-    """Collects window losses of named texts on the device; only :meth:`scores` synchronises."""
+    """Sums the window losses of named texts on the device; only :meth:`scores` synchronises."""
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         self.names = list(names)
-        # torchmetrics' MeanMetric drops losses that are not numbers, and sums in fp32.
+        # Not torchmetrics' MeanMetric, which drops NaN losses and sums in fp32.
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = dict.fromkeys(self.names, zero)
-        # Tensors where they depend on what the targets are.
+        # Tensors once a batch comes with targets, as their number is then known on the device only.
         self._targets: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
         self._windows: dict[str, int | Tensor] = dict.fromkeys(self.names, 0)
         self._odd = {name: _FirstOdd() for name in self.names}
@@ -113,13 +114,13 @@ class PerplexityMeter:
         targets_BT: Tensor | None = None,
         tokens_BT: Tensor | None = None,
     ) -> None:
-        """Add the windows of one batch; those without target do not count.
+        """Add the windows of one batch; windows without a target do not count.
 
         Args:
-            name: of the text.
+            name: name of the text.
             losses_BT: from :func:`token_losses`.
-            targets_BT: bool, which tokens are targets; None where all are.
-            tokens_BT: the windows themselves, to name one whose loss is not finite.
+            targets_BT: bool, which tokens are targets; None if all are.
+            tokens_BT: tokens of the windows, to report one whose loss is not finite.
         """
         if targets_BT is None:
             losses_B = losses_BT.double().mean(1)
@@ -137,18 +138,18 @@ class PerplexityMeter:
         self._targets[name] = self._targets[name] + counts.sum()
 
     def scores(self) -> dict[str, Score]:
-        """The score of every text, and over all windows as ``overall``.
+        """The score of every text, and under ``overall`` that over all windows.
 
         Raises:
-            NotFinite: a score is not finite; the text and the first such window are named.
-            SparsifyError: no token of a text is a target.
+            NotFinite: a score is not finite; the message names the text and the window.
+            SparsifyError: a text has no targets.
         """
         result = {}
         for name in self.names:
             windows, targets = int(self._windows[name]), int(self._targets[name])
             if not windows:
                 raise SparsifyError(
-                    f"{name}: none of its windows has a target of the loss, and perplexity is of "
+                    f"{name}: none of its windows has a target of the loss, and perplexity is over "
                     "targets: add text whose responses are long enough, or remove it"
                 )
             result[name] = self._score(name, windows, targets)
@@ -169,13 +170,13 @@ class PerplexityMeter:
         if loss > MAX_LOSS:
             raise NotFinite(
                 f"{name}: a loss of {loss:.4g} nats a token is above {MAX_LOSS:.0f}, where its "
-                "exponential, the perplexity, is no finite number any more; look at the base model"
+                "exponential, the perplexity, is no longer finite; look at the base model"
             )
         return Score(loss, math.exp(loss), windows, targets)
 
 
 def score_metrics(split: str, scores: Mapping[str, Score]) -> dict[str, float]:
-    """Scores under the names of a dashboard: ``split/loss`` overall, ``split/text/loss`` each."""
+    """Scores as metrics: ``split/loss`` over all texts, ``split/text/loss`` for each text."""
     metrics: dict[str, float] = {}
     for name, score in scores.items():
         where = split if name == OVERALL else f"{split}/{name}"

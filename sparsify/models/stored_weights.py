@@ -1,4 +1,4 @@
-"""The weights of a saved model, read one tensor at a time."""
+"""Reads the weights of a saved model one tensor at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ class StoredWeights:
 
     Args:
         folder: where the files are.
-        may_lack: take a folder that holds none as a damaged one.
+        may_lack: report a folder without safetensors files in ``damaged`` instead of raising.
 
     Attributes:
         folder: where the files are.
         damaged: what is wrong with the files themselves, one sentence each.
-        others: safetensors files that a loader does not read: neither the one file nor in the
-            index.
+        others: safetensors files that a loader does not read, as they are neither in the index
+            nor the single file.
 
     Raises:
-        SparsifyError: the path is no folder, or it holds no safetensors files.
+        SparsifyError: the path is not a folder, or it holds no safetensors files.
     """
 
     def __init__(self, folder: Path, may_lack: bool = False) -> None:
@@ -51,7 +51,7 @@ class StoredWeights:
             files = present & {SINGLE}
         else:
             files = present
-            self.damaged.append(f"without {INDEX} a loader reads {SINGLE} alone, and there is none")
+            self.damaged.append(f"without {INDEX} a loader reads only {SINGLE}, which is missing")
         self.others = sorted(present - files)
         for file in sorted(files):
             if file in present:
@@ -80,7 +80,7 @@ class StoredWeights:
         """Refuse a folder whose files are not whole.
 
         Raises:
-            SparsifyError: they are damaged, or not those that the index names.
+            SparsifyError: they are damaged, or do not agree with the index.
         """
         if self.damaged:
             raise SparsifyError(
@@ -103,7 +103,7 @@ class StoredWeights:
             raise SparsifyError(f"{path.name}: {name} is not readable ({error})") from error
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a pipe would wait
             self.damaged.append(f"{path.name}: not a regular file")
             return
         try:
@@ -118,7 +118,7 @@ class StoredWeights:
             self._file_of[name] = path
 
     def _index(self) -> dict[str, str]:
-        """The file of every tensor, as the index says; nothing where it cannot be read."""
+        """The file of every tensor, from the index; empty if the index cannot be read."""
         try:
             listed = dict(read_json(self.folder / INDEX)["weight_map"])
             return {str(name): str(file) for name, file in listed.items()}
@@ -127,10 +127,10 @@ class StoredWeights:
             return {}
 
     def _check_listed(self, listed: dict[str, str]) -> None:
-        """A loader finds tensors through the index, so that it must say where they are."""
+        """Check that the index names the file of every tensor: a loader finds them through it."""
         for name, path in self._file_of.items():
             if listed.get(name) != path.name:
-                self.damaged.append(f"{name} is in {path.name}, and {INDEX} does not say so")
+                self.damaged.append(f"{name} is in {path.name}, but {INDEX} does not say so")
         read = {path.name for path in self._file_of.values()}
         for name, file in listed.items():
             if name not in self and file in read:

@@ -1,4 +1,4 @@
-"""A batch whose tokens are not all predicted.
+"""A batch in which only some tokens are targets of the loss.
 
 Shapes: B windows, T tokens.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TokenBatch(NamedTuple):
-    """Tokens, some of which are context only. Where all are predicted, a batch is a plain Tensor.
+    """Tokens, some of which are context only. If all are targets, a batch is a plain Tensor.
 
     Attributes:
         tokens_BT: token ids, int64.
@@ -20,7 +20,7 @@ class TokenBatch(NamedTuple):
     targets_BT: Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> "TokenBatch":
-        """Moves both, as a Tensor's ``to``."""
+        """Move both tensors, as ``Tensor.to`` does."""
         return TokenBatch(self.tokens_BT.to(*args, **kwargs), self.targets_BT.to(*args, **kwargs))
 
     def numel(self) -> int:
@@ -29,5 +29,5 @@ class TokenBatch(NamedTuple):
 
 
 def split_batch(batch: Tensor | TokenBatch) -> tuple[Tensor, Tensor | None]:
-    """The tokens of a batch, and where they are targets; None where all are."""
+    """The tokens of a batch, and which of them are targets; None if all are."""
     return batch if isinstance(batch, TokenBatch) else (batch, None)

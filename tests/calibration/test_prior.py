@@ -106,7 +106,7 @@ def test_a_prior_brings_weights_only_where_they_are_wanted() -> None:
 
 @pytest.mark.parametrize("learner", ["maskllm", "MaskPro", "sr_ste"])
 def test_a_prior_that_would_have_to_learn_is_refused(learner: str) -> None:
-    with pytest.raises(SparsifyError, match="learns its masks in a run of its own; name the"):
+    with pytest.raises(SparsifyError, match="learns its masks, which takes a run of its own; name"):
         make_prior(learner)
 
 

@@ -400,7 +400,7 @@ def test_a_foreign_folder_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     module = masked_module(tiny_llama(), tokenizer)
     for overwrite in (False, True):
-        with pytest.raises(SparsifyError, match="not an export and stays; name another folder"):
+        with pytest.raises(SparsifyError, match="not an export and is not replaced; name another"):
             check_target(tmp_path / "out", overwrite)
         with pytest.raises(SparsifyError, match="not an export"):
             export(module.masked, tmp_path / "out", {}, overwrite)

@@ -414,7 +414,7 @@ def test_folders_without_a_model_say_what_they_are(tmp_path: Path) -> None:
         ("adapter", load_tokenizer, "it is an adapter"),
         ("empty", load_model, "the folder is empty"),
         ("bare", load_tokenizer, "holds no tokenizer: none of tokenizer.json"),
-        ("t5", load_model, "T5Config is the configuration of no causal language model"),
+        ("t5", load_model, "T5Config is not the configuration of a causal language model"),
     ):
         with pytest.raises(SparsifyError, match=message) as raised:
             load(str(tmp_path / name))  # type: ignore[operator]
@@ -422,7 +422,7 @@ def test_folders_without_a_model_say_what_they_are(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_id_without_network_is_one_sentence() -> None:
-    with pytest.raises(SparsifyError, match=r"no folder here, .*not in the cache.*spelling"):
+    with pytest.raises(SparsifyError, match=r"not a local folder .*not in the cache.*spelling"):
         load_model("nobody/no-such-model")
 
 

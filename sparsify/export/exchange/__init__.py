@@ -1,1 +1,1 @@
-"""Masks in the formats of others."""
+"""Reads and writes masks in the formats of other projects."""

@@ -1,4 +1,4 @@
-"""Masks of others: read here, checked, and made into a folder that any library loads.
+"""Applies masks that were made elsewhere: checks them and writes a folder that any library loads.
 
 Shapes: O out, I in.
 """
@@ -48,18 +48,18 @@ __all__ = [
 def check_layers(
     source: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, LayerShape]
 ) -> None:
-    """Refuse masks of layers that a model lacks, or has in another shape.
+    """Refuse masks whose layer the model lacks, or has in another shape.
 
     Args:
-        source: whose masks they are, for the message.
+        source: where the masks come from, for the message.
         shapes: (O, I) of the masks by layer name.
-        known: the model's layers.
+        known: the model's layers by name.
     """
     for name, shape in shapes.items():
         if name not in known:
             raise SparsifyError(
-                f"{source}: {name!r} is no linear layer of the base model; they are called like "
-                f"{next(iter(known), None)!r}: give the model that the masks were made for"
+                f"{source}: {name!r} is no linear layer of the base model, whose layers have names "
+                f"like {next(iter(known), None)!r}: give the model that the masks were made for"
             )
         own = (known[name].rows, known[name].columns)
         if shape != own:
@@ -70,10 +70,10 @@ def check_layers(
 
 
 class GivenMasks(SparsityStrategy[FixedMasker]):
-    """Masks that were made elsewhere.
+    """A strategy that only applies masks which were made elsewhere.
 
     Args:
-        masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        masks: bool ``[O, I]`` by qualified layer name; read one by one.
         source: where they come from, for the record.
     """
 
@@ -99,26 +99,26 @@ def apply_masks(
     dtype: Dtype = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write the base model with its masked weights zero, as an export of a run is written.
+    """Write the base model with its masked weights set to zero, like the export of a run.
 
     Args:
         base: the dense model, as :func:`sparsify.models.base.load_model` takes it.
         masks: bool ``[O, I]`` by qualified layer name, True = kept; other layers stay dense.
-        patterns: theirs.
-        folder: the place to write to.
-        base_hash: the hash of the model that the masks were made for; empty if nobody knows.
+        patterns: the pattern of each mask.
+        folder: the folder to write.
+        base_hash: the hash of the model that the masks were made for; empty if unknown.
         source: where the masks come from, for the manifest.
-        dtype: the type in which the weights are loaded; the folder holds them in the type in which
-            the base does.
+        dtype: the type in which the weights are loaded; the folder stores them in the type in
+            which the base stores them.
         overwrite: replace an earlier export.
 
     Raises:
-        SparsifyError: the place is taken, the masks are not ones of this model, or not of their
-            patterns.
+        SparsifyError: the folder must not be replaced, or the masks do not fit this model or do not
+            have their patterns.
     """
     check_target(folder, overwrite, base)
     if not masks:
-        raise SparsifyError("there are no masks to apply; give one at least")
+        raise SparsifyError("there are no masks to apply; give at least one")
     known = stored_shapes(load_skeleton(base))
     check_layers("the masks", {name: tuple(masks[name].shape) for name in masks}, known)
     most = Counter(patterns[name] for name in masks).most_common(1)[0][0]

@@ -1,5 +1,5 @@
-"""The linear layers that masks belong to: how their weights are stored, what pattern a mask has,
-and whether a model is the one that masks were made for.
+"""Matches masks with the linear layers of a model: how a weight is stored, what pattern a mask has,
+and whether the masks were made for this model.
 
 Shapes: O out, I in.
 """
@@ -18,7 +18,7 @@ from sparsify.masking.pattern import MAX_M, NMPattern
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.hashes import hash_parameters
 
-# The sizes that hardware and published masks use, then all others.
+# Group sizes in the order of trial: those that hardware and published masks use, then all others.
 GROUP_SIZES = tuple(sorted(range(2, MAX_M + 1), key=lambda m: (m not in (4, 8, 16), m)))
 
 
@@ -40,11 +40,11 @@ class LayerShape:
 
     @property
     def stored(self) -> tuple[int, int]:
-        """The shape in which the weight is stored."""
+        """The shape of the weight as it is stored."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 
     def from_stored(self, values: Tensor) -> Tensor:
-        """``[O, I]`` of values in the layout of the stored weight."""
+        """Bring values from the layout of the stored weight to ``[O, I]``."""
         return values.T.contiguous() if self.transposed else values
 
 
@@ -61,30 +61,30 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, LayerShape]:
 
 
 def layer_name(key: str) -> str:
-    """The layer that a stored tensor's key speaks of: ``NAME``, ``NAME.weight``, ``NAME.mask`` or
-    ``NAME.weight.mask``.
+    """The layer's name in the key of a stored mask, which may end in ``.weight``, ``.mask`` or
+    ``.weight.mask``.
     """
     return key.removesuffix(".mask").removesuffix(".weight")
 
 
 def check_known(source: Path, key: str, name: str, known: Iterable[str]) -> None:
-    """Refuse the mask of a layer that the base model lacks.
+    """Refuse a mask whose layer the base model lacks.
 
     Raises:
-        SparsifyError: there is no such layer.
+        SparsifyError: the model has no such layer.
     """
     if name not in known:
         raise SparsifyError(
-            f"{source}: {key!r} names no linear layer of the base model; they are called like "
-            f"{next(iter(known), None)!r}: give the model that the masks were made for"
+            f"{source}: {key!r} names no linear layer of the base model, whose layers have names "
+            f"like {next(iter(known), None)!r}: give the model that the masks were made for"
         )
 
 
 def find_pattern(mask_OI: Tensor) -> NMPattern:
-    """The pattern of a mask, in groups of 4, 8, 16 or else the smallest that fit.
+    """Find the pattern of a mask, in groups of 4, 8 or 16, or else the smallest that fit.
 
     Raises:
-        SparsifyError: the mask keeps equally many weights in the groups of no size.
+        SparsifyError: for no group size do all groups keep equally many weights.
     """
     for m in GROUP_SIZES:
         if mask_OI.shape[-1] % m == 0:
@@ -103,10 +103,10 @@ def check_masks(masks: Mapping[str, Tensor], patterns: NMPattern | Mapping[str, 
 
     Args:
         masks: bool ``[O, I]`` by layer name, True = kept.
-        patterns: theirs, or the one that all have.
+        patterns: the pattern of each mask, or one pattern for all.
 
     Raises:
-        SparsifyError: one does not; the message names the layer, the row and the group.
+        SparsifyError: a mask does not; the message names the layer, the row and the group.
     """
     for name, mask_OI in masks.items():
         pattern = patterns if isinstance(patterns, NMPattern) else patterns[name]
@@ -127,9 +127,8 @@ def check_masks(masks: Mapping[str, Tensor], patterns: NMPattern | Mapping[str, 
 
 
 class BaseHashes:
-    """The hashes that name a model's dense weights; each is computed when it is first needed.
-
-    The same weights have a hash for every type in which they can be loaded.
+    """The hashes of a model's dense weights, one for each type in which they can be loaded; each is
+    computed when it is first needed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,8 +147,8 @@ class BaseHashes:
         """Refuse masks that were made for other weights.
 
         Args:
-            base_hash: what the masks state; empty if they state none.
-            what: the masks, for the message.
+            base_hash: the hash of the model that the masks were made for; empty if unknown.
+            what: name of the masks, for the message.
 
         Raises:
             SparsifyError: they were made for another model.

@@ -1,8 +1,9 @@
-"""Masks in a NumPy archive, as learned masks are published: ``mask_compressed.npz``.
+"""Reads and writes masks in the NumPy archive in which learned masks are published,
+``mask_compressed.npz``.
 
-One entry a layer: the key is the weight's name and ``.mask``, the value ``np.packbits`` of the mask
-in the layout of the stored weight, row by row, and the last byte is padded with zeros. The file
-holds no shapes: they come from the base model.
+It has one entry per layer. The key is the weight's name with ``.mask`` appended. The value is
+``np.packbits`` of the mask, row by row in the layout of the stored weight, with zeros at the end of
+the last byte. The file holds no shapes: they come from the base model.
 
 Shapes: O out, I in.
 """
@@ -28,21 +29,21 @@ _HEADERS = {
 
 
 def read_npz(path: Path, shapes: Mapping[str, LayerShape]) -> Iterator[tuple[str, Tensor]]:
-    """Read masks one by one; nothing is unpickled, and no more is unpacked than the shapes ask for.
+    """Read masks one by one, without unpickling anything or unpacking more than the shapes require.
 
     Args:
         path: the archive.
-        shapes: of the base model's layers, by qualified name.
+        shapes: the shapes of the base model's layers, by qualified name.
 
     Yields:
         A layer's qualified name and its mask, bool ``[O, I]``, True = kept.
 
     Raises:
-        SparsifyError: the file is damaged or no such archive, or it is not one of this model.
+        SparsifyError: the file is damaged or not such an archive, or was made for another model.
     """
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # as below
+    except Exception as error:  # a damaged archive can raise anything
         raise SparsifyError(
             f"{path}: not a readable npz archive ({error}); name a mask_compressed.npz"
         ) from error
@@ -54,24 +55,24 @@ def read_npz(path: Path, shapes: Mapping[str, LayerShape]) -> Iterator[tuple[str
 def _entries(
     path: Path, archive: zipfile.ZipFile, shapes: Mapping[str, LayerShape]
 ) -> dict[str, zipfile.ZipInfo]:
-    """The archive's entries by layer name, all checked by their names and sizes."""
+    """The archive's entries by layer name; their names and sizes are checked."""
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
         key = entry.filename.removesuffix(".npy")
         name = layer_name(key)
         if not key.endswith(".mask"):
             raise SparsifyError(
-                f"{path}: {key!r} is not called like a mask; every key is a weight's name and "
-                "'.mask': name an archive that holds masks alone"
+                f"{path}: {key!r} does not name a mask; every key must be a weight's name and "
+                "'.mask': give an archive that holds only masks"
             )
         check_known(path, key, name, shapes)
         if name in entries:
-            raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; one layer has one")
+            raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; a layer has only one")
         if entry.file_size > _bytes(shapes[name]) + MAX_HEADER:
             raise _wrong(
                 path, key, shapes[name], f"it unpacks to {entry.file_size} bytes with its header"
             )
-        # Others may unpack to any size at once.
+        # Other methods may unpack to any size in one step.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise SparsifyError(
                 f"{path}: {key!r} is compressed by method {entry.compress_type}; NumPy's archives "
@@ -95,7 +96,7 @@ def _read(
                 raise _wrong(path, key, shape, f"its array holds {len(data)} bytes")
     except SparsifyError:
         raise
-    except Exception as error:  # what NumPy makes of a damaged header can raise anything
+    except Exception as error:  # NumPy may raise anything for a damaged header
         raise SparsifyError(
             f"{path}: {key!r} is damaged ({error}); fetch the file again"
         ) from error
@@ -111,18 +112,18 @@ def _check_header(path: Path, key: str, stream: IO[bytes], shape: LayerShape) ->
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         raise ValueError(f"npy version {version}")
-    found, _, dtype = _HEADERS[version](stream, max_header_size=MAX_HEADER)
-    if dtype != np.uint8 or found != (_bytes(shape),):
-        raise _wrong(path, key, shape, f"it is an array {found} of {dtype}")
+    array_shape, _, dtype = _HEADERS[version](stream, max_header_size=MAX_HEADER)
+    if dtype != np.uint8 or array_shape != (_bytes(shape),):
+        raise _wrong(path, key, shape, f"it is an array {array_shape} of {dtype}")
 
 
 def _bytes(shape: LayerShape) -> int:
     return -(-shape.rows * shape.columns // 8)
 
 
-def _wrong(path: Path, key: str, shape: LayerShape, found: str) -> SparsifyError:
+def _wrong(path: Path, key: str, shape: LayerShape, problem: str) -> SparsifyError:
     return SparsifyError(
-        f"{path}: {key!r}: {found}; the bits of a mask {shape.rows} x {shape.columns} are "
+        f"{path}: {key!r}: {problem}; the bits of a mask {shape.rows} x {shape.columns} are "
         f"{_bytes(shape)} uint8: give the base model that the masks were made for"
     )
 
@@ -131,14 +132,14 @@ def write_npz(path: Path, masks: Mapping[str, Tensor], transposed: Container[str
     """Write masks in the same format, whole or not at all.
 
     Args:
-        path: the archive; one that is there is replaced.
-        masks: bool ``[O, I]`` by qualified layer name; looked up one by one.
+        path: the archive; an existing one is replaced.
+        masks: bool ``[O, I]`` by qualified layer name; read one by one.
         transposed: the layers whose weight is stored as ``[I, O]``.
     """
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name in masks:
             mask = masks[name].T if name in transposed else masks[name]
-            # Without the time of writing: equal masks make equal files.
+            # ZipInfo leaves out the time of writing, so that equal masks make equal files.
             entry = zipfile.ZipInfo(f"{name}.weight.mask.npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as stream:

@@ -1,8 +1,9 @@
-"""Masks in PyTorch files: one a layer, or a dictionary of all.
+"""Reads masks from PyTorch files: one file per layer, or a dictionary of all.
 
-A folder holds a tensor a layer in the layout of the stored weight, in a file called like the layer:
-``model.layers.0.self_attn.q_proj.pt``. A single file holds a dictionary from such names, or from a
-weight's name and ``.mask``, to tensors. Anything that is 0 or 1 throughout is a mask.
+In a folder, each file is named after its layer, as ``model.layers.0.self_attn.q_proj.pt``, and
+holds one tensor in the layout of the stored weight. A single file holds a dictionary of such
+tensors; its keys are layer names, or weight names with ``.mask`` appended. A tensor is a mask if
+all its values are 0 or 1.
 
 Shapes: O out, I in.
 """
@@ -18,40 +19,40 @@ from torch import Tensor
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import LayerShape, check_known, layer_name
 
-SEPARATORS = ("", ".", "_", "-")  # what may stand between anything else and the layer's name
+SEPARATORS = ("", ".", "_", "-")  # what may stand between a prefix and the layer's name
 
 
 def read_pt(path: Path, shapes: Mapping[str, LayerShape]) -> Iterator[tuple[str, Tensor]]:
-    """Read masks one by one, without running code that a file may bring.
+    """Read masks one by one, without running code that a file may hold.
 
     Args:
-        path: a folder of ``.pt`` files, in subfolders or not, whose path ends with the layer's
-            name; or one file with a dictionary.
-        shapes: of the base model's layers, by qualified name.
+        path: one file with a dictionary, or a folder of ``.pt`` files, in subfolders or not, whose
+            paths end with the layer's name.
+        shapes: the shapes of the base model's layers, by qualified name.
 
     Yields:
         A layer's qualified name and its mask, bool ``[O, I]``, True = kept.
 
     Raises:
-        SparsifyError: a file is damaged, holds something other than masks, or is not one of this
+        SparsifyError: a file is damaged, holds something other than masks, or was made for another
             model.
     """
     if path.is_dir():
         for name, file in _files(path, shapes).items():
             yield name, _mask(file, name, _load(file), shapes[name])
         return
-    found = _load(path)
-    if not isinstance(found, dict) or not found:
+    masks = _load(path)
+    if not isinstance(masks, dict) or not masks:
         raise SparsifyError(
-            f"{path}: it holds a {type(found).__name__}; a single file holds a dictionary from "
-            "layer names to masks: name the folder instead if there is a file a layer"
+            f"{path}: it holds a {type(masks).__name__}; a single file holds a dictionary from "
+            "layer names to masks: name the folder instead if there is one file per layer"
         )
     seen: set[str] = set()
-    for key, values in found.items():
+    for key, values in masks.items():
         name = layer_name(str(key))
         check_known(path, str(key), name, shapes)
         if name in seen:
-            raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; one layer has one")
+            raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; a layer has only one")
         seen.add(name)
         yield name, _mask(path, name, values, shapes[name])
 
@@ -65,7 +66,7 @@ def _files(folder: Path, shapes: Mapping[str, LayerShape]) -> dict[str, Path]:
         check_known(file, key, name, shapes)
         if name in files:
             raise SparsifyError(
-                f"{file}: a second mask of {name}, beside {files[name]}; one layer has one"
+                f"{file}: a second mask of {name}, beside {files[name]}; a layer has only one"
             )
         files[name] = file
     if not files:
@@ -82,19 +83,19 @@ def _load(file: Path) -> Any:
         is_zip = zipfile.is_zipfile(file)
         if is_zip:
             _check_stored(file)
-        # Mapped into memory, the tensors of a large dictionary are read as they are asked for.
+        # mmap: the tensors of a large dictionary are then read only when they are used.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except SparsifyError:
         raise
     except Exception as error:  # a damaged or malicious pickle can raise anything
         raise SparsifyError(
-            f"{file}: not a readable file of tensors ({type(error).__name__}); torch.save writes "
-            "one, and files that hold other objects are not opened"
+            f"{file}: not a readable file of tensors ({type(error).__name__}); write one with "
+            "torch.save: files that hold other objects are not opened"
         ) from error
 
 
 def _check_stored(file: Path) -> None:
-    """What is not compressed takes no more memory than it takes on disk."""
+    """Refuse a compressed file: it may take far more memory than disk space."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise SparsifyError(f"{file}: a part of it is compressed, which torch.save never does")
@@ -102,12 +103,12 @@ def _check_stored(file: Path) -> None:
 
 def _mask(file: Path, name: str, values: Any, shape: LayerShape) -> Tensor:
     if not _is_dense(values) or tuple(values.shape) != shape.stored:
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        kind = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise SparsifyError(
-            f"{file}: the mask of {name} is {found}, and the weight is stored as {shape.stored}; "
+            f"{file}: the mask of {name} is {kind}, but the weight is stored as {shape.stored}; "
             "give the base model that the masks were made for"
         )
-    # A damaged bool may hold any byte.
+    # In a damaged file, the byte of a bool may be neither 0 nor 1.
     numbers = values.view(torch.uint8) if values.dtype == torch.bool else values
     mask = numbers == 1
     if not bool((mask | (numbers == 0)).all()):

@@ -1,4 +1,4 @@
-"""The masks that the zeros of a Hugging Face folder imply.
+"""Finds the masks of a sparse Hugging Face model from the zeros in its weights.
 
 Shapes: O out, I in, G groups, M group size.
 """
@@ -15,20 +15,20 @@ from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import load_skeleton
 from sparsify.models.stored_weights import StoredWeights
 
-# Dense weights hold few zeros, mostly numbers too small for their type.
+# A layer with fewer zeros is dense: these are mostly values too small for their type.
 DENSE_ZEROS = 0.1
 
 
 @dataclass(frozen=True)
 class LayerZeros:
-    """What the zeros of one layer imply.
+    """The mask that the zeros of one layer imply.
 
     Attributes:
         name: the layer's qualified name.
         pattern: its pattern; None if the layer is dense.
         mask: bool ``[O, I]``, True = kept; None if the layer is dense.
-        completed: groups with fewer nonzero weights than N; the lowest free positions count as kept
-            there.
+        completed: number of groups with fewer nonzero weights than N, in which the lowest zero
+            positions were marked as kept too.
     """
 
     name: str
@@ -42,15 +42,15 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
 
     Args:
         folder: a causal LM in safetensors files, with exact zeros.
-        pattern: what the masked layers hold; None finds each layer's own: the fewest weights kept,
-            in groups of 4, else of 8, else of 16.
+        pattern: the pattern of all masked layers; None finds one for each layer: that which keeps
+            the fewest weights, in groups of 4, 8 or 16, the smaller groups first.
 
     Yields:
         Each layer, dense or masked.
 
     Raises:
-        SparsifyError: the folder is not a readable model, no layer of it is sparse, or one is
-            sparse and holds no pattern.
+        SparsifyError: the folder is not a readable model, no layer is sparse, or a sparse layer
+            has no pattern.
     """
     shapes = stored_shapes(model := load_skeleton(str(folder)))
     weights = StoredWeights(folder)
@@ -61,7 +61,7 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
             weight = weights.get(_key(weights, name, model.base_model_prefix))
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(
-                    f"{folder}: {name} is stored as {tuple(weight.shape)}, and config.json says "
+                    f"{folder}: {name} is stored as {tuple(weight.shape)}, but config.json says "
                     f"{shape.stored}; the folder is damaged"
                 )
             layer = _implied(name, shape.from_stored(weight) != 0, pattern)
@@ -91,22 +91,22 @@ def _implied(name: str, nonzero_OI: Tensor, pattern: NMPattern | None) -> LayerZ
 
 
 def _pattern(nonzero_OI: Tensor) -> NMPattern | None:
-    """The pattern of the lowest density that these weights hold, with most groups full: zeros
-    strewn over a small layer would hold some pattern too.
+    """The pattern of lowest density that these weights fit. Most groups must keep exactly N: a
+    small layer with scattered zeros would fit some pattern too.
     """
-    found = []
+    fitting = []
     for m in GROUP_SIZES[:3]:
         if nonzero_OI.shape[1] % m == 0:
             counts_OG = nonzero_OI.unflatten(-1, (-1, m)).sum(-1)
             n = int(counts_OG.max())
             if 1 <= n < m and float((counts_OG == n).float().mean()) > 0.5:
-                found.append(NMPattern(n, m))
-    return min(found, key=lambda pattern: pattern.density, default=None)
+                fitting.append(NMPattern(n, m))
+    return min(fitting, key=lambda pattern: pattern.density, default=None)
 
 
 def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
     if pattern is None:
-        return "most groups of 4, of 8 and of 16 hold no common N"
+        return "for no group size of 4, 8 or 16 do most groups keep equally many weights"
     if nonzero_OI.shape[1] % pattern.m:
         return f"in_features={nonzero_OI.shape[1]} is not a multiple of m={pattern.m}"
     counts_OG = pattern.groups(nonzero_OI).sum(-1)
@@ -119,11 +119,11 @@ def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
 
 def _key(weights: StoredWeights, name: str, prefix: str) -> str:
     """The name of a layer's weight in the files."""
-    # Some folders hold the model without its head, whose names lack the first part.
+    # Some folders were saved without the head; their names lack the prefix.
     keys = (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."))
     key = next((key for key in keys if key in weights), None)
     if key is None:
         raise SparsifyError(
-            f"{weights.folder}: there is no {keys[0]!r} in its files; the model lacks it"
+            f"{weights.folder}: its files hold no {keys[0]!r}; give a folder with the whole model"
         )
     return key

@@ -1,4 +1,4 @@
-"""Masks as files: packed, compared, imported, and swapped over one model."""
+"""Mask files, which hold the masks of a model in close to the fewest bits."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from sparsify.common.lazy import lazy
 
 if TYPE_CHECKING:
     from sparsify.export.mask_file.file import MaskFile, MaskWriter, read_masks, write_masks
-else:  # what shows a mask file needs no PyTorch
+else:  # so that the parts that only show a mask file do not import PyTorch
     __getattr__, __dir__ = lazy(
         __name__,
         dict.fromkeys(

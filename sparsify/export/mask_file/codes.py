@@ -1,9 +1,10 @@
-"""Enumerative codes: numbers below a bound in close to log2(bound) bits each, and sorted positions.
+"""Enumerative codes: store numbers below K in close to log2(K) bits each, and sorted positions.
 
-As many digits of base K as fit make one number, and so one word of W bits; the pair that wastes
-least is taken (for 2:4, K = 6: 17 groups in 44 bits, 0.6471 bits a weight, where log2(6) / 4 is
-0.6462). Words follow each other without gaps, lowest bit first. ``docs/mask_file.md`` defines the
-bytes. All functions are vectorised and run on CPU; codes and digits are flat tensors.
+Several digits of base K are combined into one number, which is stored as a word of W bits. W and
+the number of digits are chosen to waste least: for 2:4, K = 6, a word of 44 bits holds 17 groups,
+0.6471 bits per weight, where log2(6) / 4 is 0.6462. Words follow each other without gaps, lowest
+bit first. ``docs/mask_file.md`` defines the bytes. All functions are vectorised and run on CPU;
+codes and digits are flat tensors.
 """
 
 import math
@@ -20,7 +21,7 @@ from sparsify.export.mask_file.sizes import (
     word_size,
 )
 
-WORDS_A_BLOCK = 8  # a block of so many words is a whole number of bytes
+WORDS_A_BLOCK = 8  # so many words are a whole number of bytes
 TABLE_SIZE = 2**16
 
 
@@ -37,10 +38,10 @@ def encode(digits: Tensor, base: int) -> Tensor:
 
 
 def decode(code: Tensor, count: int, base: int) -> Tensor:
-    """The ``count`` digits of a code: uint8 where the base fits, else int16 or int64.
+    """Unpack the ``count`` digits of a code: uint8 if the base fits, else int16 or int64.
 
     Raises:
-        ValueError: :func:`encode` makes no such bytes.
+        ValueError: :func:`encode` cannot have made these bytes.
     """
     dtype = digit_dtype(base)
     if len(code) != code_bytes(count, base):
@@ -60,14 +61,14 @@ def decode(code: Tensor, count: int, base: int) -> Tensor:
         words = rest
     if words.any():
         raise ValueError("a word is larger than its digits can be")
-    found = torch.cat(columns, dim=1).flatten()
-    if found[count:].any():
+    padded = torch.cat(columns, dim=1).flatten()
+    if padded[count:].any():
         raise ValueError("the padding is not zero")
-    return found[:count]
+    return padded[:count]
 
 
 def digit_dtype(base: int) -> torch.dtype:
-    """The smallest type in which digits are given."""
+    """The smallest type that :func:`decode` uses for digits of this base."""
     if base <= 2**8:
         return torch.uint8
     return torch.int16 if base <= 2**15 else torch.int64
@@ -76,7 +77,8 @@ def digit_dtype(base: int) -> torch.dtype:
 def encode_positions(positions: Tensor, universe: int) -> Tensor:
     """Pack increasing integers below ``universe`` as an Elias-Fano code: uint8.
 
-    Their low bits as they are, then a bitmap in which the i-th position sets bit (high bits + i).
+    The code holds their low bits, then a bitmap in which the i-th position sets the bit number
+    (high bits + i).
 
     Source: Elias, Efficient Storage and Retrieval by Content and Address of Static Files, 1974.
     """
@@ -92,10 +94,10 @@ def encode_positions(positions: Tensor, universe: int) -> Tensor:
 
 
 def decode_positions(code: Tensor, count: int, universe: int) -> Tensor:
-    """The positions of a code: int64, increasing.
+    """Unpack the positions of a code: int64, increasing.
 
     Raises:
-        ValueError: :func:`encode_positions` makes no such bytes.
+        ValueError: :func:`encode_positions` cannot have made these bytes.
     """
     if len(code) != positions_bytes(count, universe):
         raise ValueError(f"{len(code)} bytes for {count} positions of {universe}")
@@ -116,7 +118,7 @@ def decode_positions(code: Tensor, count: int, universe: int) -> Tensor:
 
 @cache
 def _split_table(base: int, digits: int) -> Tensor:
-    """The digits of every number of so many: ``[base**digits, digits]``, the lowest first."""
+    """The digits of every number of ``digits`` digits: ``[base**digits, digits]``, lowest first."""
     numbers = torch.arange(base**digits)[:, None]
     return (numbers // base ** torch.arange(digits) % base).to(digit_dtype(base))
 
@@ -125,7 +127,7 @@ def _pack_words(words: Tensor, bits: int) -> Tensor:
     blocks = torch.nn.functional.pad(words, (0, -len(words) % WORDS_A_BLOCK))
     blocks = blocks.view(-1, WORDS_A_BLOCK)
     packed = torch.empty(len(blocks), bits, dtype=torch.uint8)
-    for byte in range(bits):  # 8 words of so many bits are so many bytes
+    for byte in range(bits):  # 8 words of ``bits`` bits make ``bits`` bytes
         word, offset = divmod(8 * byte, bits)
         value = blocks[:, word] >> offset
         if offset + 8 > bits:

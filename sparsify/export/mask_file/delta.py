@@ -1,4 +1,4 @@
-"""The code of a mask that differs from another: which groups, and what they are now."""
+"""Stores a mask as its difference from another: which groups changed, and what they are now."""
 
 import torch
 from torch import Tensor
@@ -8,29 +8,29 @@ from sparsify.export.mask_file.sizes import positions_bytes
 
 
 def encode_delta(former: Tensor, ranks: Tensor, candidates: int) -> tuple[int, Tensor]:
-    """Code the groups whose candidate changed.
+    """Encode the groups whose candidate changed.
 
     Args:
-        former: the candidate of every group before, flat.
-        ranks: and now.
-        candidates: how many there are.
+        former: the former candidate of every group, flat.
+        ranks: the present candidate of every group, flat.
+        candidates: the number of candidates.
 
     Returns:
         The number of groups that changed, and the code, uint8.
     """
     positions = (former != ranks).nonzero().flatten()
     before, after = former[positions], ranks[positions]
-    # A group that changed is not what it was, which leaves one candidate fewer.
+    # A changed group cannot have its former candidate, so there is one candidate fewer to encode.
     others = after - (after > before).to(after.dtype)
     code = encode_positions(positions, len(ranks))
     return len(positions), torch.cat([code, encode(others, candidates - 1)])
 
 
 def decode_delta(code: Tensor, changed: int, former: Tensor, candidates: int) -> Tensor:
-    """The candidate of every group now.
+    """Decode the present candidate of every group.
 
     Raises:
-        ValueError: :func:`encode_delta` makes no such bytes.
+        ValueError: :func:`encode_delta` cannot have made these bytes.
     """
     split = positions_bytes(changed, len(former))
     positions = decode_positions(code[:split], changed, len(former))

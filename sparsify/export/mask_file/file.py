@@ -1,8 +1,8 @@
-"""The mask file: the masks of a model in close to the fewest bits, each layer by itself.
+"""Reads and writes mask files, which hold a model's masks in close to the fewest bits.
 
-``docs/mask_file.md`` defines it. Layers' codes come first and the index last, so that a file is
-written in one pass, layer by layer. A delta file holds, of some layers, only the groups that differ
-from those of another file, its prior.
+``docs/mask_file.md`` defines the format. Each layer is encoded by itself. The codes come first and
+the index last, so that a file is written in one pass, layer by layer. A delta file stores of some
+layers only the groups that differ from those in another file, its prior.
 
 Shapes: O out, I in.
 """
@@ -38,15 +38,15 @@ class MaskFile(Mapping[str, Tensor]):
 
     Args:
         path: a mask file, or the exported folder that holds one.
-        prior: the file that a delta file was made against.
+        prior: the prior of a delta file.
 
     Attributes:
         path: the file.
-        index: what it says of itself: lineage, and every layer's shape, pattern and hash.
+        index: its index: lineage, and the shape, pattern and hash of every layer.
 
     Raises:
-        SparsifyError: it is missing, no mask file, of another version, damaged, or a delta file
-            whose prior this is not.
+        SparsifyError: the file is missing, not a mask file, of another version or damaged, or it is
+            a delta file and ``prior`` is not its prior.
     """
 
     def __init__(self, path: Path, prior: "MaskFile | None" = None) -> None:
@@ -67,7 +67,7 @@ class MaskFile(Mapping[str, Tensor]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the masks, however they are stored."""
+        """SHA-256 of the masks; the same for a whole file and for a delta file."""
         return self.index.digest
 
     def __getitem__(self, name: str) -> Tensor:
@@ -75,7 +75,7 @@ class MaskFile(Mapping[str, Tensor]):
         return entry.pattern.unrank(self.ranks(name).view(entry.shape[0], -1))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.index.layers  # Mapping's own would decode the mask
+        return name in self.index.layers  # the method of Mapping would decode the mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.index.layers)
@@ -87,7 +87,7 @@ class MaskFile(Mapping[str, Tensor]):
         """The candidate of every group of a layer, row by row, flat.
 
         Raises:
-            SparsifyError: what is stored is not what was written.
+            SparsifyError: the stored code is damaged.
         """
         entry = self.index.layers[name]
         candidates = entry.pattern.candidates
@@ -102,7 +102,7 @@ class MaskFile(Mapping[str, Tensor]):
             return ranks
         except (OSError, ValueError) as error:
             raise SparsifyError(
-                f"{self.path}: the mask of {name} is damaged ({error}); nothing was read of it: "
+                f"{self.path}: the mask of {name} is damaged ({error}) and was not read: "
                 "fetch or export the file again"
             ) from error
 
@@ -121,7 +121,7 @@ class MaskFile(Mapping[str, Tensor]):
         if prior is None or prior.digest != wanted:
             given = "none was given" if prior is None else f"{prior.path} is {prior.digest[:12]}"
             raise SparsifyError(
-                f"{self.path} holds changes to the masks {str(wanted)[:12]}, and {given}; join it "
+                f"{self.path} holds changes to the masks {str(wanted)[:12]}, but {given}; join it "
                 "with the file that it was made against: sparsify mask join PRIOR DELTA FILE"
             )
         for name, entry in self.index.layers.items():
@@ -131,13 +131,13 @@ class MaskFile(Mapping[str, Tensor]):
 
 
 class MaskWriter:
-    """Writes a mask file layer by layer; the file appears when it is whole, at the end of ``with``.
+    """Writes a mask file layer by layer; the file appears complete at the end of ``with``.
 
     Args:
         path: the file.
         base_hash: the hash of the model that the masks were made for; empty if it is not known.
-        lineage: where they come from: plain JSON values.
-        prior: write a delta file, against these masks.
+        lineage: where the masks come from, in plain JSON values.
+        prior: if given, write a delta file against these masks.
     """
 
     def __init__(
@@ -163,7 +163,8 @@ class MaskWriter:
         """Write the mask of one layer.
 
         Raises:
-            SparsifyError: a group does not hold exactly N, or the layer was written before.
+            SparsifyError: a group does not keep exactly N weights, the layer was written before, or
+                its name holds control characters.
         """
         if not name.isprintable():
             raise SparsifyError(f"{name!r} holds control characters; give the layer another name")
@@ -205,9 +206,9 @@ def write_masks(
     lineage: Mapping[str, Any] | None = None,
     prior: MaskFile | None = None,
 ) -> None:
-    """Write masks, bool ``[O, I]`` by layer name, and the pattern of each or of all.
+    """Write masks, bool ``[O, I]`` by layer name, with one pattern for each or for all.
 
-    The rest is as in :class:`MaskWriter`.
+    The other arguments are those of :class:`MaskWriter`.
     """
     with MaskWriter(path, base_hash, lineage, prior) as file:
         for name, mask_OI in masks.items() if isinstance(masks, Mapping) else masks:
@@ -215,7 +216,7 @@ def write_masks(
 
 
 def read_masks(path: Path, prior: MaskFile | None = None) -> MaskFile:
-    """Open a mask file, or the one in an exported folder; arguments as of :class:`MaskFile`."""
+    """Open a mask file, or the one in an exported folder; arguments as for :class:`MaskFile`."""
     return MaskFile(path, prior)
 
 

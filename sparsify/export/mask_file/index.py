@@ -1,7 +1,7 @@
-"""The index of a mask file: which layers it holds, of which masks, for which model.
+"""The index of a mask file, which says what layers it holds, for which model, and from where.
 
-It stands at the end of the file, as JSON, with its own SHA-256. Where a layer's bytes lie is not
-stored but follows from the sizes of those before it, so that no two statements can disagree.
+It stands at the end of the file, as JSON, with its own SHA-256. The place of a layer's bytes is not
+stored: it follows from the sizes of the layers before it, so it cannot contradict them.
 """
 
 import hashlib
@@ -28,14 +28,15 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What the index says of one layer.
+    """The entry of one layer in the index.
 
     Attributes:
         shape: (O, I).
         pattern: the pattern.
-        sha256: of the layer's whole code, in hexadecimal; it stands for the mask.
-        changed: in a delta file the number of groups that differ from the prior's; None where the
-            whole code is stored.
+        sha256: SHA-256 of the layer's whole code, in hexadecimal, also where only changes are
+            stored.
+        changed: the number of groups that differ from the prior, if only these are stored; None if
+            the whole code is.
     """
 
     shape: tuple[int, int]
@@ -50,24 +51,24 @@ class LayerEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """How many bytes the file holds of it."""
+        """How many bytes the file holds of the layer."""
         candidates = self.pattern.candidates
         if self.changed is None:
             return code_bytes(self.groups, candidates)
         return delta_bytes(self.changed, self.groups, candidates)
 
     def same_layer(self, other: "LayerEntry | None") -> bool:
-        """Whether the other is of a layer of the same shape and pattern."""
+        """Whether the other entry has the same shape and pattern."""
         return other is not None and (other.shape, other.pattern) == (self.shape, self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the index."""
+        """The entry as the index stores it."""
         entry = {"shape": self.shape, "pattern": str(self.pattern), "sha256": self.sha256}
         return entry if self.changed is None else {**entry, "changed": self.changed}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> "LayerEntry":
-        """Read it; ValueError, KeyError or TypeError where it is none."""
+        """Parse an entry; ValueError, KeyError or TypeError if it is not valid."""
         rows, columns = entry["shape"]
         pattern, changed = NMPattern.parse(str(entry["pattern"])), entry.get("changed")
         counts = [rows, columns] if changed is None else [rows, columns, changed]
@@ -85,13 +86,13 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """All of it.
+    """The whole index.
 
     Attributes:
         base_hash: the hash of the model that the masks were made for; empty if it is not known.
-        lineage: where they come from, as their maker told.
-        prior: the digest of a delta file's prior, None in a file of its own.
-        layers: by name, in the order of the file.
+        lineage: where the masks come from, as their maker stated it.
+        prior: the digest of the prior of a delta file; None if the file is whole by itself.
+        layers: the entries by layer name, in the order of the file.
     """
 
     base_hash: str
@@ -101,7 +102,7 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the masks: of names, shapes, patterns and codes, however they are stored."""
+        """SHA-256 of the masks' names, shapes, patterns and whole codes."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.layers.items()):
             content = [name, entry.shape, str(entry.pattern), entry.sha256]
@@ -117,7 +118,7 @@ class Index:
         return offsets
 
     def to_bytes(self) -> bytes:
-        """The index and what ends the file."""
+        """The last part of a mask file: the index, its hash, its length and the magic bytes."""
         content = {
             "base": self.base_hash,
             "lineage": self.lineage,
@@ -130,10 +131,10 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """What a mask file, or the one in an exported folder, says of itself; of a delta file too.
+    """The index of a mask file, of a delta file, or of the mask file in an exported folder.
 
     Raises:
-        SparsifyError: it is missing, no mask file, of another version, or damaged.
+        SparsifyError: the file is missing, not a mask file, of another version, or damaged.
     """
     path = find_file(path)
     try:
@@ -143,12 +144,12 @@ def open_index(path: Path) -> Index:
 
 
 def find_file(path: Path) -> Path:
-    """The mask file itself, where an exported folder is named."""
+    """The path, or that of the mask file in it if it is an exported folder."""
     return path / FILE_NAME if path.is_dir() else path
 
 
 def unreadable(path: Path, reason: object) -> SparsifyError:
-    """The error of a file that is no mask file, or no whole one."""
+    """The error for a file that is not a mask file, or is damaged."""
     return SparsifyError(
         f"{path}: not a readable mask file ({reason}); `sparsify export` writes {FILE_NAME}"
     )
@@ -158,8 +159,8 @@ def read_index(path: Path) -> Index:
     """Read and check the index of a file.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it cannot be read,
-            or is not what :meth:`Index.to_bytes` writes.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: the file cannot be
+            read, or :meth:`Index.to_bytes` cannot have written its index.
     """
     content, size = _read_json(path)
     layers = {name: LayerEntry.from_dict(entry) for name, entry in content["layers"].items()}
@@ -169,15 +170,15 @@ def read_index(path: Path) -> Index:
     if not isinstance(index.base_hash, str) or not isinstance(index.lineage, dict):
         raise ValueError("base or lineage of a wrong type")
     if index.prior is None and any(entry.changed is not None for entry in layers.values()):
-        raise ValueError("it holds changes, and names no prior")
-    taken = len(MAGIC) + sum(entry.stored_bytes for entry in layers.values())
-    if taken != size:
-        raise ValueError(f"its layers end at byte {taken}, and its index begins at {size}")
+        raise ValueError("it holds changes, but names no prior")
+    end = len(MAGIC) + sum(entry.stored_bytes for entry in layers.values())
+    if end != size:
+        raise ValueError(f"its layers end at byte {end}, but its index begins at {size}")
     return index
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The content, and how many bytes come before it."""
+    """The parsed index, and the number of bytes before it."""
     with path.open("rb") as file:
         _check_start(file.read(len(MAGIC)))
         size = file.seek(0, os.SEEK_END)
@@ -186,7 +187,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         file.seek(size - _TAIL_BYTES)
         tail = file.read(_TAIL_BYTES)
         if tail[-len(MAGIC) :] != MAGIC:
-            raise ValueError("it does not end as a mask file does: it was cut, or added to")
+            raise ValueError("it does not end like a mask file: it was cut off or appended to")
         length = int.from_bytes(tail[32:40], "little")
         start = size - _TAIL_BYTES - length
         if start < len(MAGIC):
@@ -200,7 +201,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
 
 def _check_start(start: bytes) -> None:
     if start[: len(_NAME)] != _NAME:
-        raise ValueError("it does not begin as one does")
+        raise ValueError("it does not begin like a mask file")
     if start != MAGIC:
         raise ValueError(
             f"it is of version {int.from_bytes(start[len(_NAME) :], 'big')}, and this sparsify "

@@ -1,6 +1,6 @@
-"""How many bytes the codes of masks take: what a reader of an index must know, and no more.
+"""Computes how many bytes the codes of masks take, as a reader of an index must know.
 
-Nothing here needs PyTorch, so that a mask file can be shown without waiting for it.
+Nothing here needs PyTorch, so that a mask file can be shown without waiting for its import.
 """
 
 from functools import cache
@@ -10,7 +10,8 @@ WORD_BITS = 62  # words are computed in int64
 
 @cache
 def word_size(base: int) -> tuple[int, int]:
-    """(bits, digits) of a word: 8 to 62 bits, the fewest bits a digit, and the shortest of equals.
+    """(bits, digits) of a word: of 8 to 62 bits, with the fewest bits per digit; among equals the
+    shortest.
 
     Args:
         base: 2 to 2**62.
@@ -24,7 +25,7 @@ def word_size(base: int) -> tuple[int, int]:
 
 
 def code_bytes(count: int, base: int) -> int:
-    """How many bytes ``encode`` makes of so many digits."""
+    """The number of bytes that ``encode`` makes of ``count`` digits."""
     if base == 1:
         return 0
     bits, digits = word_size(base)
@@ -32,7 +33,7 @@ def code_bytes(count: int, base: int) -> int:
 
 
 def positions_bytes(count: int, universe: int) -> int:
-    """How many bytes ``encode_positions`` makes of so many positions."""
+    """The number of bytes that ``encode_positions`` makes of ``count`` positions."""
     if count == 0:
         return 0
     low_bits = low_width(count, universe)
@@ -40,15 +41,15 @@ def positions_bytes(count: int, universe: int) -> int:
 
 
 def delta_bytes(changed: int, groups: int, candidates: int) -> int:
-    """How many bytes ``encode_delta`` makes."""
+    """The number of bytes that ``encode_delta`` makes."""
     return positions_bytes(changed, groups) + code_bytes(changed, candidates - 1)
 
 
 def low_width(count: int, universe: int) -> int:
-    """How many low bits of a position are stored as they are."""
+    """The number of low bits of a position that are stored as they are."""
     return (universe // count).bit_length() - 1
 
 
 def bitmap_bytes(count: int, universe: int) -> int:
-    """How many bytes the bitmap of the high bits takes."""
+    """The number of bytes that the bitmap of the high bits takes."""
     return -(-(count + (universe >> low_width(count, universe)) + 1) // 8)

@@ -1,4 +1,6 @@
-"""Whether a checkpoint belongs to the run that loads it, and how it goes on on other ranks."""
+"""Checks that a checkpoint fits this run, and rescales its data position to another number of
+ranks.
+"""
 
 from collections.abc import Mapping
 from typing import Any

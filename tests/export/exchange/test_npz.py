@@ -122,7 +122,7 @@ def test_only_one_mask_is_read_at_a_time(tmp_path: Path) -> None:
         ({KEY: np.zeros(5000, np.uint8)}, "unpacks to 5128 bytes"),
         ({"a.k.weight.mask": slow_bits(MASKS["a.k"]) | np.uint8(1)}, "behind the last weight"),
         ({"a.v.weight.mask": np.zeros(6, np.uint8)}, "'a.v.weight.mask' names no linear layer"),
-        ({"a.q.weight": np.zeros(6, np.uint8)}, "'a.q.weight' is not called like a mask"),
+        ({"a.q.weight": np.zeros(6, np.uint8)}, "'a.q.weight' does not name a mask"),
         ({"a.q.mask": slow_bits(MASKS["a.q"])}, "a second mask of a.q"),
         (dict.fromkeys(f"{name}.weight.mask" for name in MASKS), "the archive holds no masks"),
     ],

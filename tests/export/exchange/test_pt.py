@@ -75,7 +75,7 @@ def damaged_bool() -> Tensor:
         (torch.full((6, 8), 0.5), f"the mask of {Q} holds other values than 0 and 1"),
         (damaged_bool(), "other values"),
         (torch.full((6, 8), torch.nan), "other values"),
-        (torch.zeros(8, 6), r"is \(8, 6\), and the weight is stored as \(6, 8\)"),
+        (torch.zeros(8, 6), r"is \(8, 6\), but the weight is stored as \(6, 8\)"),
         (torch.zeros(48), r"is \(48,\)"),
         (torch.zeros(6, 8).to_sparse(), "the mask of"),
         (torch.zeros(6, 8, device="meta"), "the mask of"),

@@ -197,7 +197,7 @@ def test_a_delta_without_its_prior_is_an_error(tmp_path: Path) -> None:
         if given_prior:
             other = masks | {"model.a": changed(masks["model.a"], 1)}
             write_masks(tmp_path / "other.nmask", other, TWO_FOUR, BASE)
-        with pytest.raises(SparsifyError, match=f"{prior.digest[:12]}, and .*{message}.*mask join"):
+        with pytest.raises(SparsifyError, match=f"{prior.digest[:12]}, but .*{message}.*mask join"):
             read_masks(
                 tmp_path / "delta.nmask",
                 read_masks(tmp_path / "other.nmask") if given_prior else None,
@@ -210,7 +210,7 @@ def test_a_delta_that_names_no_prior_is_refused(tmp_path: Path) -> None:
     write_masks(tmp_path / "delta.nmask", masks, TWO_FOUR, BASE, prior=prior)
     content = (tmp_path / "delta.nmask").read_bytes()
     (tmp_path / "delta.nmask").write_bytes(reindexed(content, lambda i: i.update(prior=None)))
-    with pytest.raises(SparsifyError, match="holds changes, and names no prior"):
+    with pytest.raises(SparsifyError, match="holds changes, but names no prior"):
         read_masks(tmp_path / "delta.nmask", prior)
 
 

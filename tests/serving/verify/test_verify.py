@@ -451,15 +451,15 @@ def pop(*path: str) -> Callable[[dict[str, Any]], None]:
         (pop("stored_as"), "stored_as is missing"),
         (pop("dtype"), "dtype is missing; it must be a string"),
         (lambda m: m.update(dtype="float16"), "it is stored in float32, and .* says float16"),
-        (lambda m: m.update(dtype="decimal"), "dtype 'decimal' is no type of PyTorch"),
+        (lambda m: m.update(dtype="decimal"), "dtype 'decimal' is not a type of PyTorch"),
         (pop("base"), "base.hash is missing"),
         (lambda m: m.update(base="llama"), "base.dtype is missing"),
         (pop("strategy", "weights"), "strategy.weights is missing"),
         (lambda m: m["strategy"].update(weights="melted"), "strategy.weights is 'melted'; it must"),
         (pop("dense"), "dense is missing"),
-        (lambda m: m["dense"].update(x="?"), "x: .* lists it as dense, and none of its tensors"),
+        (lambda m: m["dense"].update(x="?"), "x: .* lists it as dense, but none of its tensors"),
         (lambda m: m["dense"].update({UP: "?"}), f"{UP}: .* lists it as masked and as dense"),
-        (lambda m: m.update(run={"sparsity": 0.6}), "run.sparsity is 0.6; .* make 0.5000 of"),
+        (lambda m: m.update(run={"sparsity": 0.6}), "run.sparsity is 0.6; .* exceed 0.5000"),
         (lambda m: m.update(run={"sparsity": "half"}), "run.sparsity is 'half'"),
     ],
 )
@@ -535,7 +535,7 @@ def test_an_index_that_lies(shards: Path) -> None:
     path.write_text(json.dumps(content))
     assert problems(verify(shards)) == [
         f"model-9.safetensors is missing, though {path.name} lists it",
-        f"{name} is in {first}, and {path.name} does not say so",
+        f"{name} is in {first}, but {path.name} does not say so",
     ]
     content["weight_map"] |= {name: first, "ghost": first}
     path.write_text(json.dumps(content))
@@ -546,7 +546,7 @@ def test_an_index_that_lies(shards: Path) -> None:
     assert found.startswith(f"{path.name} has no readable weight_map")
     path.unlink()
     (found,) = problems(verify(shards))
-    assert found.startswith(f"without {path.name} a loader reads model.safetensors alone")
+    assert found.startswith(f"without {path.name} a loader reads only model.safetensors")
 
 
 # -- folders of others -----------------------------------------------------------------------------
