@@ -51,6 +51,7 @@ class Run(Protocol):
 S = TypeVar("S")
 #: The masker of a strategy; a strategy that does not say which is typed loosely.
 M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
+FORMER_ATTRIBUTES = {"weights", "prunes", "changes_base", "without_gradients", "exchanges_draws"}
 NOT_SETTINGS = ("training", "schedules", "values")
 
 
@@ -145,6 +146,14 @@ class SparsityStrategy(nn.Module, Generic[M]):
 
     effect: Effect = Effect()
     independent_blocks: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if former := sorted(FORMER_ATTRIBUTES & vars(cls).keys()):
+            raise SparsifyError(
+                f"{cls.__name__} declares {', '.join(former)}, as strategies of version 0.1 did, "
+                "and nothing reads it any more; declare effect = Effect(...), which says the same"
+            )
 
     def __init__(self) -> None:
         super().__init__()

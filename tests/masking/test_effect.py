@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsify import Effect, SparsifyError
+from sparsify import Effect, SparsifyError, SparsityStrategy
 from sparsify.masking.effect import Weights
 from sparsify.strategies.fixed_mask import FixedMask
 from sparsify.strategies.sparsegpt import SparseGPT
@@ -31,6 +31,11 @@ def test_what_each_word_means(
 def test_another_word_is_refused() -> None:
     with pytest.raises(SparsifyError, match="weights='train'; give one of frozen, updated, tr"):
         Effect(weights="train")  # type: ignore[arg-type]
+
+
+def test_a_strategy_of_version_0_1_is_told_what_to_write_now() -> None:
+    with pytest.raises(SparsifyError, match=r"Old declares prunes, weights, .* effect = Effect"):
+        type("Old", (SparsityStrategy,), {"weights": "trained", "prunes": True})
 
 
 def test_settings_may_decide_and_records_tell() -> None:

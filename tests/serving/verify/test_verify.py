@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from sparsify.export.folder import export
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking.effect import Effect
 from sparsify.masking.layer import masked_layers
 from sparsify.masking.strategy import Block, LayerResult
 from sparsify.models.hashes import hash_tensor
@@ -175,7 +176,7 @@ def test_a_base_stored_in_bf16_and_used_in_fp32(
 class Doubled(Magnitude):
     """Updates what it keeps."""
 
-    weights: Literal["updated"] = "updated"  # type: ignore[assignment]
+    effect = Effect(weights="updated")
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         blocks = list(blocks)
