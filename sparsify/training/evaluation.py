@@ -24,16 +24,24 @@ class Evaluation(LightningModule):
     Attributes:
         scores: of the last validation or test, by text and overall.
         validated_at: the optimizer step of the last validation; -1 before the first.
+        dtype_name: the type of the base weights, as it was asked for.
     """
 
     scores: dict[str, Score]
     validated_at = -1
+    dtype_name: str
     _meter: PerplexityMeter
 
     @property
     def masked(self) -> MaskedModel:
         """The model with its masked layers, once it is built."""
         raise NotImplementedError
+
+    @property
+    def scored_dtype(self) -> str:
+        """The type in which scores are computed, in words."""
+        mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+        return self.dtype_name + (", bf16-mixed" if mixed else "")
 
     def window_losses(self, batch: Tensor | TokenBatch, masking: Masking = "hard") -> Tensor:
         """Losses of every next token, target or not, nats, ``[B, T - 1]``, without a graph."""

@@ -24,9 +24,7 @@ from sparsify.masking.masker import Draw
 from sparsify.masking.select import Selection
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import EMBEDDED, Dtype
-from sparsify.models.load_checks import (
-    check_model,
-)
+from sparsify.models.load_checks import check_model
 from sparsify.models.origin import Origin
 from sparsify.models.token_batch import TokenBatch
 from sparsify.training import guards, optimizers
@@ -34,7 +32,6 @@ from sparsify.training.build import build, calibrate
 from sparsify.training.checkpoints import hooks
 from sparsify.training.distillation import Distillation
 from sparsify.training.evaluation import Evaluation
-from sparsify.training.optimizers import adamw
 from sparsify.training.parallel.shard_model import shard
 from sparsify.training.step import BatchRun
 
@@ -77,7 +74,7 @@ class SparseCausalLM(Evaluation):
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
         distillation: Distillation = Distillation(),
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerCallable = optimizers.adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
         gather: Literal["plain", "masked"] = "plain",
@@ -90,7 +87,7 @@ class SparseCausalLM(Evaluation):
         self.name_or_path = name_or_path
         self.origin = Origin(name_or_path, dtype)
         self.selection = Selection.parse(pattern, include, exclude, overrides)
-        self.dtype_name: Dtype = dtype
+        self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
         self.calibrated: dict[str, Any] | None = None
@@ -151,12 +148,6 @@ class SparseCausalLM(Evaluation):
         """The tokenizer that belongs to the model."""
         return self.origin.tokenizer
 
-    @property
-    def scored_dtype(self) -> str:
-        """The type in which scores are computed, in words."""
-        mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
-        return self.dtype_name + (", bf16-mixed" if mixed else "")
-
     def configure_model(self) -> None:
         """Load, mask, calibrate and shard; the second call does nothing."""
         if self.model is not None:
@@ -177,10 +168,6 @@ class SparseCausalLM(Evaluation):
                 self.anchor = nn.Parameter(torch.zeros(1))
         if self._device_mesh is not None:
             shard(self.masked, self.teacher, self.gather, self.device_mesh)
-
-    def restore_modes(self) -> None:
-        """Have a given model in the modes in which it came."""
-        self.origin.restore_modes()
 
     @property
     def gathers_masked(self) -> bool:
@@ -204,10 +191,9 @@ class SparseCausalLM(Evaluation):
 
     def on_fit_start(self) -> None:
         guards.check_limits(self.trainer, lambda: hooks.epoch_batches(self.trainer))
+        data = cast(Any, self.trainer).datamodule
         if self.learns:
-            guards.check_text(
-                self.name_or_path, cast(Any, self.trainer).datamodule.embedded, "learn"
-            )
+            guards.check_text(self.name_or_path, data.embedded, "learn")
 
     def training_step(self, batch: Tensor | TokenBatch, batch_idx: int) -> Tensor:
         if not self.learns:

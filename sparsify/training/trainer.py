@@ -104,7 +104,8 @@ class Trainer(LightningTrainer):
             raise Interrupted(signal.SIGINT) from None
         finally:
             # Another's LightningModule may run here too.
-            getattr(self.lightning_module, "restore_modes", lambda: None)()
+            if origin := getattr(self.lightning_module, "origin", None):
+                origin.restore_modes()
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
