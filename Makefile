@@ -20,7 +20,7 @@ compare: $(VENV)/ready
 	$(BIN)/sparsify compare runs/compare --html runs/compare/report.html
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m "slow"

@@ -47,6 +47,18 @@ SIZES = {
 WORDS = [f"w{i}" for i in range(62)]
 
 
+# Files with few tests that take long: begun last, they would keep one of two workers waiting.
+LONG = {
+    *("test_two_ranks", "test_population_run", "test_masked_gather", "test_crash", "test_golden"),
+    *("test_kill", "test_graceful_stop", "test_policy_gradient", "test_content", "test_write"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep results of calibration in a folder of this session, not in the user's."""
