@@ -45,8 +45,8 @@ class SRSTE(StartsFromPrior[Masker]):
         prior: gives the first masks: a strategy by name or as an object, a mask file or an exported
             folder; None starts from magnitude's. With ``refresh`` ``every_step``, weights that the
             prior drops are first made smaller than those that it keeps.
-        decay: lambda, the decay of dropped weights, which keeps masks from flipping back and forth;
-            0 is plain STE. What counts is lambda times the sum of the learning rate over the run.
+        decay: lambda, of dropped weights, which keeps masks from flipping back and forth; 0 is
+            plain STE. What counts is lambda times the sum of the learning rate over the run.
             This is 2 to 6 in the paper (2e-4, SGD with a rate falling from 0.1, 1e5 to 6e5 steps),
             and 5.5 with this default over 2,000 steps at a rate that falls from 5e-4 to a tenth.
         refresh: ``every_step`` lets the mask follow the weights; ``never`` keeps the first mask,
