@@ -17,17 +17,17 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class ADMM(SparsityStrategy):
-    """Minimises the layer's output error over sparse weights, pruning them step by step.
+    """Prunes a layer's weights step by step so that its output changes as little as possible.
 
-    Weights are scaled by the norm of their input, so that the first choice is Wanda's. With the
-    mask fixed the iteration goes to the least-squares weights of that mask.
+    Weights are scaled by the norm of their input, so that the first choice is Wanda's. Once the
+    mask is fixed, the iteration converges to the least-squares weights under that mask.
 
     Args:
-        steps: iterations in all.
-        pruning_steps: over how many of the first the share of dropped weights rises, as a cubic, to
-            the pattern's.
+        steps: the number of iterations.
+        pruning_steps: during this many first iterations, the share of dropped weights rises along
+            a cubic curve to that of the pattern.
         rho: penalty on the distance between the dense and the sparse variable.
-        damping: added to the diagonal of the scaled Hessian, which is one.
+        damping: added to the scaled Hessian's diagonal, whose entries are one.
     """
 
     effect = Effect(weights="updated")
@@ -65,7 +65,7 @@ class ADMM(SparsityStrategy):
     def solve(
         self, weight_OI: Tensor, hessian_II: Tensor, pattern: NMPattern
     ) -> tuple[Tensor, Tensor]:
-        """One layer's mask and weights, zero where dropped.
+        """Find one layer's mask and its weights, zero where dropped.
 
         Args:
             weight_OI: dense, fp32.
@@ -93,7 +93,7 @@ class ADMM(SparsityStrategy):
 
 
 def _prune(score_OI: Tensor, share: float, pattern: NMPattern) -> Tensor:
-    """Of the weights that the pattern will drop, drop a share: those of the smallest scores in the
+    """Drop a share of the weights that the pattern will drop: those with the smallest scores of the
     layer.
     """
     kept_OI = pattern.top(score_OI)

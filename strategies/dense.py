@@ -1,4 +1,4 @@
-"""The reference: nothing is masked."""
+"""The dense reference: no layer is masked."""
 
 from sparsify.masking.effect import Effect
 from sparsify.masking.strategy import SparsityStrategy

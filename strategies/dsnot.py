@@ -20,17 +20,18 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 class DSnoT(SparsityStrategy):
     """Brings the expected output of each row back towards the dense one.
 
-    What a row loses is the sum over its dropped weights of ``W_ij`` times the input's sum over a
-    window. In each cycle the dropped weight that mends most of it, for the variance of its input,
-    comes back, and the kept weight of the smallest Wanda score in the same group goes.
+    A row's loss is the sum, over its dropped weights, of ``W_ij`` times the sum of input j over a
+    window. In each cycle one dropped weight comes back: the one that reduces this loss most,
+    relative to the variance of its input. In its group, the kept weight with the smallest Wanda
+    score is dropped for it.
 
     Args:
-        initial: whose mask to refine: a strategy by name or as an object, a mask file or an
+        initial: gives the mask to refine: a strategy by name or as an object, a mask file or an
             exported folder.
-        cycles: swaps that are tried in a row at most.
-        threshold: a row is left alone when its loss is smaller; the loss is a sum over a window, so
-            longer windows make it stricter.
-        skip: globs of layers that keep the initial mask, which is the authors' default for MLPs.
+        cycles: how many swaps are tried in each row at most.
+        threshold: a row is left alone once its loss is smaller; the loss is a sum over a window, so
+            that longer windows make the threshold stricter.
+        skip: globs of layers that keep the initial mask; by default MLPs, as the authors do.
     """
 
     independent_blocks = True
@@ -81,7 +82,7 @@ class DSnoT(SparsityStrategy):
         part_OI = weight_OI * (moments.sum_I / moments.windows)
         loss_O = torch.where(mask_OI, 0, part_OI).sum(1)
         sign_O = loss_O.sign()
-        # Dropped weights in the order in which they come back; a weight moves at most once.
+        # Dropped weights in the order in which they may come back; a weight moves at most once.
         gain_OI = (sign_O[:, None] * part_OI / variance_I).masked_fill(mask_OI, -torch.inf)
         dropped = round(weight_OI.shape[1] * (1 - pattern.density))
         order_OC = gain_OI.topk(min(self.cycles, dropped), dim=1).indices

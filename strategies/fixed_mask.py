@@ -1,10 +1,10 @@
-"""Fine-tunes what another strategy keeps, under its mask, which stays: the whole weights (the last
-row of table 3 of MaskLLM, Fang et al., NeurIPS 2024, arXiv 2409.17481), or a low-rank addition to
-them (LoRA, Hu et al., ICLR 2022, arXiv 2106.09685).
+"""Fine-tunes a model under the unchanging mask of another strategy. It trains the kept weights (the
+last row of table 3 of MaskLLM, Fang et al., NeurIPS 2024, arXiv 2409.17481), or a low-rank term
+that is added to them (LoRA, Hu et al., ICLR 2022, arXiv 2106.09685).
 
-The addition is masked with the weight, ``mask o (W + alpha / rank * B A)``, in training as in what
-ships. The library ``peft`` adds its product outside the layer's weight, so that no mask reaches it,
-and merging it would fill the zeros; therefore it is not used.
+The term is masked together with the weight, ``mask o (W + alpha / rank * B A)``, in training and in
+the export. The library ``peft`` is not used: it adds its product outside the layer's weight, where
+no mask reaches it, so that merging the product would fill the mask's zeros.
 
 Shapes: O out, I in, R rank of the addition.
 """
@@ -24,13 +24,13 @@ from sparsify.masking.strategy import SparsityStrategy
 
 
 class AdaptedMasker(FixedMasker):
-    """A mask that stays, over the sum of the weight and a product of two small matrices.
+    """Applies an unchanging mask to the weight plus the product of two small matrices, B A.
 
     Args:
         name, shape, pattern: as for every masker.
         rank: R.
-        scale: of the product.
-        seed: of the first A.
+        scale: the factor of the product.
+        seed: the seed of A's initial values.
     """
 
     lora_A_RI: Tensor
@@ -51,8 +51,8 @@ class AdaptedMasker(FixedMasker):
         self.lora_B_OR = nn.Parameter(torch.zeros(shape[0], rank, dtype=self.learned_dtype))
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Take over the mask; A from U(-1/sqrt(I), 1/sqrt(I)), which is Kaiming's rule as LoRA has
-        it, and B zero, so that the sum starts as the weight.
+        """Store the mask. Draw A from U(-1/sqrt(I), 1/sqrt(I)), Kaiming's rule as LoRA uses it, and
+        set B to zero, so that the sum starts as the weight.
         """
         super().set_mask(mask_OI)
         rank, inputs = self.lora_A_RI.shape
@@ -62,21 +62,21 @@ class AdaptedMasker(FixedMasker):
         self.lora_B_OR.data.zero_()
 
     def harden(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        # In fp32, then rounded as it will be stored: training sees what ships.
+        # Add in fp32, then round to the stored type, so that training sees what is exported.
         adapted_OI = weight_OI + self.scale * (self.lora_B_OR @ self.lora_A_RI)
         return super().harden(adapted_OI.to(weight_OI.dtype), row0)
 
 
 class FixedMask(StartsFromPrior[FixedMasker]):
-    """Trains the kept weights, and every Parameter outside the masked layers; or, with a rank,
-    nothing but a low-rank addition to each masked layer, with the base weights frozen.
+    """Trains the kept weights, and every Parameter outside the masked layers. With a rank, it
+    trains only a low-rank term in each masked layer, and the base weights stay frozen.
 
     Args:
-        prior: whose mask: a strategy by name or as an object, a mask file or an exported folder. If
-            it updates weights, these are the start of full training (of a file or folder only the
-            masks are taken); an addition is to the weights of the base.
-        lora_rank: of the addition; 0 trains the weights themselves.
-        lora_alpha: the addition is scaled by ``lora_alpha / lora_rank``.
+        prior: gives the mask: a strategy by name or as an object, a mask file or an exported folder
+            (of which only the masks are read). If a strategy updates weights, full training starts
+            from the updated ones; a low-rank term is always added to the base weights.
+        lora_rank: the rank of the low-rank term; 0 trains the weights themselves.
+        lora_alpha: the term is scaled by ``lora_alpha / lora_rank``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""GBLM-Pruner: Wanda's score and the gradient's (Das et al., 2023, arXiv 2311.04902).
+"""GBLM-Pruner: adds gradients to Wanda's score (Das et al., 2023, arXiv 2311.04902).
 
 Shapes: O out, I in.
 """
@@ -10,14 +10,14 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class GBLM(SparsityStrategy):
-    """Keeps weights of large ``|W_ij| * (x_j + alpha * G_ij)``.
+    """Keeps the weights with the largest ``|W_ij| * (x_j + alpha * G_ij)``.
 
-    G is the l2 norm over calibration windows of the gradient of a window's mean loss, of the dense
-    model; x_j is the norm of input j divided by the root of the number of windows, as in the
-    authors' code: the balance of the two depends on it.
+    G_ij is the l2 norm, over calibration windows, of the gradient of a window's mean loss in the
+    dense model. x_j is the norm of input j divided by the square root of the number of windows, as
+    in the authors' code; this division decides how x_j and G_ij are balanced.
 
     Args:
-        alpha: weight of the gradient.
+        alpha: the weight of the gradient.
     """
 
     independent_blocks = True

@@ -1,9 +1,9 @@
-"""One logit a weight: masks drawn from them, their mean, and their scores.
+"""Holds one logit per weight; gives masks sampled from the logits, the mean mask, and scores.
 
-Each group's mask is drawn by N draws without replacement from the softmax of its logits
+A group's mask is sampled from the softmax of its logits, N times without replacement
 (``sparsify.masking.plackett_luce``).
 
-Shapes: O out, I in, G groups, M group size; where the layer is sharded, O are the rows of this
+Shapes: O out, I in, G groups, M group size; if the layer is sharded, O counts the rows of this
 process.
 """
 
@@ -23,30 +23,30 @@ from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import MAX_SETS, mask_probabilities, mean_mask, score, sets_of
 
-# Weights whose masks and scores are made at once: some 40 MB of temporaries.
+# Make masks and scores for this many weights at once: some 40 MB of temporary tensors.
 AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class InitialMask(Draw):
-    """No sample, but the mask that learning started from."""
+    """Stands for the mask that learning started from; nothing is sampled."""
 
 
 @dataclass(frozen=True)
 class MeanMask(Draw):
-    """No sample, but the mean of all, where the loss has a gradient with respect to the mask.
+    """Stands for the mean of all masks; the loss then has a gradient with respect to the mask.
 
     Attributes:
-        slopes: takes from backward, for each layer, the loss's slope at the mean mask in the
-            direction of the sample of this draw; their sum is a control variate of its loss. None
-            where nobody asks for it.
+        slopes: backward appends one number per layer: the slope of the loss at the mean mask, in
+            the direction of this draw's sample. Their sum is a control variate of the draw's loss.
+            None if they are not needed.
     """
 
     slopes: list[Tensor] | None = field(default=None, compare=False)
 
 
 class _Slope(torch.autograd.Function):
-    """The identity on the mean mask; notes the gradient's product with (sample - mean)."""
+    """The identity on the mean mask; backward stores the gradient times (sample - mean)."""
 
     @staticmethod
     def forward(ctx: Any, mean_OI: Tensor, sample_OI: Tensor, slopes: list[Tensor]) -> Tensor:
@@ -62,7 +62,7 @@ class _Slope(torch.autograd.Function):
 
 
 class LogitMasker(Masker):
-    """One logit for each weight, and the initial mask as a rank a group."""
+    """Holds one logit for each weight, and the initial mask as one rank per group."""
 
     logits_OI: Tensor
     initial_OG: Tensor
@@ -74,8 +74,8 @@ class LogitMasker(Masker):
         self.initial_OG = nn.Parameter(ranks, requires_grad=False)
 
     def keys(self, draw: Draw, rows: slice, row0: int = 0) -> Tensor:
-        """The logits of some rows plus the draw's Gumbel noise; the N largest of a group are kept
-        (Gumbel-top-k: Kool et al., 2019).
+        """The logits of some rows plus the draw's Gumbel noise. The draw's mask keeps the N largest
+        of each group (Gumbel-top-k: Kool et al., 2019).
         """
         logits = local_rows(self.logits_OI.detach())[rows]
         start = row0 + rows.start
@@ -104,7 +104,7 @@ class LogitMasker(Masker):
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
         if not isinstance(draw, MeanMask):
             return super().sample(weight_OI, draw, row0)
-        # Rounded before the product, which then takes no room in fp32.
+        # Round the mask before the product, so that no fp32 product takes memory.
         masked_OI = weight_OI * self.mask(draw, row0).to(weight_OI.dtype)
         return masked_OI, self.penalty(masked_OI)
 
@@ -112,7 +112,7 @@ class LogitMasker(Masker):
     def scores(
         self, terms: list[tuple[Draw, Tensor]], row0: int = 0
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the sum of coefficient times score, some rows at a time: (rows, ``[rows, I]``)."""
+        """Yield (rows, sum of coefficient times score, ``[rows, I]``), some rows at a time."""
         logits_OI = local_rows(self.logits_OI.detach())
         for rows in _chunks(logits_OI):
             logits = logits_OI[rows]
@@ -130,7 +130,7 @@ class LogitMasker(Masker):
         Args:
             to_OI: the logits or their gradient, sharded or not.
             terms: draws and their coefficients, 0-d.
-            alpha: of the sum.
+            alpha: the factor of the sum.
         """
         for rows, total in self.scores(terms, first_row(to_OI)):
             local_rows(to_OI)[rows].add_(total, alpha=alpha)
@@ -139,13 +139,13 @@ class LogitMasker(Masker):
         return self.pattern.top(self.logits_OI)
 
     def metrics(self) -> dict[str, Tensor]:
-        """How far the logits of kept weights lie above those of dropped ones, on average; and where
-        the candidates are not too many, how sure the distribution is.
+        """``margin``: by how much a group's smallest kept logit exceeds its largest dropped one, on
+        average. Also how sure the distribution is, if there are not too many candidates.
         """
         logits_OI, n = local_rows(self.logits_OI.detach()), self.pattern.n
         few, table_KM = sets_of(self.pattern) <= MAX_SETS, self.pattern.table(logits_OI.device)
         found: dict[str, Tensor] = {}
-        # A process may hold no row; what it tells then does not count, but its names do.
+        # A process that holds no row must return the same names; its values then do not count.
         for rows in list(_chunks(logits_OI)) or [slice(0, 0)]:
             share = (rows.stop - rows.start) / max(1, len(logits_OI))
             groups = self.pattern.groups(logits_OI[rows]).sort(-1, descending=True).values
@@ -159,7 +159,7 @@ class LogitMasker(Masker):
 
 
 def first_row(values_OI: Tensor) -> int:
-    """The number in the whole tensor of the first row that this process holds."""
+    """The index, in the whole tensor, of the first row that this process holds."""
     if not isinstance(values_OI, DTensor):
         return 0
     mesh, placements = values_OI.device_mesh, values_OI.placements
@@ -167,7 +167,7 @@ def first_row(values_OI: Tensor) -> int:
 
 
 def _chunks(tensor_OI: Tensor) -> Iterator[slice]:
-    """Rows of some ``AT_ONCE`` elements."""
+    """Slices of rows with about ``AT_ONCE`` elements each."""
     rows, columns = tensor_OI.shape
     at_once = max(1, AT_ONCE // columns)
     for start in range(0, rows, at_once):

@@ -8,7 +8,7 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class Magnitude(SparsityStrategy):
-    """Keeps the N weights of largest magnitude in every group of M; needs no data and no
+    """Keeps the N weights of largest magnitude in every group of M; needs neither data nor
     training.
     """
 

@@ -27,11 +27,11 @@ class CandidateMasker(Masker):
     Args:
         name, shape, pattern: as for every masker.
         values: the strategy's annealed ``kappa`` and ``tau``.
-        hard: sample one candidate, with the soft mask's gradient (straight-through), instead of a
-            mixture.
+        hard: sample one candidate instead of a mixture of all; the gradient is that of the mixture
+            (straight-through).
     """
 
-    # Candidates before groups: on a CPU a softmax over a last dimension of six is ten times slower.
+    # Candidates come before groups: a CPU's softmax over a last dimension of six is 10x slower.
     logits_OKG: Tensor
     table_KM: Tensor
 
@@ -57,8 +57,8 @@ class CandidateMasker(Masker):
         gumbel = noise.gumbel(draw.key(self.name), rows, candidates * groups, row0, device)
         scores = self.values["kappa"] * self.logits_OKG + gumbel.view_as(self.logits_OKG)
         scores = scores / self.values["tau"]
-        # Shares below e**-30 are lost beside 1 in fp32, and as denormal numbers they would make a
-        # CPU's products a hundred times slower.
+        # In fp32 adding a share below e**-30 to 1 changes nothing. Without the clamp shares may
+        # be denormal numbers, with which a CPU multiplies a hundred times more slowly.
         scores = (scores - scores.detach().amax(1, keepdim=True)).clamp(min=-30.0)
         soft = torch.softmax(scores, dim=1)
         if self.hard:
@@ -67,15 +67,15 @@ class CandidateMasker(Masker):
         return torch.einsum("okg,km->ogm", soft, self.table_KM).flatten(-2)
 
     def penalty(self, masked_OI: Tensor) -> Tensor:
-        """The square of the retained weights' norm (equation 8)."""
+        """The squared norm of the retained weights (equation 8)."""
         return masked_OI.float().square().sum()
 
     def start(self, prior_OI: Tensor, std: float, alpha: float, seed: int, row0: int = 0) -> None:
         """Draw the first logits from N(0, std**2), and raise those of candidates near the prior.
 
-        Equations 9 and 10. The paper subtracts the mean similarity, which changes no probability,
-        and scales by the measured standard deviation of the whole layer, which a shard does not
-        know: the nominal one stands in for it.
+        Equations 9 and 10, with two differences. The paper subtracts the mean similarity, which
+        changes no probability. It scales by the measured standard deviation of the whole layer;
+        a process that holds only some rows cannot measure it, so ``std`` is used instead.
         """
         rows, candidates, groups = self.logits_OKG.shape
         key = noise.fold("init", seed, self.name)
@@ -100,15 +100,15 @@ class MaskLLM(StartsFromPrior[CandidateMasker]):
     The defaults are the paper's, for 2,000 steps of 256 x 4096 tokens.
 
     Args:
-        prior: where the distribution starts: a strategy by name or as an object, a mask file or an
-            exported folder; None is a uniform distribution.
-        alpha: strength of the prior: its candidate's logit is raised by ``alpha * init_std`` a
-            position shared.
+        prior: the masks near which the distribution starts: a strategy by name or as an object, a
+            mask file or an exported folder; None starts from a uniform distribution.
+        alpha: strength of the prior: a candidate's logit is raised by ``alpha * init_std`` for each
+            position that both it and the prior keep.
         init_std: standard deviation of the logits' random start.
-        kappa: scale of the logits before noise is added; rising, it makes the distribution sharper.
-        tau: temperature of the softmax; falling, it makes the mixture of candidates a choice.
-        penalty_weight: of the retained norm, which keeps gradients from vanishing (equation 8; the
-            decay to zero is in the authors' code only).
+        kappa: scale of the logits before noise is added; the distribution sharpens as it rises.
+        tau: temperature of the softmax; as it falls, the mixture narrows to one candidate.
+        penalty_weight: how much the retained norm is rewarded, which keeps gradients from vanishing
+            (equation 8; only the authors' code lets it decay to zero).
         hard: train with sampled hard masks and a straight-through gradient.
     """
 

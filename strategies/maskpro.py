@@ -1,12 +1,12 @@
 """MaskPro: learn which weights to keep by policy gradients (Sun et al., ICLR 2026,
 arXiv 2506.12876).
 
-Each group's mask is drawn by N draws without replacement from the softmax of one logit a weight.
-The logits follow the score of the masks that were drawn, times how much better they did than
-expected. Data flow of a step: the strategy runs the model under draws, without a graph, and notes
-(draw, advantage), which are numbers; the optimizer makes the masks again from the draws, layer by
-layer and some rows at a time, and moves the logits in place. Nothing of the model's size is kept
-but the weights, the logits, and the ranks of the initial mask.
+Every weight has one logit. A group's mask is sampled from the softmax of its logits: N draws,
+without replacement. The logits then move along the scores of the sampled masks, each times how much
+better than expected its mask did. Data flow of a step: the strategy runs the model under draws,
+without a graph, and keeps only numbers: (draw, advantage). The optimizer makes the masks again from
+the draws, layer by layer and some rows at a time, and moves the logits in place. The only stored
+tensors of the model's size are the weights, the logits, and the ranks of the initial mask.
 
 Shapes: O out, I in, G groups, M group size.
 """
@@ -28,7 +28,7 @@ from sparsify.masking.strategy import Run, SparsityStrategy
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker, MeanMask
 from sparsify.strategies.policy_gradient import MovingAverage, PolicyGradient, Term, coefficients
 
-# Of its group's largest weight: what is smaller counts as this, so that zeros have a logarithm.
+# A weight below this share of its group's largest counts as this share, since log(0) is infinite.
 LEAST_SHARE = 1e-3
 WITH_GRADIENTS = ("control_variate", "mean_gradient")
 
@@ -36,39 +36,39 @@ WITH_GRADIENTS = ("control_variate", "mean_gradient")
 class MaskPro(StartsFromPrior[LogitMasker]):
     """Learns masks over frozen weights from losses alone, or with one gradient at the mean mask.
 
-    The estimators of the gradient of the expected loss; f is the loss under a draw m, s its score,
-    d the moving average of what stands before it in past steps. The first three are unbiased:
+    An estimator estimates the gradient of the expected loss. Below, f is the loss under a draw m, s
+    is the score of m, and d is the moving average, over past steps, of the terms before it in the
+    brackets. The first three are unbiased:
 
-    - ``residual``: (f - f0 - d) s, with f0 the loss under the initial mask on the same batch (the
-      paper's); two forward passes, of which the authors' code saves one by never changing its
-      batches.
-    - ``leave_one_out``: of K draws on one batch, each one's loss against the mean of the others';
-      K forward passes, and nothing that ages as the masks leave the initial one.
+    - ``residual`` (the paper's): (f - f0 - d) s, where f0 is the loss under the initial mask on the
+      same batch. Two forward passes; the authors' code never changes its batches, and saves one.
+    - ``leave_one_out``: K draws on one batch; each loss is compared with the mean of the others.
+      K forward passes, and no baseline that goes stale as the masks leave the initial one.
     - ``control_variate``: (f - f(mean) - g (m - mean) - d) s + g d mean / d logits, where g is the
       gradient with respect to the mask at the mean mask (MuProp: Gu et al., ICLR 2016); two forward
       passes, one backward, and a gradient buffer of the logits' size.
-    - ``mean_gradient``: g d mean / d logits alone: one forward pass and one backward. It takes the
-      loss for linear between the mean and the samples, and is free of their noise.
+    - ``mean_gradient``: g d mean / d logits alone: one forward pass and one backward. It has no
+      sampling noise, but assumes that the loss is linear between the mean and the samples.
 
-    The first two move the logits by plain gradient descent at the rate ``lr``, in place; the
-    Trainer's schedule applies to it, its ``optimizer`` is not used. The others have gradients, and
-    leave them to that optimizer.
+    The first two move the logits in place by plain gradient descent at the rate ``lr``; the run's
+    learning-rate schedule applies, its ``optimizer`` is not used. The other two compute gradients,
+    which that optimizer then uses.
 
     The defaults are the paper's, for 10,000 steps of 32 x 128 tokens on seven billion weights.
-    ``docs/maskpro.md`` tells how to choose ``strength`` and ``lr`` for others.
+    ``docs/maskpro.md`` tells how to choose ``strength`` and ``lr`` for other runs.
 
     Args:
         prior: the initial mask: a one-shot strategy by name or as an object, a mask file or an
             exported folder.
         strength: the logit at which kept weights start (the paper's C); dropped ones start at 0.
-        grading: adds ``grading * log(|weight| / largest of its group)`` to the first logits: draws
-            then try first what changes the layer's output least; 0 is the paper's. What the prior
-            drops for something smaller counts as just smaller than what it keeps: ``strength`` is
-            then all that holds the prior's choice.
-        lr: of the plain gradient descent, logits a nat.
-        estimator: of the gradient.
-        draws: K of ``leave_one_out``.
-        memory: share of the past that a micro-batch leaves in the moving average.
+        grading: adds ``grading * log(|weight| / largest of its group)`` to the first logits, so
+            that draws first try the changes that matter least to the layer's output; the paper has
+            0. A weight that the prior drops in favour of a smaller one counts as just smaller than
+            that one: only ``strength`` then favours the prior's choice.
+        lr: the rate of the plain gradient descent, logits per nat.
+        estimator: how the gradient is estimated.
+        draws: K, for ``leave_one_out``.
+        memory: the share of the moving average that is left after each micro-batch.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class MaskPro(StartsFromPrior[LogitMasker]):
         return PolicyGradient(list(maskers), self._take, self.lr)
 
     def before_step(self, maskers: Mapping[LogitMasker, Tensor]) -> None:
-        """Complete the gradients of the mean mask with the scores of the draws."""
+        """Add the draws' scores to the gradients that backward found at the mean mask."""
         if self.estimator == "control_variate":
             terms = self._take()
             for masker in maskers:
@@ -172,13 +172,13 @@ class MaskPro(StartsFromPrior[LogitMasker]):
                     masker.add_scores(masker.logits_OI.grad, terms)
 
     def _take(self) -> list[tuple[Draw, Tensor]]:
-        """The draws of the step that ends, and the factors of their scores, 0-d."""
+        """The draws of the step that is ending, each with its score's 0-d factor; forgets them."""
         taken = coefficients(self._terms, self.average)
         self._terms.clear()
         return taken
 
     def metrics(self) -> dict[str, Tensor]:
-        """Mean and standard deviation of past advantages: the scale that ``lr`` belongs to."""
+        """Mean and standard deviation of past advantages; a good ``lr`` depends on their scale."""
         if self.average is None:
             return {}
         return dict(zip(("advantage", "advantage_std"), self.average.moments(), strict=True))

@@ -1,10 +1,9 @@
-"""Learning from the values of draws: what came of each, against what was expected, times its score.
+"""Policy gradients: each draw's advantage times its mask's score.
 
-The processes of a run form a population: each makes draws of its own, tells the others their
-values, and follows the scores of all draws of all processes, whose masks it makes again from their
-numbers. All add up in one order, that of the draws' indices, which is also the order in which a
-single process would have gone through all micro-batches: what is learned is the same to the last
-bit.
+Each process of a run makes draws of its own and sends their values to the others. From the numbers
+that name a draw, every process makes the masks of all draws again, and adds up all their scores.
+All processes add them in the order of the draws' indices. A single process would go through the
+micro-batches in the same order, so what is learned is the same to the last bit.
 
 Shapes: O out, I in; R ranks, A micro-batches of a step and rank, K draws of a micro-batch.
 """
@@ -27,11 +26,12 @@ class Term:
     """One draw's part in a step.
 
     Attributes:
-        draw: whose score.
-        advantage: of its loss over another one, nats, 0-d.
-        slopes: what a control variate takes off the advantage, by layer, from backward.
-        scale: what backward's gradients were scaled by, such as one over the micro-batches of a
-            step, 0-d; also from backward.
+        draw: the draw.
+        advantage: its loss minus the loss it is compared with, nats, 0-d.
+        slopes: what a control variate subtracts from the advantage, one per layer; backward adds
+            them.
+        scale: by what backward's gradients were scaled, such as 1 / micro-batches of a step, 0-d;
+            backward adds it.
     """
 
     draw: Draw
@@ -40,17 +40,17 @@ class Term:
     scale: list[Tensor] = field(default_factory=list)
 
     def value(self) -> Tensor:
-        """The advantage less the slopes, 0-d."""
+        """The advantage minus the slopes, 0-d."""
         if not self.slopes:
             return self.advantage
         return self.advantage - torch.stack(self.slopes).sum() / self.scale[0]
 
 
 class MovingAverage(nn.Module):
-    """Takes the mean of past values off each value.
+    """Subtracts the mean of past values from each new value.
 
     Args:
-        memory: share of the past that a new value leaves.
+        memory: the share of the average that is left when a new value enters it.
     """
 
     sums: Tensor
@@ -58,19 +58,19 @@ class MovingAverage(nn.Module):
     def __init__(self, memory: float) -> None:
         super().__init__()
         self.memory = memory
-        # Of weights, values and squares: divided by that of the weights, the mean is right from the
-        # first step on. In the paper it starts at zero, which 10,000 steps forget.
+        # Sums of weights, values and squares. Values divided by weights give the right mean from
+        # the first step on. The paper's starts at zero, which no longer matters after 10,000 steps.
         self.register_buffer("sums", torch.zeros(3))
 
     def remove(self, value: Tensor) -> Tensor:
-        """The value less the mean of those before it, 0-d; then it is one of them."""
+        """Subtract the mean of earlier values, then add this value to them; returns 0-d."""
         mean, _ = self.moments()
         now = torch.stack([torch.ones_like(value), value, value.square()]).to(self.sums)
         self.sums.mul_(self.memory).add_(now, alpha=1 - self.memory)
         return value - mean
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the past, 0-d; zero before the first value."""
+        """Mean and standard deviation of past values, 0-d; zero before the first value."""
         weight, total, squares = self.sums.unbind()
         mean, square = total / weight.clamp(min=1e-30), squares / weight.clamp(min=1e-30)
         return mean, (square - mean.square()).clamp(min=0).sqrt()
@@ -80,14 +80,14 @@ class MovingAverage(nn.Module):
 def coefficients(
     micro_batches: list[list[Term]], average: MovingAverage | None = None
 ) -> list[tuple[Draw, Tensor]]:
-    """The draws of a step of all ranks, in the order of their indices.
+    """Collect all ranks' draws of one step, in the order of their indices.
 
     Args:
-        micro_batches: this rank's terms; there are as many on every other rank.
-        average: of the values of the past, which takes in those of all ranks.
+        micro_batches: this rank's terms; every other rank has as many.
+        average: the average of past values; the values of all ranks enter it.
 
     Returns:
-        Each draw and the factor of its score, 0-d, on every rank the same.
+        Each draw and the factor of its score, 0-d; the same on every rank.
     """
     if not micro_batches:
         return []
@@ -100,7 +100,7 @@ def coefficients(
             for term, value in zip(terms, values_K, strict=True):
                 if average is not None:
                     value = average.remove(value)
-                # Backward's gradients, too, are averaged over the ranks.
+                # Divide by ranks, since backward's gradients are averaged over the ranks too.
                 factor = term.scale[0] / ranks if term.scale else 1 / (len(micro_batches) * ranks)
                 index = term.draw.index + (peer - rank) * len(terms)
                 found.append((replace(term.draw, index=index), value * factor))
@@ -111,9 +111,9 @@ class PolicyGradient(Optimizer):
     """Plain gradient descent on logits along the scores of the draws of a step.
 
     Args:
-        maskers: whose logits.
+        maskers: the maskers whose logits are learned.
         take: gives the draws of the step and their coefficients.
-        lr: logits a nat.
+        lr: the learning rate, logits per nat.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PolicyGradient(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; the closure goes through the micro-batches."""
+        """Take one step; the closure runs the micro-batches."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         terms = self.take()
         for masker in self.maskers:

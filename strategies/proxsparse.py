@@ -3,11 +3,11 @@ where a group is 2:4 sparse (Liu et al., ICML 2025, "ProxSparse: Regularized Lea
 Semi-Structured Sparsity Masks for Pretrained LLMs").
 
 For a group, ``r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|``, which is zero if and only
-if two weights or fewer are not. After each step of the optimizer, every group z of the copy becomes
-the minimum of ``|v - z|^2 / 2 + lambda r(v)``. The copy's largest weights choose the mask, and what
-ships are the original weights under it.
+if at most two of the four weights are not zero. After each optimizer step, every group z of the
+copy is replaced by the v that minimises ``|v - z|^2 / 2 + lambda r(v)``. The mask keeps the
+positions of the copy's largest weights; the export holds the original weights under this mask.
 
-Shapes: O out, I in, G groups, here of all rows at once.
+Shapes: O out, I in, G groups; here G counts the groups of all rows.
 """
 
 from collections.abc import Mapping
@@ -24,18 +24,18 @@ from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Run, SparsityStrategy
 
 SWEEPS = 100
-TOLERANCE = 1e-8  # of a weight, absolute
-SWEEPS_AT_ONCE = 5  # before groups that have converged are set aside
-GROUPS_AT_ONCE = 1 << 18  # whose columns a CPU's cache holds; a GPU waits for each, and takes more
+TOLERANCE = 1e-8  # absolute change of a weight that counts as converged
+SWEEPS_AT_ONCE = 5  # then groups that have converged are set aside
+GROUPS_AT_ONCE = 1 << 18  # their columns fit a CPU's cache; a GPU is faster with larger pieces
 GROUPS_AT_ONCE_ON_GPU = 1 << 24
 
 
 class ProxyMasker(Masker):
-    """Holds the copy of the weight that is trained in its place.
+    """Holds the copy that is trained in place of the weight.
 
     Args:
         name, shape, pattern: as for every masker.
-        anchor_eps: of the penalty; None has none.
+        anchor_eps: epsilon of the penalty; None means no penalty.
     """
 
     proxy_OI: Tensor
@@ -52,8 +52,8 @@ class ProxyMasker(Masker):
         self.proxy_OI = nn.Parameter(torch.zeros(shape, dtype=self.learned_dtype))
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """The copy, dense; the penalty is ``|W / (W0 + eps sign W0) o (W - W0)|^2`` of the copy W
-        and the weight W0, with sign 0 = 1.
+        """Return the dense copy W, and the penalty ``|W / (W0 + eps sign W0) o (W - W0)|^2``, where
+        W0 is the weight and sign 0 = 1.
         """
         if self.anchor_eps is None:
             return self.proxy_OI, weight_OI.new_zeros(())
@@ -66,18 +66,18 @@ class ProxyMasker(Masker):
 
 
 class ProxSparse(StartsFromPrior[ProxyMasker]):
-    """Learns 2:4 masks by proximal gradient steps on a copy of the weights; the base stays.
+    """Learns 2:4 masks by proximal gradient steps on a copy of the weights; base weights stay.
 
     Args:
-        prior: whose masks to start from: a strategy by name or as an object, a mask file or an
-            exported folder; None starts from magnitude's. Weights of the copy that the prior drops
-            are first made smaller than those that it keeps.
+        prior: gives the first masks: a strategy by name or as an object, a mask file or an exported
+            folder; None starts from magnitude's. Weights of the copy that the prior drops are first
+            made smaller than those that it keeps.
         strength: lambda; the authors' scripts take 0.25 (Llama-2-7B), 0.5 (13B), 0.85
             (Llama-3.1-8B) and 20 or more (Mistral), with AdamW at 1e-4 or 5e-5.
-        coupled: take lambda times the learning rate, as a proximal gradient method would; published
-            is lambda itself.
-        anchor: lambda2, of the penalty that holds large weights near where they were.
-        anchor_eps: its epsilon, in the weights' unit.
+        coupled: multiply lambda by the learning rate, as proximal gradient methods do; the
+            published method uses lambda itself.
+        anchor: lambda2, the weight of the penalty that keeps large weights near their start.
+        anchor_eps: the penalty's epsilon, in the weights' unit.
     """
 
     effect = Effect(weights="proxy")
@@ -127,12 +127,12 @@ class ProxSparse(StartsFromPrior[ProxyMasker]):
 
 @torch.no_grad()
 def proximal_(weight_OI: Tensor, strength: float) -> None:
-    """Replace every group z of four by the v of the least ``|v - z|^2 / 2 + strength r(v)``, in
-    place.
+    """Replace every group z of four, in place, by the v that minimises
+    ``|v - z|^2 / 2 + strength r(v)``.
 
-    Signs stay, so that it is enough to look at magnitudes, in falling order. The minimum has two,
-    three or four weights that are not zero: the first is known, the others are found by coordinate
-    descent from zero, the smallest first.
+    Signs do not change, so only magnitudes matter; they are sorted in falling order. The minimum
+    has two, three or four weights that are not zero. With two it is known; with three or four it is
+    found by coordinate descent from zero, the smallest weight first.
 
     Args:
         weight_OI: fp32 or fp64, contiguous.
@@ -155,16 +155,16 @@ def proximal_(weight_OI: Tensor, strength: float) -> None:
 
 
 def _objective(v: list[Tensor], z: list[Tensor], strength: float) -> Tensor:
-    """Of four columns of magnitudes ``[G]``."""
+    """The function that ``proximal_`` minimises, of four columns of magnitudes ``[G]``."""
     distance = sum(((a - b).square() for a, b in zip(v, z, strict=True)), torch.zeros_like(z[0]))
     triples = v[0] * v[1] * (v[2] + v[3]) + v[2] * v[3] * (v[0] + v[1])
     return distance / 2 + strength * triples
 
 
 def _descend(z: list[Tensor], strength: float) -> list[Tensor]:
-    """Coordinate descent on three or four columns ``[G]`` of magnitudes, the last the smallest."""
+    """Coordinate descent on three or four columns of magnitudes ``[G]``, in falling order."""
     v = [torch.zeros_like(column) for column in z]
-    at, some_z, some_v = None, z, v  # the groups that still move, and where they belong
+    at, some_z, some_v = None, z, v  # the groups that still change, and their places
     for sweep in range(SWEEPS):
         change_G = torch.zeros_like(some_z[0])
         for i in reversed(range(len(z))):

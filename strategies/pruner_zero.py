@@ -9,12 +9,12 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class PrunerZero(SparsityStrategy):
-    """Keeps weights of large ``W_ij^2 * (G_ij - min G)``, with G as in GBLM-Pruner.
+    """Keeps the weights with the largest ``W_ij^2 * (G_ij - min G)``, with G as in GBLM-Pruner.
 
-    The published score also divides by ``max G - min G`` of the layer, which changes no choice
-    within a group. The authors take the gradients of WikiText-2's training text and measure on its
-    test text; here they are of the calibration text. To repeat their setting name WikiText's as
-    ``--data.train``, and call its WikiText perplexity what it is: a leak.
+    The published score is also divided by the layer's ``max G - min G``, which changes no choice
+    within a group. The authors compute gradients on WikiText-2's training text and measure on its
+    test text; here gradients come from the calibration text. To repeat their setting, give
+    WikiText's training text as ``--data.train``; the WikiText perplexity is then a leak.
     """
 
     independent_blocks = True

@@ -13,13 +13,13 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class RIA(SparsityStrategy):
-    """Keeps weights that are large for their row and their column, and whose input is large.
+    """Keeps weights that are large within their row and column, and whose input is large.
 
-    The score is ``(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||^power``. Its channel
-    permutations are not done: they would have to be absorbed by the layer before, or paid for.
+    The score is ``(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||^power``. The paper's
+    channel permutations are left out: the layer before would have to absorb each, or it costs time.
 
     Args:
-        power: how much the norm of an input counts.
+        power: the exponent of the input's norm.
     """
 
     independent_blocks = True
@@ -33,7 +33,7 @@ class RIA(SparsityStrategy):
             moments = block.collect(Moments)
             for name, layer in block.layers.items():
                 size_OI = layer.weight_OI.float().abs()
-                # A row or column of zeros has no relative importance, not an undefined one.
+                # In a row or column of zeros relative importance is 0, not 0 / 0.
                 tiny = torch.finfo(torch.float32).tiny
                 in_column_OI = size_OI / size_OI.sum(0).clamp(min=tiny)
                 in_row_OI = size_OI / size_OI.sum(1, keepdim=True).clamp(min=tiny)

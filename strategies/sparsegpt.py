@@ -1,10 +1,11 @@
-"""SparseGPT: the weights whose loss an update of the others mends best are dropped (Frantar and
+"""SparseGPT: drop the weights whose loss the other weights can best make up for (Frantar and
 Alistarh, ICML 2023, arXiv 2301.00774).
 
-Notation: the layer's squared output error of a change dW is tr(dW H dW^T), with H = X^T X over all
-tokens, damped; H^-1 = U^T U with U upper triangular. Then ``U_jj^2`` is the first diagonal entry of
-the inverse of ``H[j:, j:]``, and ``U[j, j:] / U_jj`` is the optimal update of the weights from j on
-when w_j is removed (optimal brain surgeon, restricted to columns not decided yet).
+Notation: a change dW of the weight changes the layer's output by a squared error tr(dW H dW^T),
+where H = X^T X over all tokens, damped. H^-1 = U^T U with U upper triangular. Then ``U_jj^2`` is
+the first diagonal entry of the inverse of ``H[j:, j:]``, and ``U[j, j:] / U_jj`` is the optimal
+update of the weights from j on when w_j is removed (optimal brain surgeon, restricted to columns
+that are not decided yet).
 
 Shapes: O out, I in, M group size.
 """
@@ -20,18 +21,18 @@ from sparsify.masking.effect import Effect
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
-COLUMNS = 128  # whose updates of later columns are done as one product
+COLUMNS = 128  # update all later columns once per so many columns, in one product
 RETRIES = 4
 
 
 class SparseGPT(SparsityStrategy):
-    """Keeps weights of large ``W_ij^2 / U_jj^2``, and can update those that are kept.
+    """Keeps the weights with the largest ``W_ij^2 / U_jj^2``, and can update the kept ones.
 
     Args:
-        update_weights: make up for dropped weights in those to their right. The default only
-            chooses: one score on the dense weights, as the prior of learned masks.
-        damping: added to H's diagonal, as a share of its mean; ten times more at each retry if H
-            cannot be factored.
+        update_weights: change the weights to the right of a dropped one to make up for it. The
+            default scores the dense weights once and changes none: a prior for learned masks.
+        damping: added to H's diagonal, as a share of its mean; if H cannot be factored, it is tried
+            again with ten times as much.
     """
 
     independent_blocks = True
@@ -73,11 +74,11 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
 
     Args:
         hessian_II: symmetric, fp32; it is not changed.
-        damping: first share of the mean diagonal to add.
-        name: of the layer, for messages.
+        damping: the share of the mean diagonal that the first attempt adds.
+        name: the layer's name, for messages.
 
     Raises:
-        SparsifyError: it holds values that are not finite, or cannot be factored.
+        SparsifyError: the Hessian holds values that are not finite, or cannot be factored.
     """
     diagonal_I = hessian_II.diagonal()
     if not diagonal_I.isfinite().all():
@@ -107,7 +108,8 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
 def prune_and_update(
     weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern
 ) -> tuple[Tensor, Tensor]:
-    """Go through the columns; choose at the start of each group, among weights as updated so far.
+    """Prune column by column, and update later columns. A group's mask is chosen when its first
+    column is reached, from the weights as updated so far.
 
     Args:
         weight_OI: fp32; it is not changed.
@@ -117,7 +119,7 @@ def prune_and_update(
     Returns:
         The mask and the updated weight, zero where it is dropped.
     """
-    # Columns as rows: each step works on contiguous memory.
+    # Transposed, so that each step works on contiguous memory.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     scale_I = factor_II.diagonal()

@@ -1,12 +1,12 @@
-"""SR-STE: train the dense weights through the mask of their largest (Zhou et al., ICLR 2021,
-"Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", arXiv 2102.04010); with
-it plain STE, and ASP (Mishra et al., 2021, arXiv 2104.08378).
+"""SR-STE: train all weights while a mask keeps the largest ones (Zhou et al., ICLR 2021,
+"Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", arXiv 2102.04010).
+Settings also give plain STE, and ASP (Mishra et al., 2021, arXiv 2104.08378).
 
-With ``m(W)`` the mask of the N largest magnitudes of each group, the forward pass takes
-``m(W) o W``, and its gradient goes to W as if there were no mask, so that dropped weights learn and
-can come back. The term ``lambda (1 - m) o W`` that the paper adds to the gradient is applied here
-after the optimizer's step, ``W -= lr lambda (1 - m(W)) o W``: under SGD that is the paper's rule to
-first order, and under Adam, which divides gradients by their size, it would be no decay at all.
+Let ``m(W)`` be the mask of the N largest magnitudes of each group. The forward pass uses
+``m(W) o W``. The gradient goes to W as if there were no mask, so that dropped weights learn and can
+come back. The paper adds ``lambda (1 - m) o W`` to the gradient. Here the optimizer steps first,
+then ``W -= lr lambda (1 - m(W)) o W``. Under SGD this is the paper's rule to first order. Adam
+divides gradients by their size, so that a term in the gradient would cause no decay there.
 
 Shapes: O out, I in.
 """
@@ -27,7 +27,7 @@ from sparsify.masking.strategy import SparsityStrategy
 
 
 class MagnitudeMasker(Masker):
-    """Keeps what is largest now; its gradient reaches dropped weights too (straight-through)."""
+    """Keeps the weights that are largest now; dropped ones get gradients too (straight-through)."""
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
         masked_OI = self.harden(weight_OI, row0)
@@ -39,18 +39,18 @@ class MagnitudeMasker(Masker):
 
 
 class SRSTE(StartsFromPrior[Masker]):
-    """Trains all weights of the model, those of masked layers under masks that follow them.
+    """Trains all weights of the model; the masks always keep the weights that are largest now.
 
     Args:
-        prior: whose masks to start from: a strategy by name or as an object, a mask file or an
-            exported folder; None starts from magnitude's. Where masks follow the weights, those
-            that the prior drops are first made smaller than those that it keeps.
-        decay: lambda, of dropped weights, which keeps masks from flipping to and fro; 0 is plain
-            STE. What counts is its product with the sum of the learning rate over the run: 2 to 6
-            in the paper (2e-4, with SGD at a rate of 0.1 that falls, over 1e5 to 6e5 steps), and
-            5.5 with this default over 2,000 steps at 5e-4 that fall to a tenth of it.
-        refresh: ``every_step`` lets the mask follow the weights; ``never`` keeps the first one,
-            which is ASP: dropped weights get no gradient, and no decay of this kind.
+        prior: gives the first masks: a strategy by name or as an object, a mask file or an exported
+            folder; None starts from magnitude's. With ``refresh`` ``every_step``, weights that the
+            prior drops are first made smaller than those that it keeps.
+        decay: lambda, of dropped weights, which keeps masks from flipping back and forth; 0 is
+            plain STE. What counts is lambda times the sum of the learning rate over the run.
+            This is 2 to 6 in the paper (2e-4, SGD with a rate falling from 0.1, 1e5 to 6e5 steps),
+            and 5.5 with this default over 2,000 steps at a rate that falls from 5e-4 to a tenth.
+        refresh: ``every_step`` lets the mask follow the weights; ``never`` keeps the first mask,
+            which is ASP: dropped weights get neither a gradient nor this decay.
     """
 
     effect = Effect(weights="trained")
@@ -82,10 +82,10 @@ class SRSTE(StartsFromPrior[Masker]):
 
     @torch.no_grad()
     def after_step(self, maskers: Mapping[Masker, Tensor], lr: float) -> None:
-        """The decay.
+        """Shrink the dropped weights by ``lr * decay``.
 
         Raises:
-            SparsifyError: it would take more than all of a weight.
+            SparsifyError: that share is more than the whole weight.
         """
         if self.refresh == "never":
             return

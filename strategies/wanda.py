@@ -10,7 +10,7 @@ from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
 class Wanda(SparsityStrategy):
-    """Keeps weights of large ``|W_ij| * ||X_j||``, where X_j is input j over all tokens."""
+    """Keeps the weights with the largest ``|W_ij| * ||X_j||``; X_j is input j over all tokens."""
 
     independent_blocks = True
 

@@ -19,19 +19,19 @@ def run(name: str, tool: Tool, words: list[str]) -> int:
     """Run a command.
 
     Args:
-        name: of the command, such as ``mask show``.
-        tool: where it is.
-        words: what follows its name.
+        name: the command's name, such as ``mask show``.
+        tool: the command, with the place of its function.
+        words: the words that follow its name.
 
     Returns:
-        Its exit status.
+        The command's exit status.
 
     Raises:
-        SparsifyError: what the words say cannot be done.
+        SparsifyError: the command cannot do what the words ask for.
     """
-    # Nothing is instantiated where any value may stand.
+    # Instantiate no class where an option accepts any value.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    # Flags as those of fit: what says nothing says true.
+    # Flags work as for fit: a flag without a value means true.
     following = [*words, "--"][1:]
     words = [
         f"{word}=true" if word in FLAGS and after.startswith("--") else word
@@ -67,7 +67,7 @@ def _quiet(tool: Tool, words: list[str]) -> AbstractContextManager[None]:
 
 
 def find_function(tool: Tool) -> Callable[..., Any]:
-    """The function of a command; only now is its module imported."""
+    """Import a command's module, and return its function."""
     module, _, function = tool.function.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), function)
     return found

@@ -1,4 +1,4 @@
-"""The command line: finds the command, and imports what that one needs and nothing else.
+"""The command line: finds the command, and imports only what that command needs.
 
 PyTorch, Lightning and Transformers take ten seconds to import. General help, the version and a
 mistyped command need none of them.
@@ -22,11 +22,12 @@ HELP = ("-h", "--help")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; ``SystemExit`` with the status, unless a run with a Trainer went well.
+    """Run the command line. Raises ``SystemExit`` with the status, except after a successful run
+    with a Trainer.
 
-    Exit status 1 if a folder that was verified is not sound, or nothing fits a plan; 2 and one
-    message for input that a user can mend; 130 after Ctrl-C, and 143 after SIGTERM or SIGUSR1,
-    unless all was done.
+    Exit status 1: a verified folder has faults, or a plan does not fit. 2, with one message: the
+    user can correct the input. 130 after Ctrl-C, and 143 after SIGTERM or SIGUSR1, unless
+    everything was done by then.
 
     Args:
         args: the words after ``sparsify``; None takes those of the process.
@@ -37,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
             status = _run(words)
         except SparsifyError as error:
             if asked() is not None:
-                raise  # a rank that waited for one that was stopped
+                raise  # this rank waited for one that was stopped
             from sparsify.common.printable import printable
 
             print(printable(f"error: {error}"), file=sys.stderr)
@@ -51,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int | None:
     first, rest = (words[0], words[1:]) if words else ("", [])
-    # The other options stand before their command: sparsify --config FILE fit.
+    # Other options may come before their command: sparsify --config FILE fit.
     if first in TRAINER_COMMANDS or (first.startswith("-") and first not in (*HELP, "--version")):
         from sparsify.cli import trainer_cli as cli
 
@@ -62,7 +63,7 @@ def _run(words: list[str]) -> int | None:
             print(f"sparsify {version()}")
             return 0
         return _run_tool("", first, rest, {**TRAINER_COMMANDS, **TOOLS})
-    return 0  # to somebody who has seen enough
+    return 0  # the reader has closed the pipe, having seen enough
 
 
 def _run_tool(
@@ -72,9 +73,9 @@ def _run_tool(
 
     Args:
         before: the command that the word follows, such as ``mask``; empty for the first word.
-        word: empty where there is none.
-        rest: what follows it.
-        commands: those that there are.
+        word: the word; empty if there is none.
+        rest: the words that follow it.
+        commands: the commands to choose from.
     """
     name = f"{before} {word}".strip()
     match commands.get(word):
@@ -100,7 +101,7 @@ def _run_tool(
 
 
 def _help(group: str, commands: Mapping[str, str | Tool | Group]) -> str:
-    """The commands of a group, or all, each with its line."""
+    """The help: the commands of a group, or all commands, each with its line."""
     name = f"sparsify {group}".strip()
     about = ABOUT
     if isinstance(of := TOOLS.get(group), Group):

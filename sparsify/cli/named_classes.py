@@ -1,4 +1,4 @@
-"""The classes that a command line names: what a user writes there is trusted, and is code."""
+"""Finds the classes that a command line names. The user is trusted, so they may be imported."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,13 @@ import yaml
 from sparsify.masking.registry import find_strategy
 
 STRATEGY_FLAGS = ("--strategy", "--model.strategy")
-# The options where a class may be named by its import path.
+# The options that may name a class by its import path.
 _FLAGS = ("--model.strategy", "--model.optimizer", "--trainer.", "--data.tokenizer")
 _IMPORT_PATH = re.compile(r"class_path|(^|[\[\s,'\"])[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def names_code(words: Iterable[str]) -> bool:
-    """Whether any class is named by its import path, or a config file that may name some."""
+    """Whether the words name a class by its import path, or a config file, which may name some."""
     return any(
         flag == "--config" or (flag.startswith(_FLAGS) and _IMPORT_PATH.search(value))
         for flag, value in _options(words)
@@ -45,7 +45,7 @@ def named_classes(words: Iterable[str]) -> set[str]:
 
 
 def _options(words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every flag with its value, which may be a word of its own."""
+    """Yield every flag with its value, also if the value is the next word."""
     waiting = ""
     for word in words:
         if word.startswith("--"):
@@ -58,7 +58,7 @@ def _options(words: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _content(config: str) -> str:
-    """Of a config that is given by the name of its file, or as itself."""
+    """The text of a config, which is given as a file name or directly."""
     try:
         return Path(config).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def _read(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        return None  # the parser will say what is wrong with it
+        return None  # the parser will report what is wrong
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Short forms of the command line, rewritten into what the parser knows."""
+"""Rewrites short forms of the command line into the options that the parser knows."""
 
 import json
 import os
@@ -35,19 +35,19 @@ LOGGERS = {
 }
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
 RUNS = "runs"
-LEARNS = ("fit", "plan")  # the commands of a run that learns, and goes on if it has a checkpoint
+LEARNS = ("fit", "plan")  # commands of a run that learns, and resumes if given a checkpoint
 
 
 def expand(args: Sequence[str]) -> list[str]:
     """Rewrite the short forms of a command line.
 
-    ``--strategy NAME`` becomes ``--model.strategy`` with the class's path, in any case; with no
-    config and no model named, the packaged config of that strategy, made for the embedded model,
-    comes first, also where it is named by its import path. ``--logger NAME`` becomes
+    ``--strategy NAME``, in upper or lower case, becomes ``--model.strategy`` with the class's path.
+    If neither a config nor a model is named, the strategy's packaged config, made for the embedded
+    model, comes first; a strategy named by its import path gets it too. ``--logger NAME`` becomes
     ``--trainer.logger``; the default is ``csv``. ``--devices N`` becomes ``--trainer.devices``, and
     ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path`` the settings of the checkpoint's
-    run come first, so that what is said on the command line wins. The current folder's modules can
-    be imported if the command line names a class or a config.
+    run come first, so that the command line overrides them. If the command line names a class or a
+    config, modules in the current folder can be imported.
 
     Raises:
         SparsifyError: the strategy, the logger or the checkpoint is unknown.
@@ -77,7 +77,7 @@ def expand(args: Sequence[str]) -> list[str]:
         elif flag == "--devices":
             after.append(f"--trainer.devices={value}")
         elif word in ("--shard", "--trainer.strategy=fsdp"):
-            after.append(f"--trainer.strategy={SHARDED}")  # by its class, it has options
+            after.append(f"--trainer.strategy={SHARDED}")  # named by its class, it can have options
         elif flag in STRATEGY_FLAGS and not value.startswith("{"):
             cls = find_strategy(value)
             run_name = cls.__name__
@@ -99,7 +99,7 @@ def expand(args: Sequence[str]) -> list[str]:
 
 
 def _root_in_configs(words: Sequence[str]) -> str | None:
-    """The ``default_root_dir`` of the last config that says one; the parser judges the rest."""
+    """The ``default_root_dir`` of the last config that sets it; the parser checks the configs."""
     found: str | None = None
     for word in words:
         flag, _, path = word.partition("=")
@@ -177,12 +177,12 @@ def _logger(name: str, run_name: str, root: str) -> list[str]:
 
 
 def _settings(path: Path, resumes: bool, named: Collection[str]) -> dict[str, Any]:
-    """What a command takes of the settings of a checkpoint's run."""
+    """The settings that a command takes from a checkpoint's run."""
     file = path / METADATA if path.is_dir() else path
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         config = checkpoint["hyper_parameters"]["config"]
-        written = checkpoint.get("settings_sha256", content_hash(config))  # older ones tell none
+        written = checkpoint.get("settings_sha256", content_hash(config))  # older ones have no hash
         altered = written != content_hash(config)
     except Exception as error:
         raise SparsifyError(

@@ -1,4 +1,4 @@
-"""All commands: their names, what each is for, and where it is, without importing any of them."""
+"""Lists all commands: name, purpose and place of each; this imports none of them."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ class Tool:
     """A command that is one function, whose docstring is its help.
 
     Args:
-        about: one line.
-        function: its module and name; not the name of a module of ``sparsify``, which the parser
-            would look for under it, and so import.
-        loads_models: whether it may load one, so that Transformers' messages are silenced.
-        reads_words: whether the function takes the words of the command line, and parses them.
+        about: one line of help.
+        function: its module and name. The name must not be that of a module of ``sparsify``: the
+            parser would look there, and so import it.
+        loads_models: whether it may load a model; Transformers' messages are then silenced.
+        reads_words: whether the function itself parses the words of the command line.
     """
 
     about: str
@@ -29,7 +29,7 @@ class Group:
     tools: dict[str, Tool]
 
 
-# Those with a Trainer are read and run by ``cli``.
+# Commands with a Trainer; ``trainer_cli`` reads and runs them.
 TRAINER_COMMANDS = {
     "fit": "Learn or compute the masks, then test and export the sparse model.",
     "validate": "Measure perplexity on the validation text.",

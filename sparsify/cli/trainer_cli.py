@@ -1,4 +1,4 @@
-"""The command line: a thin shell over Lightning's, with short forms rewritten before parsing."""
+"""The commands with a Trainer: Lightning's command line, after short forms are rewritten."""
 
 import sys
 from typing import Any, cast
@@ -38,7 +38,7 @@ TRAINER_DEFAULTS = {
     "callbacks": [],
 }
 
-# Settings of one command, not of the run that a checkpoint continues.
+# These belong to one command, not to the run that a checkpoint continues.
 OWN = ("config", "ckpt_path")
 
 SHORT_FORMS = f"""
@@ -65,8 +65,8 @@ _HELP = {
 }
 
 
-# A class named where any value may stand is a value: nothing is instantiated there. This holds for
-# all parsers of the process.
+# Where an option accepts any value, a class's name is only a text, and nothing is instantiated.
+# This setting applies to all parsers of the process.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
@@ -78,8 +78,8 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """Takes the path of a text or mask file as a path; Lightning's would read it as settings. Reads
-    ``pattern: 2:4`` of a config as the text that it is.
+    """Keeps the path of a text or mask file a path; Lightning's parser would read settings from
+    that file. Also reads ``pattern: 2:4`` in a config as text, not as a number.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +104,7 @@ class Parser(LightningArgumentParser):
 
 
 class CommandTrainer(Trainer):
-    """The Trainer of the command line, of which each command is a method."""
+    """The Trainer of the command line; each of its commands is a method."""
 
     def sensitivity(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
@@ -114,8 +114,8 @@ class CommandTrainer(Trainer):
         Args:
             model: the module; its strategy leaves the base weights as they are.
             datamodule: its data.
-            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one these are
-                the masks with which the strategy starts, before it learns anything.
+            ckpt_path: the checkpoint, usually ``last.ckpt`` of the run; without one, the strategy's
+                starting masks are measured, before it learns anything.
         """
         self.sensing = True
         callback = MeasureSensitivity()
@@ -156,9 +156,9 @@ class SparsifyCLI(LightningCLI):
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What this tool is about first: Lightning's Trainer has more options than all the rest."""
+        """Add our own options first: Lightning's Trainer has more options than all the rest."""
         parser.add_lightning_class_args(SparseCausalLM, "model")
-        # The module's own default, said so that each of its arguments can be set by itself.
+        # Name the module's own default, so that each of its arguments can be set separately.
         parser.set_defaults(
             {"model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": ADAMW}}
         )
@@ -169,8 +169,8 @@ class SparsifyCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Of the expanded words; in ``sys.argv`` they stay as they were given, as Lightning starts
-        the other processes of a run with these.
+        """Parse the expanded words. ``sys.argv`` keeps the words as they were given, because
+        Lightning starts the other processes of a run with them.
         """
         self.config = parser.parse_args(expand(sys.argv[1:]) if args is None else args)
         if place := holds_redacted(self.config):
@@ -180,7 +180,7 @@ class SparsifyCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint's settings come before the command line's (``short_forms``)."""
+        """Do nothing: ``short_forms`` has put the checkpoint's settings first already."""
 
     def validate(self, **kwargs: Any) -> None:
         """Without Lightning's table beside ours."""
@@ -202,7 +202,7 @@ class SparsifyCLI(LightningCLI):
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         if config["enable_checkpointing"] is False:
-            # Lightning takes the two together for a mistake.
+            # Lightning treats having both as a mistake.
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in given

@@ -1,4 +1,4 @@
-"""Numbers that describe how sure a distribution over masks is, for every strategy that learns one.
+"""Measures how sure a distribution over masks is, for every strategy that learns one.
 
 Shapes: O out, G groups, M group size, K candidate masks.
 """
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def describe_distribution(probability_OKG: Tensor, table_KM: Tensor) -> dict[str, Tensor]:
-    """Means over groups, 0-d.
+    """Measure a distribution; each number is a mean over groups, 0-d.
 
     Args:
-        probability_OKG: of every candidate.
+        probability_OKG: the probability of every candidate.
         table_KM: the candidates, 1 = kept.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a strategy does to a model, as the rest of a run needs to know it."""
+"""What a strategy declares about its effect on a model, for the rest of a run to read."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,19 +10,19 @@ Weights = Literal["frozen", "updated", "trained", "proxy", "adapted"]
 
 @dataclass(frozen=True)
 class Effect:
-    """Declared once by each strategy: by its class, or in ``__init__`` where settings decide.
+    """Each strategy declares one: on its class, or in ``__init__`` if it depends on settings.
 
     Attributes:
-        weights: what becomes of the base weights. ``frozen``: never touched; ``updated``: one-shot
-            with a weight update; ``trained``: they learn with the masks; ``proxy``: a copy is
-            trained, the base ships; ``adapted``: never touched, but what ships is their sum with
-            something that was learned.
-        prunes: whether layers are masked at all; the dense reference says no.
-        without_gradients: whether it learns from losses alone, so that ``loss`` has no graph.
-        exchanges_draws: whether ranks exchange what they found, each under draws of its own.
+        weights: what happens to the base weights. ``frozen``: they never change; ``updated``:
+            calibration changes them once; ``trained``: they learn along with the masks; ``proxy``:
+            a copy of them is trained, and the base weights themselves are exported; ``adapted``:
+            base weights stay frozen; the export adds a learned term to them.
+        prunes: whether layers are masked at all; False for the dense reference.
+        without_gradients: whether it learns from loss values alone, so that ``loss`` has no graph.
+        exchanges_draws: whether each rank makes its own draws, and ranks exchange their results.
 
     Raises:
-        SparsifyError: ``weights`` is no such word.
+        SparsifyError: ``weights`` is none of these words.
     """
 
     weights: Weights = "frozen"
@@ -36,8 +36,8 @@ class Effect:
 
     @property
     def only_masks(self) -> bool:
-        """Whether what ships are the base weights under masks that were chosen for them as they
-        are, and nothing else was learned.
+        """Whether the masks are all that the run changes: it exports the unchanged base weights
+        under masks that were chosen for exactly these weights.
         """
         return self.weights == "frozen"
 
@@ -48,10 +48,10 @@ class Effect:
 
     @property
     def trains_weights(self) -> bool:
-        """Whether weights learn, the base's or a copy of them."""
+        """Whether the base weights or a copy of them learn."""
         return self.weights in ("trained", "proxy")
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base weights differ after the run."""
+        """Whether the run changes the base weights."""
         return self.weights in ("trained", "updated")

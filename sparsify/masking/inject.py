@@ -1,4 +1,4 @@
-"""How masked layers get into a model, and out of it."""
+"""Puts masked layers into a model, and takes them out again."""
 
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -20,17 +20,17 @@ MakeMasker = Callable[[str, tuple[int, int], NMPattern], Masker]
 def inject(
     model: nn.Module, layers: dict[str, nn.Module], selection: Selection, make_masker: MakeMasker
 ) -> MaskScope:
-    """Replace the layers by masked ones over the same Parameters; layers that share a weight share
-    the masker.
+    """Replace the layers by masked ones that hold the same Parameters. Layers that share a weight
+    also share a masker.
 
     Args:
         model: holds the layers; changed in place.
         layers: by qualified name, as :func:`~sparsify.masking.select.select` chose them.
-        selection: tells the pattern of each.
-        make_masker: makes the masker of a layer of this name, shape (O, I) and pattern.
+        selection: gives the pattern of each layer.
+        make_masker: called with a layer's name, its shape (O, I) and its pattern.
 
     Raises:
-        SparsifyError: a masker learns in another type than it declares.
+        SparsifyError: a masker's Parameters are not of the type that it declares.
     """
     scope = MaskScope()
     maskers: dict[int, Masker] = {}
@@ -57,8 +57,8 @@ def _check_dtype(masker: Masker) -> None:
 
 
 def hard_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, bool mask ``[O, I]``) of every masked layer; of a sharded model the whole mask,
-    on every rank.
+    """Yield (name, bool mask ``[O, I]``) of every masked layer. If the model is sharded, every rank
+    gets the whole mask.
     """
     for name, layer in masked_layers(model).items():
         yield name, hard_mask(layer)
@@ -66,8 +66,8 @@ def hard_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Multiply every hard mask into its weight, in place, and restore the plain layer classes.
-    Biases stay.
+    """Apply every hard mask to its weight, in place, and put the plain layers back. Biases stay as
+    they are.
 
     Raises:
         SparsifyError: the model is sharded.
@@ -77,7 +77,7 @@ def fold(model: nn.Module) -> None:
             "the model is sharded over several processes, and each would fold a part; export it, "
             "and load the folder"
         )
-    done: set[int] = set()  # a weight that two layers share is hardened once: a masker may add
+    done: set[int] = set()  # harden a shared weight once: a masker may add a term to the weight
     for name, layer in masked_layers(model).items():
         if id(layer.weight) not in done:
             layer.weight_OI.data.copy_(layer.masker.harden(layer.weight_OI))

@@ -1,10 +1,11 @@
-"""A linear layer whose weight is masked as it is used, and the product beneath it.
+"""A linear layer that masks its weight each time it is called.
 
-Data flow of one layer. Forward: the masker makes the masked weight, the input is multiplied by it,
-and it is dropped; kept for backward are the input and the layer's own Parameters. Backward: the
-masker runs again, now under a graph; its masked weight gives the input's gradient, and the product
-of the output's gradient and the input goes through that graph to whatever the masker learns, and to
-the weight if it is trained. Nothing of the weight's size lives between the two.
+Data flow of one layer. Forward: the masker makes the masked weight, the layer multiplies its input
+by it, and frees it. Only the input and the layer's own Parameters are kept for backward. Backward:
+the masker makes the masked weight again, now with a graph. The masked weight gives the gradient of
+the input. The gradient of the masked weight (output gradient times input) flows through the graph
+to the masker's Parameters, and to the weight if it is trained. Between forward and backward, no
+extra tensor of the weight's size exists.
 
 Shapes: O out, I in, B any leading dimensions.
 """
@@ -30,9 +31,9 @@ class MaskScope:
     """What all masked layers of one model share.
 
     Attributes:
-        masking: how to mask now.
-        grad: whether the forward under way has a graph.
-        penalties: those of the forward under way, 0-d, one a layer.
+        masking: how the layers mask at present.
+        grad: whether the current forward pass builds a graph.
+        penalties: the layers' penalties in the current forward pass, 0-d, one per layer.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class MaskScope:
 
     @contextmanager
     def use(self, masking: Masking) -> Iterator[list[Tensor]]:
-        """Run the model under ``masking``; yields the list that fills with penalties."""
+        """Run the model under ``masking``; yields the list to which layers add their penalties."""
         before = self.masking, self.grad, self.penalties
         self.masking, self.grad, self.penalties = masking, torch.is_grad_enabled(), []
         try:
@@ -53,12 +54,12 @@ class MaskScope:
     def checkpoint_contexts(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[list[Tensor]]]:
-        """For activation checkpointing: a recomputation uses the draw of its own forward."""
+        """For activation checkpointing: recomputation uses the draw of its own forward pass."""
         return nullcontext(), self.use(self.masking)
 
 
 class Gather(Protocol):
-    """Takes over the product of a layer whose weight is masked before ranks gather it."""
+    """Multiplies for a layer whose ranks mask their rows of the weight before they gather them."""
 
     def multiply(self, x_BI: Tensor) -> Tensor: ...
 
@@ -106,7 +107,7 @@ def _mask(
     layer: "MaskedLinear", masking: Masking, weight_OI: Tensor, tensors: Any
 ) -> tuple[Tensor, Tensor]:
     named = dict(zip(layer.masker_parameters(), tensors, strict=True))
-    # Masks are made in the precision of the tensors that they come from, whatever the matmuls use.
+    # Autocast is for the matmuls; masks are made in the precision of the masker's own tensors.
     with torch.autocast(weight_OI.device.type, enabled=False):
         return cast(
             tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
@@ -114,7 +115,7 @@ def _mask(
 
 
 def _after_taking(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Tensor | None]:
-    """What the masker leaves of its Parameters' gradients to autograd."""
+    """The gradients that autograd gets, after ``take_gradients`` has kept those it wants."""
     names = list(layer.masker_parameters())
     given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
     left = layer.masker.take_gradients(dict(given)) if given else given
@@ -128,7 +129,7 @@ def _after_taking(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Ten
 
 
 class MaskedLinear(nn.Module):
-    """Takes the place of a linear layer: its Parameters under its keys, and a masker beside them.
+    """Takes the place of a linear layer: holds its Parameters, under the same names, and a masker.
 
     Args:
         linear: the layer to replace; its Parameters are shared, not copied.
@@ -153,11 +154,11 @@ class MaskedLinear(nn.Module):
         return self.weight
 
     def as_stored(self, values_OI: Tensor) -> Tensor:
-        """View ``[O, I]`` values in the layout of the stored weight."""
+        """View values of shape ``[O, I]`` in the layout in which the weight is stored."""
         return values_OI
 
     def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """The plain layer's product, by the plain layer's own operation: equal to the last bit."""
+        """Multiply by the same operation as the plain layer, so that results are bit-identical."""
         return F.linear(x_BI, weight_OI, bias_O)
 
     @property
@@ -169,7 +170,7 @@ class MaskedLinear(nn.Module):
         return self.masker.shape[1]
 
     def masker_parameters(self) -> dict[str, nn.Parameter]:
-        """The masker's Parameters by name, in the order in which the product takes them."""
+        """The masker's Parameters by name, in the order in which autograd sees them."""
         return dict(self.masker.named_parameters())
 
     def forward(self, x_BI: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class MaskedLinear(nn.Module):
         return cast(Tensor, y_BO)
 
     def plain(self) -> nn.Module:
-        """The plain layer again, over the same Parameters."""
+        """A plain layer with the same Parameters, to put back in this one's place."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = cast(nn.Parameter, self.weight)
         linear.register_parameter("bias", cast(nn.Parameter | None, self.bias))
@@ -202,7 +203,7 @@ class MaskedLinear(nn.Module):
 
 
 class MaskedConv1D(MaskedLinear):
-    """The same for GPT-2's ``Conv1D``, whose weight is stored as ``[I, O]``."""
+    """A masked layer for GPT-2's ``Conv1D``, which stores its weight as ``[I, O]``."""
 
     @property
     def weight_OI(self) -> Tensor:
@@ -227,8 +228,8 @@ _MASKED: dict[type[nn.Module], type[MaskedLinear]] = {nn.Linear: MaskedLinear, C
 
 
 def can_mask(module: nn.Module) -> bool:
-    """Whether the module is a layer that a masked one can replace: exactly one of the plain linear
-    classes.
+    """Whether a masked layer can replace the module: its class is ``nn.Linear`` or ``Conv1D``, no
+    subclass.
     """
     return type(module) in _MASKED
 
@@ -246,11 +247,11 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def local_rows(values_OI: Tensor) -> Tensor:
-    """The rows that this process holds of a weight or a masker's tensor, in place; all of them
-    where nothing is sharded.
+    """The rows of a weight or a masker's tensor that this process holds, as a view; all rows if
+    nothing is sharded.
 
-    Groups run along a row, so that what is done to each by itself can be done to these alone. (Not
-    where weights are stored as ``[I, O]``: the module refuses to shard those that train.)
+    A group lies within one row, so work that treats each group by itself needs only these rows.
+    (This fails for weights stored as ``[I, O]``; the module refuses to shard them for training.)
     """
     return values_OI.to_local() if isinstance(values_OI, DTensor) else values_OI
 
@@ -263,8 +264,8 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def maskers(layers: Mapping[str, MaskedLinear]) -> dict[Masker, Tensor]:
-    """Each masker once, and the weight ``[O, I]`` that it masks: layers that share a weight share
-    its masker.
+    """Each masker once, with the weight ``[O, I]`` that it masks. Layers that share a weight also
+    share its masker.
     """
     return {layer.masker: layer.weight_OI for layer in layers.values()}
 
@@ -275,7 +276,7 @@ def layer_patterns(model: nn.Module) -> dict[str, NMPattern]:
 
 
 def base_parameters(model: nn.Module, all_names: bool = False) -> dict[str, nn.Parameter]:
-    """The Parameters of the dense model by name: all but the maskers'.
+    """The dense model's Parameters by name, without those of maskers.
 
     Args:
         model: the model, masked or not.

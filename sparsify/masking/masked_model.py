@@ -1,6 +1,6 @@
 """A base model with masked layers, and the strategy whose maskers make the masks.
 
-It knows neither text nor Trainer: what learns, exports, records or plans works on this object.
+Training, export, records and plans all work on this object; it needs neither text nor a Trainer.
 Shapes: O out, I in.
 """
 
@@ -29,7 +29,7 @@ from sparsify.models.load_checks import check_called
 class MaskedModel:
     """Replaces the selected layers of a base model, in place, by masked ones.
 
-    Until :meth:`calibrate` the maskers have no values.
+    The maskers have no values until :meth:`calibrate` is called.
 
     Args:
         base: the dense model.
@@ -37,12 +37,12 @@ class MaskedModel:
         selection: which layers, and their patterns.
 
     Attributes:
-        base: what was given; its model is the masked one now.
+        base: the argument; its model now holds the masked layers.
         model: that model.
-        strategy: what was given.
-        selection: what was given.
-        scope: the masking under which all layers run.
-        dense: for each matrix that is not masked, the reason.
+        strategy: the argument.
+        selection: the argument.
+        scope: says how all layers mask at present.
+        dense: why a matrix is not masked, for each that is not.
 
     Raises:
         SparsifyError: the selection does not fit the model.
@@ -73,10 +73,10 @@ class MaskedModel:
         return maskers(self.layers)
 
     def check_called(self) -> None:
-        """Refuse layers whose weight the model reads without calling them.
+        """Refuse a model that reads a masked layer's weight without calling the layer.
 
         Raises:
-            SparsifyError: there is one; it is named.
+            SparsifyError: it does; the message names the layer.
         """
         with self.scope.use("dense"):
             check_called(self.model, self.layers)
@@ -85,8 +85,8 @@ class MaskedModel:
         """Give every masker its first values, and every layer the weight that was found for it.
 
         Args:
-            results: by layer name, as calibration finds them; layers that it does not name start
-                from nothing.
+            results: (layer name, result) as calibration finds them; for other layers the strategy
+                is told that there is no result.
         """
         layers, left = self.layers, self.maskers
         for name, result in results:
@@ -100,13 +100,13 @@ class MaskedModel:
 
     @contextmanager
     def hard(self) -> Iterator[None]:
-        """Within it the model computes what will be exported, without a graph."""
+        """Within this context the model computes as its export will, without a graph."""
         with torch.no_grad(), self.scope.use("hard"):
             yield
 
     def hard_masks(self) -> dict[str, Tensor]:
-        """The masks that ship, by layer name: bool ``[O, I]``, True = kept; of a sharded model
-        whole, on every rank.
+        """The masks that are exported, by layer name: bool ``[O, I]``, True = kept. If the model is
+        sharded, every rank gets the whole masks.
         """
         return dict(hard_masks(self.model))
 
@@ -115,8 +115,8 @@ class MaskedModel:
         fold(self.model)
 
     def sparsity(self) -> float:
-        """The share of zeros that the masks make, of the blocks' weights: of all their matrices,
-        and of stacks of matrices, as which experts may be held; not of depthwise convolutions.
+        """Weights that the masks set to zero, as a share of the decoder blocks' weights. These are
+        all matrices and stacks of matrices (experts); depthwise convolutions do not count.
         """
         maskers = [layer.masker for layer in self.layers.values()]
         zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)

@@ -1,4 +1,4 @@
-"""What masks one layer: the interface, and the masker of a mask that does not change."""
+"""The object that masks one layer: its interface, and one for a mask that never changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ from sparsify.masking.pattern import NMPattern
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of all masks of the model, named by numbers, so that it can be made again at any
-    time.
+    """Three numbers that name one random sample of all the model's masks. The same numbers always
+    give the same masks, so a draw can be repeated at any time.
 
     Attributes:
         seed: the run's seed.
         step: the optimizer step.
-        index: (micro-batch x data-parallel ranks + rank) x draws per micro-batch + draw.
+        index: tells draws of one step apart: (micro-batch x data-parallel ranks + rank) x draws
+            per micro-batch + draw.
     """
 
     seed: int
@@ -39,18 +40,18 @@ Masking = Draw | Literal["hard", "dense"]
 class Masker(nn.Module):
     """Owns every tensor that decides the mask of one layer; subclass it for a new kind of mask.
 
-    A tensor of the layer's size has O (out_features) as its first dimension, so that it shards by
-    rows with the weight. Shapes: O out, I in.
+    Give every tensor of the layer's size O (out_features) as its first dimension: it is then
+    sharded by rows, as the weight is. Shapes: O out, I in.
 
     Args:
-        name: the layer's qualified name; part of its noise key.
+        name: the layer's qualified name, which is also hashed into its noise key.
         shape: (O, I) of the whole layer.
         pattern: the N:M pattern.
 
     Attributes:
-        learned_dtype: of the Parameters that require gradients; also the least exact type, beside
-            fp32, in which the base weights may be if they are what learns. A step is often smaller
-            than half of a bf16's last place, and is lost in rounding unless that is stochastic.
+        learned_dtype: the type of the Parameters that require gradients. Where the strategy trains
+            the base weights, they too must be in this type or in fp32: an optimizer step is often
+            smaller than half the last place of a bf16 number, and ordinary rounding then loses it.
     """
 
     learned_dtype: ClassVar[torch.dtype] = torch.float32
@@ -64,20 +65,21 @@ class Masker(nn.Module):
     def mask(self, draw: Draw, row0: int = 0) -> Tensor:
         """The mask of one draw, ``[O, I]``, differentiable in what this masker learns.
 
-        It is made in forward without a graph and again in backward with one, and must be the same
-        both times: take randomness from ``noise`` with ``draw.key(self.name)`` only.
+        The layer calls this in forward without a graph and in backward with one. Both calls must
+        return the same mask: take randomness from ``noise`` with ``draw.key(self.name)`` only.
 
         Args:
             draw: which sample.
-            row0: the number of the first row that this masker holds in the whole layer.
+            row0: the index, in the whole layer, of the first row that this masker holds.
 
         Returns:
-            Floating, to multiply the weight by; or bool, True = kept, which has no gradient.
+            A floating mask, by which the weight is multiplied; or a bool mask, True = kept, through
+            which no gradient reaches the masker.
         """
         raise NotImplementedError(f"{type(self).__name__} must define mask(draw, row0)")
 
     def penalty(self, masked_OI: Tensor) -> Tensor:
-        """A 0-d penalty of this layer, which a strategy may add to its loss.
+        """This layer's penalty, 0-d; the strategy decides how it enters the loss.
 
         Args:
             masked_OI: the weight times the mask, not yet rounded to the weight's dtype.
@@ -85,13 +87,13 @@ class Masker(nn.Module):
         return _no_penalty(masked_OI)
 
     def sample(self, weight_OI: Tensor, draw: Draw, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight for one draw; to be overridden only where that is no product with
-        :meth:`mask`.
+        """Mask the weight for one draw. Override it only if masking is more than a multiplication
+        by :meth:`mask`.
 
         Args:
             weight_OI: the weight, or rows of it.
             draw: which sample.
-            row0: the number of the weight's first row in the whole layer.
+            row0: the index of the weight's first row in the whole layer.
 
         Returns:
             The masked weight ``[O, I]`` in the weight's dtype, and a 0-d penalty of this layer.
@@ -102,53 +104,54 @@ class Masker(nn.Module):
         return masked_OI.to(weight_OI.dtype), self.penalty(masked_OI)
 
     def hard_mask(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The mask that ships: bool ``[O, I]``, deterministic, exactly N:M."""
+        """The mask that is evaluated and exported: bool ``[O, I]``, deterministic, exactly N:M."""
         raise NotImplementedError(f"{type(self).__name__} must define hard_mask(weight_OI, row0)")
 
     def harden(self, weight_OI: Tensor, row0: int = 0) -> Tensor:
-        """The weight under the hard mask; what is dropped is +0.0, where a product leaves -0.0."""
+        """The weight under the hard mask. Dropped weights become +0.0; a product can leave -0.0."""
         with torch.no_grad():
             mask = self.hard_mask(weight_OI, row0)
         return _kept(weight_OI, mask)
 
     def forward(self, weight_OI: Tensor, masking: Masking, row0: int = 0) -> tuple[Tensor, Tensor]:
-        """Mask the weight as asked: (masked weight, penalty). To change it, override ``mask`` or
-        ``sample``.
+        """Mask the weight as ``masking`` says; returns (masked weight, penalty). Subclasses
+        override ``mask`` or ``sample``, not this.
         """
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
 
     def take_gradients(self, grads: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        """Called in backward with the gradients of this masker's Parameters, once for each use of
-        the layer; what is returned is accumulated in their ``grad``, for an optimizer.
+        """The layer calls this in backward with its masker's gradients, once for each use of the
+        layer. Autograd adds the gradients that it returns to ``grad``, for an optimizer.
 
-        To update in backward, so that no gradient outlives its layer's backward, override it: move
-        the rows that this process holds, ``local_rows(parameter.detach())``, and return nothing of
-        what was taken. That is for one process, or for ranks that gather masked weights: elsewhere
-        ranks average their gradients only later. And it is for layers that one backward pass goes
-        through once: autograd refuses the second use of what the first has moved.
+        Override it to update Parameters during backward, so that gradients need not be stored:
+        change the rows that this process holds, ``local_rows(parameter.detach())``, and leave their
+        gradients out of what you return. Two limits apply. With several ranks this works only if
+        they gather masked weights; otherwise they average gradients later than this. And one
+        backward pass may use the layer only once: autograd refuses a Parameter that has changed.
 
         Args:
-            grads: by Parameter name, of the same rows; of one micro-batch, as its loss was scaled.
+            grads: by Parameter name, of this process's rows and of one micro-batch, scaled as its
+                loss was.
         """
         return grads
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Start from a bool mask ``[O, I]``: what a strategy does with what ``calibrate`` found."""
+        """Start from a bool mask ``[O, I]``, by default the one that ``calibrate`` found."""
         raise NotImplementedError(
             f"{type(self).__name__} must define set_mask, or its strategy init_masker"
         )
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors that describe the distribution, each a mean over rows; logged per layer and
-        over all weights.
+        """Describes the mask distribution in 0-d tensors, each a mean over rows. They are logged
+        for each layer, and averaged over all weights.
         """
         return {}
 
 
 class FixedMasker(Masker):
-    """Holds one mask, as a candidate's rank per group (a quarter of a byte a weight for 2:4)."""
+    """Holds one mask as one candidate number per group: for 2:4 a quarter of a byte per weight."""
 
     rank_OG: Tensor
 
@@ -160,10 +163,10 @@ class FixedMasker(Masker):
         self.rank_OG = nn.Parameter(ranks, requires_grad=False)
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Take over a bool mask ``[O, I]``.
+        """Store a bool mask ``[O, I]``.
 
         Raises:
-            SparsifyError: a group does not hold exactly N.
+            SparsifyError: some group does not keep exactly N weights.
         """
         try:
             self.rank_OG.data.copy_(self.pattern.rank(mask_OI))

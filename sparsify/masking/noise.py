@@ -1,13 +1,13 @@
-"""Counter-based noise: every number is a pure function of where it stands, so nothing needs to be
+"""Counter-based noise: each number is computed from its position alone, so no generator state is
 stored.
 
-A mask's noise depends on (seed, step, draw, layer, row, column) alone. Backward can make it again,
-a resumed run continues with the numbers it would have had, and a shard of a layer makes exactly its
-own rows.
+A mask's noise depends only on (seed, step, draw, layer, row, column). So backward can make it
+again, a resumed run continues with the numbers that it would have had anyway, and a process that
+holds some rows of a layer makes the noise of just these rows.
 
-The generator hashes 32-bit counters in wrapping int32 arithmetic: on a CPU five times faster than
-64-bit products, which have no vector instruction before AVX-512. Shapes: O out (rows), E elements
-of a row.
+The generator hashes 32-bit counters in wrapping int32 arithmetic. On a CPU this is five times
+faster than 64-bit products, for which there is no vector instruction before AVX-512. Shapes: O out
+(rows), E elements of a row.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 _BITS = 23  # (2**23 - 1 + 0.5) / 2**23 is below 1 in fp32; with 24 bits it would round to 1
-# Numbers that a CPU makes at once, so that all steps of the hash find them in its cache.
+# A CPU makes this many numbers at once, so that they stay in its cache for all steps of the hash.
 _IN_CACHE = 1 << 16
 
 
 def fold(*words: int | str) -> Tensor:
-    """Hash integers and names into a key: a 0-d int64 tensor on CPU, which any device takes without
-    waiting.
+    """Hash integers and names into a key: a 0-d int64 tensor on CPU. Operations on any device
+    accept it without waiting for a copy.
     """
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return torch.tensor(int.from_bytes(digest, "little", signed=True))
 
 
 def _mix_(x: Tensor, spare: Tensor) -> Tensor:
-    """Permute int32 in place so that nearby numbers become unrelated: xor-shifts (logical) and odd
-    multipliers. ``spare`` is room of the same shape.
+    """Map int32 numbers one to one, in place, so that nearby ones become unrelated: xor-shifts
+    (logical) and odd multipliers. ``spare`` is scratch memory of the same shape.
     """
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None)):
         torch.bitwise_right_shift(x, shift, out=spare)
@@ -48,18 +48,18 @@ def uniform(
 
     Args:
         key: 0-d int64, from :func:`fold`.
-        rows: O, the number of rows to make.
-        elements: E, the numbers in a row.
-        row0: the first row's number in the whole tensor.
+        rows: O, how many rows to make.
+        elements: E, how many numbers a row has.
+        row0: the index of the first row.
 
     Returns:
-        fp32 ``[O, E]``: rows ``row0 .. row0 + rows`` of the endless tensor that belongs to the key.
+        fp32 ``[O, E]``: rows ``row0 .. row0 + rows`` of the unlimited rows that the key defines.
     """
     row = torch.arange(row0, row0 + rows, device=device, dtype=torch.int32)[:, None]
     column = torch.arange(elements, device=device, dtype=torch.int32)
     first = _mix_(row + (key >> 32).int(), torch.empty_like(row))
-    # Rows whose `first` differ in low bits only would hold the same numbers in another order;
-    # `second` parts them.
+    # Two rows whose `first` differ in low bits only would hold the same numbers in another order;
+    # adding `second` makes them different.
     second = _mix_(first ^ key.int(), torch.empty_like(row))
     out = torch.empty(rows, elements, device=device)
     at_once = rows

@@ -1,4 +1,4 @@
-"""Patterns of single layers, other than the model's."""
+"""Gives single layers another pattern than the rest of the model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Overrides:
         )
 
     def describe(self) -> dict[str, str]:
-        """As they were given."""
+        """The overrides as the user gave them."""
         return {glob: str(pattern or DENSE) for glob, pattern in self.patterns.items()}
 
 

@@ -1,6 +1,6 @@
 """N:M patterns: at most N nonzero weights in every group of M consecutive inputs of a row.
 
-PyTorch is imported where tensors are made, so that a pattern can be read without waiting for it.
+Functions that make tensors import PyTorch themselves: reading a pattern need not wait for it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_M = 16
 class NMPattern:
     """Keep ``n`` of every ``m`` consecutive weights along the input dimension.
 
-    A *candidate* is a set of ``n`` kept positions; candidates are numbered in the order of
-    ``itertools.combinations`` (for 2:4: 1100, 1010, 1001, 0110, 0101, 0011, position 0 on the
-    left), and a number is called a rank.
+    A *candidate* is a set of ``n`` kept positions in a group. Candidates are numbered in the order
+    of ``itertools.combinations`` (for 2:4: 1100, 1010, 1001, 0110, 0101, 0011, position 0 on the
+    left). A candidate's number is called its rank.
 
     Shapes: O out, I in, G groups = I / m, M group size, K candidates.
     """
@@ -81,8 +81,8 @@ class NMPattern:
         return values_OI.unflatten(-1, (-1, self.m))
 
     def top(self, scores_OI: Tensor) -> Tensor:
-        """Keep the ``n`` largest scores of every group; ties keep the lower index, and what is not
-        a number counts as the largest.
+        """Keep the ``n`` largest scores of every group. Of equal scores the lower index is kept;
+        NaN counts as the largest.
 
         Args:
             scores_OI: any real dtype, ``[O, I]``.
@@ -92,8 +92,8 @@ class NMPattern:
         """
         import torch
 
-        # Every pair is compared once, and a position is kept if fewer than n beat it: for groups of
-        # 16 or less this is several times faster than sorting them.
+        # Compare every pair of positions once, and keep a position if fewer than n beat it. For
+        # groups of at most 16 this is several times faster than sorting.
         scores_OI = scores_OI.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         columns = [column.contiguous() for column in self.groups(scores_OI).unbind(-1)]
         beaten_by = [torch.zeros_like(column, dtype=torch.int8) for column in columns]
@@ -104,14 +104,14 @@ class NMPattern:
         return torch.stack([count < self.n for count in beaten_by], -1).flatten(-2)
 
     def rank(self, mask_OI: Tensor, trusted: bool = False) -> Tensor:
-        """Number the candidate of every group.
+        """Find the rank of every group's candidate.
 
         Args:
             mask_OI: bool ``[O, I]``.
-            trusted: skip the check, which waits for the device.
+            trusted: skip the check, which would wait for the device.
 
         Returns:
-            ``[O, G]``, uint8 where all ranks fit, else int16.
+            ``[O, G]``; uint8 if all ranks fit, otherwise int16.
 
         Raises:
             SparsifyError: a group does not hold exactly ``n`` kept weights.
@@ -134,7 +134,7 @@ class NMPattern:
         return ranks.to(self.rank_dtype)
 
     def unrank(self, rank_OG: Tensor) -> Tensor:
-        """The mask of numbered candidates: bool ``[O, I]`` from integers ``[O, G]``."""
+        """The mask of candidates given by rank: bool ``[O, I]`` from integers ``[O, G]``."""
         kept = self.table(rank_OG.device).index_select(0, rank_OG.flatten().int())
         return kept.view(*rank_OG.shape[:-1], -1)
 
@@ -160,7 +160,7 @@ def _table(n: int, m: int) -> Tensor:
 
 @cache
 def _rank_of_bits(n: int, m: int) -> Tensor:
-    """Rank by the candidate's bits (bit i = position i); -1 for sets of another size."""
+    """The rank for each set of kept positions (bit i = position i); -1 if it is not N of them."""
     import torch
 
     ranks = torch.full((2**m,), -1, dtype=torch.int16)

@@ -5,10 +5,10 @@ There is one logit a weight. A draw's *keys* are ``logits_OI + gumbel_OI`` with 
 noise, and its mask is ``pattern.top(keys_OI)``: the descending order of the keys is the order in
 which the positions are drawn (Kool, van Hoof and Welling, ICML 2019, arXiv 1903.06059).
 
-All sums are of positive terms; differences such as 1 - p would cancel where one position holds
-nearly all of the probability. Logits must be finite, and one that is further than 80 below its
-group's largest is treated as 80 below it: exp(-80) and its inverse are normal numbers in fp32. Half
-precision is computed, and the result returned, in fp32.
+Only positive terms are summed: a difference such as 1 - p would lose its digits where one position
+has nearly all of the probability. Logits must be finite. A logit that is more than 80 below its
+group's largest counts as 80 below it, because exp(-80) and its inverse are normal numbers in fp32.
+Half-precision inputs are computed, and their results returned, in fp32.
 
 Shapes: O out, I in, G groups = I / M, M group size.
 """
@@ -26,7 +26,7 @@ from sparsify.masking.pattern import NMPattern
 
 MAX_SETS = 128
 _RANGE = 80.0
-# Weights that a CPU works on at once, so that the temporaries stay in its cache: twice as fast.
+# A CPU works on this many weights at once: temporaries then stay in its cache, twice as fast.
 _IN_CACHE = 1 << 17
 _UNORDERED = 4  # largest N whose 2**N subsets are summed over
 
@@ -34,10 +34,10 @@ _UNORDERED = 4  # largest N whose 2**N subsets are summed over
 def score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
     """The gradient of log P(mask) with respect to the logits, for the mask ``pattern.top(keys)``.
 
-    For N <= 4 it is exact. For N >= 5 it is the gradient of the log-probability of the drawn order,
-    whose mean over the orders of one mask is the gradient of log P(mask): a little more variance,
-    no bias. In either case it sums to 0 in every group, its expectation is 0, and no element is
-    above 1 or below -N. For logits raised to the range of 80, it is the score at the raised logits.
+    For N <= 4 it is exact. For N >= 5 it is the gradient of the log-probability of the order in
+    which the mask was drawn. Its mean over the orders of one mask is the gradient of log P(mask):
+    no bias, but a little more variance. In either case it sums to 0 in every group, its expectation
+    is 0, and no element is above 1 or below -N. Logits raised to the range of 80 count as raised.
 
     Args:
         logits_OI: ``[O, I]``.
@@ -62,7 +62,7 @@ def score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
 def mean_mask(logits_OI: Tensor, pattern: NMPattern) -> Tensor:
     """The probability of every position to be kept, exact and differentiable in the logits.
 
-    It goes through the sets that the first draws can be, ``sum(C(M, k) for k < N)`` of them.
+    It goes through all sets that the first k < N draws can form: ``sum(C(M, k) for k < N)`` sets.
 
     Args:
         logits_OI: ``[O, I]``.
@@ -102,15 +102,15 @@ def mask_probabilities(logits_OI: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def sets_of(pattern: NMPattern) -> int:
-    """How many sets of positions the draws of a group go through."""
+    """How many sets of positions the draws of one group can pass through."""
     return sum(math.comb(pattern.m, k) for k in range(pattern.n))
 
 
 def _draws(
     weights: list[Tensor], pattern: NMPattern
 ) -> Iterator[tuple[frozenset[int], int, Tensor]]:
-    """Every way to draw one more position: (the set with it, the position, probability ``[O, G]``
-    of having drawn the set with this position last).
+    """Yield every way to draw one more position: (the set including the position, the position,
+    the probability ``[O, G]`` to draw this set with this position last).
     """
     if (sets := sets_of(pattern)) > MAX_SETS:
         raise SparsifyError(
@@ -137,7 +137,7 @@ def _score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
     weights = _weights(logits_OI, pattern)
     if pattern.n <= 2:
         return _score_of_few(weights, pattern.top(keys_OI), pattern)
-    # Like NMPattern.top: what is not a number counts as the largest, ties keep the lower index.
+    # As in NMPattern.top: NaN counts as the largest, and of equal keys the lower index is kept.
     keys_OI = keys_OI.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order_OGM = torch.sort(pattern.groups(keys_OI), dim=-1, descending=True, stable=True).indices
     some = _score_of_set if pattern.n <= _UNORDERED else _score_of_order
@@ -157,7 +157,7 @@ def _weights(logits_OI: Tensor, pattern: NMPattern) -> list[Tensor]:
     columns = [column.contiguous() for column in pattern.groups(logits_OI).unbind(-1)]
     lowest = reduce(torch.maximum, columns).detach()
     largest, lowest = lowest, lowest - _RANGE
-    # What is raised moves along with its logit: clamping would cut off its gradient.
+    # Raise a low logit by a constant, which keeps its gradient; clamping would make that zero.
     return [
         (column + (lowest - column.detach()).clamp_(min=0)).sub(largest).exp_()
         for column in columns
@@ -177,8 +177,8 @@ def _sums_of_others(columns: list[Tensor]) -> list[Tensor]:
 
 
 def _score_of_few(weights: list[Tensor], mask_OI: Tensor, pattern: NMPattern) -> Tensor:
-    """N <= 2: who was drawn first is i with probability q_i, and then 1 / others_i was the second
-    draw's normaliser.
+    """The score for N <= 2. Position i was drawn first with probability q_i; the second draw was
+    then normalised by 1 / others_i.
     """
     kept = [column.to(weights[0].dtype) for column in pattern.groups(mask_OI).unbind(-1)]
     others = _sums_of_others(weights)
@@ -197,15 +197,15 @@ def _score_of_few(weights: list[Tensor], mask_OI: Tensor, pattern: NMPattern) ->
 
 
 def _score_of_set(weight_OGM: Tensor, order_OGM: Tensor, pattern: NMPattern) -> Tensor:
-    """Sum over the subsets T of the kept set S: T is what the first draws took with probability
-    post(T), and the next draw then takes i with probability w_i / R(T), where R(T) is the weight
-    outside T.
+    """The score as a sum over the subsets T of the kept set S. The first draws took T with
+    probability post(T); the next draw then takes i with probability w_i / R(T), where R(T) is the
+    total weight outside T.
 
-    post(T) is proportional to F(T) B(T) among the subsets of one size, with F(T) the sum over the
-    orders of T, and B(T) over the orders of what S holds beside T, of the products of 1 / R along
-    the way. (The products of the w_i are the same for all T of a size.) So F and B may be scaled
-    freely at each size, and with 1 as the largest they cannot overflow; what underflows does not
-    matter, because the set of the largest weights is the largest of its size in F, B and 1 / R.
+    Among subsets of one size post(T) is proportional to F(T) B(T). F(T) sums the products of the
+    1 / R on the way over all orders of T; B(T) does so over all orders of the rest of S. (The
+    products of the w_i are equal for all T of a size.) So F and B may be scaled freely at each
+    size: with a largest value of 1 they cannot overflow, and underflow does no harm, because the
+    set of the largest weights has the largest F, B and 1 / R of its size.
     """
     n = pattern.n
     sorted_OGM = weight_OGM.gather(-1, order_OGM)
@@ -243,7 +243,7 @@ def _scaled(level: dict[frozenset[int], Tensor]) -> dict[frozenset[int], Tensor]
 
 
 def _score_of_order(weight_OGM: Tensor, order_OGM: Tensor, pattern: NMPattern) -> Tensor:
-    """The sum over the draws of (one-hot of what was drawn - probabilities of what was left)."""
+    """Sums over the draws: one-hot of the drawn position - probabilities of those still left."""
     sorted_OGM = weight_OGM.gather(-1, order_OGM)
     left_OGM = sorted_OGM.flip(-1).cumsum(-1).flip(-1)[..., : pattern.n]
     # A kept position takes part in all draws up to its own, a dropped one in all N.
@@ -253,8 +253,8 @@ def _score_of_order(weight_OGM: Tensor, order_OGM: Tensor, pattern: NMPattern) -
 
 
 def _scatter(sorted_OGM: Tensor, rate_OGM: Tensor, order_OGM: Tensor, pattern: NMPattern) -> Tensor:
-    """The score, 1 if kept - weight x rate, of positions in the order of their keys, put back in
-    place: ``[O, I]``.
+    """The score, (1 if kept) - weight x rate, of positions in the order of their keys; returned in
+    the order of the weights, ``[O, I]``.
     """
     score_OGM = sorted_OGM.mul(rate_OGM).neg_()
     score_OGM[..., : pattern.n] += 1

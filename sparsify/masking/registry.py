@@ -1,4 +1,4 @@
-"""Finds what is plugged in: strategies by short name or import path, through entry points."""
+"""Finds strategies by short name or import path, and callbacks: both are entry points."""
 
 import difflib
 import importlib
@@ -14,15 +14,15 @@ STRATEGIES = "sparsify.strategies"
 CALLBACKS = "sparsify.callbacks"
 
 # At each event our callbacks run in this order, then those of other packages by name; Lightning
-# moves those that save checkpoints to the end. What a checkpoint holds comes before what saves one,
-# so that no callback's state is a step behind in it; and what the result holds before what writes
-# it.
+# moves those that save checkpoints to the end. Callbacks whose state a checkpoint holds run before
+# the one that saves it: otherwise their saved state would be a step behind. For the same reason
+# callbacks that add to the result run before the one that writes it.
 CALLBACK_ORDER = ("annealing", "history", "masks", "speed", "output", "wandb", "stop", "checkpoint")
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by lower-case name, sorted; callbacks in the order in which they
-    run.
+    """The entry points of a group by lower-case name: callbacks in the order in which they run,
+    others sorted by name.
     """
     found = sorted(entry_points(group=group), key=lambda point: point.name)
     if group == CALLBACKS:
@@ -32,7 +32,7 @@ def plugins(group: str) -> dict[str, EntryPoint]:
 
 
 def own_plugins(group: str) -> dict[str, str]:
-    """The import paths of what this package itself plugs into a group, by lower-case name."""
+    """The import paths of this package's own entry points in a group, by lower-case name."""
     package = __name__.partition(".")[0]
     return {
         name: point.value.replace(":", ".")
@@ -42,7 +42,7 @@ def own_plugins(group: str) -> dict[str, str]:
 
 
 def find_strategy(name: str) -> type[SparsityStrategy]:
-    """The strategy class of a short name in any case, or of an import path.
+    """Find a strategy class by its short name, in any case, or by its import path.
 
     Raises:
         SparsifyError: nothing has this name, it cannot be imported, or it is no strategy.
@@ -67,19 +67,19 @@ def find_strategy(name: str) -> type[SparsityStrategy]:
 
 
 def strategy_name(cls: type[SparsityStrategy]) -> str:
-    """The short name of a strategy class, or its own where it is not plugged in."""
+    """The short name of a strategy class; its class name if it is no entry point."""
     return short_name(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def short_name(path: str) -> str:
-    """The short name of the strategy class with this import path, or the class's own."""
+    """The short name of the strategy class at this import path, or else its class name."""
     known = ((name, point.value.replace(":", ".")) for name, point in plugins(STRATEGIES).items())
     return next((name for name, value in known if value == path), path.rpartition(".")[2])
 
 
 def allow_current_folder() -> None:
-    """Let a module that the user named lie in the current folder: behind all that is installed, so
-    that a file there takes the place of none of it.
+    """Make modules in the current folder importable, for classes that the user names. The folder
+    is searched last, so that no file in it hides an installed module.
     """
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)

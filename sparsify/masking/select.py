@@ -1,4 +1,4 @@
-"""Which layers of a model are masked, and by which patterns."""
+"""Chooses which layers of a model are masked, and by which patterns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +39,10 @@ class Selection:
     """Which layers of a model are to be masked, and by which patterns.
 
     Attributes:
-        pattern: of all that have no other.
+        pattern: the pattern of every layer without an override.
         include: globs on qualified names; None means every linear layer of the decoder blocks.
         exclude: globs of layers to leave dense.
-        overrides: patterns of some of the layers that are left.
+        overrides: other patterns for some of the layers that ``include`` and ``exclude`` leave.
     """
 
     pattern: NMPattern = NMPattern(2, 4)
@@ -58,10 +58,10 @@ class Selection:
         exclude: str | Sequence[str] | None = None,
         overrides: Mapping[str, str] | None = None,
     ) -> "Selection":
-        """Read it as the command line gives it; a glob may stand alone.
+        """Make a selection from command-line values; one glob need not be in a list.
 
         Raises:
-            SparsifyError: a pattern is none.
+            SparsifyError: a text is not a pattern.
         """
         return cls(
             NMPattern.parse(pattern),
@@ -71,7 +71,7 @@ class Selection:
         )
 
     def pattern_of(self, name: str) -> NMPattern | None:
-        """The pattern of a layer; None if it stays dense by override."""
+        """The pattern of a layer; None if an override leaves it dense."""
         return self.overrides.pattern(name, self.pattern)
 
 
@@ -82,15 +82,16 @@ def select(
 
     Args:
         model: the dense model.
-        selection: what is asked for.
+        selection: what the user asked for.
 
     Returns:
         The layers to mask by name, and for every other matrix of the model the reason why it stays
         dense.
 
     Raises:
-        SparsifyError: a glob matches nothing, a layer's inputs do not divide into groups of its
-            pattern, or it is tied to another, or to one of another pattern.
+        SparsifyError: a glob matches nothing; a layer's inputs do not divide into groups of its
+            pattern; or its weight is shared with a layer that has another pattern, or with a module
+            that cannot be masked.
     """
     if masked_layers(model):
         raise SparsifyError(
@@ -180,5 +181,5 @@ def _check_shared(layers: dict[str, nn.Module], selection: Selection) -> None:
 
 
 def _families(layers: dict[str, nn.Module]) -> list[str]:
-    """Qualified names with their numbers replaced by ``*``: short enough to read."""
+    """Qualified names with ``*`` for numbers, each once, so that a message stays short."""
     return list(dict.fromkeys(map(family, layers)))

@@ -2,10 +2,10 @@
 
 FSDP2 gives every rank consecutive rows of each tensor: the same rows of a layer's weight and of all
 its masker's tensors, since these have O as their first dimension. So each rank makes the masks of
-its rows, and what crosses between ranks is a candidate's rank a group, not the fp32 tensors that
-it comes from.
+its own rows. Ranks then send each other one candidate number per group, not the fp32 tensors from
+which the masks are made.
 
-Shapes: O out, I in, G groups. "rank" is a process, and a candidate's number in ``mask_ranks``.
+Shapes: O out, I in, G groups. "rank" means a process, but in ``mask_ranks`` a candidate's number.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from sparsify.masking.masker import Masker
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all its rows; every rank must ask for it."""
+    """The tensor with all its rows; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
-    """The first row that this rank holds of a sharded tensor, and how many."""
+    """Of a sharded tensor: the index of this rank's first row, and how many rows it holds."""
     shape, start = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -37,7 +37,7 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
 
 
 def sharded(rows: Tensor, like: DTensor) -> DTensor:
-    """The whole tensor of which each rank has ``rows``, sharded as ``like`` is."""
+    """A DTensor sharded as ``like`` is, of which each rank gives its own ``rows``."""
     return DTensor.from_local(
         rows.to(like.to_local().device),
         like.device_mesh,
@@ -59,7 +59,7 @@ def hard_mask(layer: MaskedLinear) -> Tensor:
 
 @torch.no_grad()
 def mask_ranks(layer: MaskedLinear) -> Tensor:
-    """The whole hard mask as a candidate's rank a group, ``[O, G]``, on every rank."""
+    """The whole hard mask as one candidate number per group, ``[O, G]``, on every rank."""
     mesh = _mesh(layer)
     if mesh is None:
         return layer.masker.pattern.rank(layer.masker.hard_mask(layer.weight_OI), trusted=True)
@@ -68,8 +68,8 @@ def mask_ranks(layer: MaskedLinear) -> Tensor:
 
 @torch.no_grad()
 def shipped(layer: MaskedLinear) -> Tensor | None:
-    """The layer's whole weight as it ships, ``[O, I]``, on every rank; None of a sharded layer
-    whose masker does nothing but mask, so that the weight and its mask tell it.
+    """The layer's whole weight as it is exported, ``[O, I]``, on every rank. None if the layer is
+    sharded and its masker only masks: weight and mask then determine it.
     """
     mesh = _mesh(layer)
     if mesh is None:
@@ -85,8 +85,8 @@ def shipped(layer: MaskedLinear) -> Tensor | None:
 
 @torch.no_grad()
 def metrics(layers: Mapping[str, MaskedLinear]) -> dict[str, dict[str, Tensor]]:
-    """The maskers' metrics by layer, over all rows; of sharded layers the mean over ranks, each
-    weighted by its rows.
+    """The maskers' metrics by layer, over all rows. For sharded layers this is the mean over ranks,
+    weighted by their numbers of rows.
     """
     found = {name: _local_metrics(layer) for name, layer in layers.items()}
     mesh = next((m for layer in layers.values() if (m := _mesh(layer)) is not None), None)
@@ -102,8 +102,8 @@ def metrics(layers: Mapping[str, MaskedLinear]) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def retained_norms(layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
-    """By layer, over all rows, fp64 ``[2]``: the l1 norm of the weights that the hard mask keeps,
-    and of the N largest of every group.
+    """Two l1 norms by layer, over all rows, fp64 ``[2]``: of the weights that the hard mask keeps,
+    and of the N largest weights of every group.
     """
     norms = {name: _local_norms(layer) for name, layer in layers.items()}
     mesh = next((m for layer in layers.values() if (m := _mesh(layer)) is not None), None)
@@ -131,12 +131,12 @@ def _local_norms(layer: MaskedLinear) -> Tensor:
 
 
 def _mesh(layer: MaskedLinear) -> DeviceMesh | None:
-    """Over what the layer is sharded now; FSDP2 takes it together for its own forward."""
+    """The mesh over which the layer is sharded; None during its forward, when FSDP2 gathers it."""
     return layer.weight.device_mesh if isinstance(layer.weight, DTensor) else None
 
 
 def own_rows(layer: MaskedLinear, mesh: DeviceMesh) -> tuple[int, int]:
-    """The first row of a layer that this rank holds, and how many."""
+    """The index of the first of a layer's rows that this rank holds, and how many it holds."""
     shape, start = compute_local_shape_and_global_offset(layer.masker.shape, mesh, [Shard(0)])
     return start[0], shape[0]
 
@@ -162,7 +162,7 @@ def _gathered(rows: Tensor, layer: MaskedLinear, mesh: DeviceMesh) -> Tensor:
 
 
 def _own_tensors(masker: Masker) -> dict[str, Tensor]:
-    """Those of the layer's size with this rank's rows alone; what else is sharded is gathered."""
+    """The masker's tensors: this rank's rows if of the layer's size, others gathered."""
     return {
         name: p.to_local() if isinstance(p, DTensor) and p.shape[0] == masker.shape[0] else whole(p)
         for name, p in masker.named_parameters()
@@ -173,12 +173,12 @@ def _own_weight(layer: MaskedLinear, row0: int, count: int) -> Tensor:
     weight_OI = cast(DTensor, layer.weight_OI.detach())
     if weight_OI.placements[0] == Shard(0):
         return weight_OI.to_local()
-    # Stored as [I, O], it is sharded by inputs.
+    # A weight stored as [I, O] is sharded by inputs.
     return weight_OI.full_tensor()[row0 : row0 + count]
 
 
 def _local_metrics(layer: MaskedLinear) -> dict[str, Tensor]:
-    """Of this rank's rows, times their share of all rows."""
+    """The metrics of this rank's rows, times these rows' share of all rows."""
     mesh = _mesh(layer)
     if mesh is None:
         return layer.masker.metrics()

@@ -1,4 +1,4 @@
-"""The interface of a sparsification method."""
+"""The interface that every sparsification method implements."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -20,12 +20,12 @@ from sparsify.masking.schedule import Schedule
 
 
 class RunResult(NamedTuple):
-    """What one forward pass over the micro-batch gives.
+    """The result of one forward pass over the micro-batch.
 
     Attributes:
-        loss: what a strategy minimises, nats, 0-d: the task loss, or its mixture with the
-            divergence from the dense model where the run distils.
-        task_loss: mean cross-entropy of the next token where it is a target, nats, 0-d.
+        loss: what a strategy minimises, nats, 0-d: the task loss; with distillation, its mixture
+            with the divergence from the dense model.
+        task_loss: mean cross-entropy over the next tokens that are targets, nats, 0-d.
         logits: the model's output, ``[B, T, V]``.
         penalty: the sum of the maskers' penalties, 0-d.
     """
@@ -40,7 +40,7 @@ class Run(Protocol):
     """One micro-batch, ready to be run any number of times, under any draw."""
 
     def draw(self, k: int = 0, of: int = 1) -> Draw:
-        """The k-th of ``of`` draws that belong to this micro-batch and rank, and to no other."""
+        """Draw k of ``of``; no other micro-batch or rank is given the same draws."""
         ...
 
     def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
@@ -49,14 +49,14 @@ class Run(Protocol):
 
 
 S = TypeVar("S")
-#: The masker of a strategy; a strategy that does not say which is typed loosely.
+#: The class of a strategy's maskers; Any for a strategy that does not name it.
 M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
 FORMER_ATTRIBUTES = {"weights", "prunes", "changes_base", "without_gradients", "exchanges_draws"}
 NOT_SETTINGS = ("training", "schedules", "values")
 
 
 class BlockStatistics(Protocol):
-    """What calibration text tells of the layers of one block."""
+    """Statistics of the calibration text for the layers of one block."""
 
     def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]: ...
 
@@ -78,22 +78,22 @@ class Block:
     text: BlockStatistics | None = None
 
     def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]:
-        """Show the inputs of every layer, window by window, to a statistic of a kind.
+        """Feed the inputs of every layer, window by window, to a new statistic of class ``kind``.
 
-        One forward pass of the block over all windows, with the weights of this block unpruned.
+        This runs the block once over all windows, with this block's weights still unpruned.
 
         Args:
             kind: :class:`~sparsify.calibration.Moments`, :class:`~sparsify.calibration.Hessian`, or
                 any class that is made with (number of inputs, device) and has ``add(x_TI)``.
 
         Returns:
-            By layer name; layers that are given the same input share one object.
+            The statistics by layer name; layers with the same input share one object.
         """
         return self._text.collect(kind)
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        """The l2 norm over windows of the loss's gradient at each weight, fp32 ``[O, I]`` by layer
-        name; of the dense model, whatever was pruned since.
+        """For each weight, the l2 norm over windows of the loss's gradient: fp32 ``[O, I]`` by
+        layer name. It is always that of the dense model, even if blocks were pruned since.
         """
         return self._text.gradient_norms()
 
@@ -117,7 +117,7 @@ class LayerResult:
     weight: Tensor | None = None
 
     def to(self, device: torch.device) -> "LayerResult":
-        """The same on a device."""
+        """The same result on a device."""
         weight = None if self.weight is None else self.weight.to(device)
         return LayerResult(self.mask.to(device), weight)
 
@@ -125,23 +125,23 @@ class LayerResult:
 class SparsityStrategy(nn.Module, Generic[M]):
     """One method: hyper-parameters and global scalars; the tensors of a layer belong to its masker.
 
-    Everything has a default. As it stands this class computes masks in one shot, if ``calibrate``
-    is defined; to learn masks, define ``make_masker`` and a masker with Parameters that require
-    gradients, and derive from ``SparsityStrategy[ThatMasker]``, so that all methods are typed.
+    Every method has a default. A one-shot method only defines ``calibrate``. To learn masks, define
+    ``make_masker`` and a masker with Parameters that require gradients; derive the strategy from
+    ``SparsityStrategy[ThatMasker]``, so that all methods are typed.
 
-    The methods around an optimizer step are given each masker once, and with it the weight that it
-    masks, ``[O, I]``: layers that share a weight share its masker. In a sharded run both hold the
-    rows of all ranks; :func:`~sparsify.masking.layer.local_rows` gives those of this one.
+    The methods around an optimizer step are given each masker once, with the weight ``[O, I]`` that
+    it masks; layers that share a weight share its masker. In a sharded run both are DTensors over
+    all ranks; :func:`~sparsify.masking.layer.local_rows` gives the rows of this rank.
 
     Attributes:
-        effect: what it does to the model.
-        independent_blocks: whether ``calibrate`` finds the same for a block if it was not shown
-            those before it. Where it does, a calibration that was stopped goes on at its next
-            block; otherwise it begins again. Each class says so for itself.
-        schedules: values that change during the run; the annealing callback writes them to
-            ``values``.
-        values: the schedules' present values, shared with the maskers.
-        seed: the run's, set by the module before anything is made.
+        effect: what the strategy does to the model.
+        independent_blocks: whether ``calibrate`` finds the same result for a block if it has not
+            seen the blocks before it. If so, a calibration that was stopped continues at its next
+            block; if not, it starts again. Not inherited: each class sets it for itself.
+        schedules: values that change during the run; the annealing callback writes the current
+            ones to ``values``.
+        values: the schedules' current values; maskers hold the same dict.
+        seed: the run's seed; the module sets it before it makes any masker.
     """
 
     effect: Effect = Effect()
@@ -174,29 +174,29 @@ class SparsityStrategy(nn.Module, Generic[M]):
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         """Compute masks, layer by layer, without learning; yields (layer name, result).
 
-        Yield a block's layers before the next block is taken: the statistics of a block are
-        collected on the output of the blocks before it as their results have pruned them.
+        Yield all layers of a block before you take the next block: the results prune the block, and
+        the next block's statistics are collected on the output of the pruned blocks before it.
         """
         return iter(())
 
     def calibrator(self) -> "SparsityStrategy":
-        """The strategy on which the results of ``calibrate`` depend: another one where this one
-        only starts from its masks.
+        """The strategy that decides the results of ``calibrate``: this one, or the one from whose
+        masks this one starts.
         """
         return self
 
     def init_masker(
         self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:
-        """Give the masker its first values, from what calibration found, or from nothing.
+        """Give the masker its first values, from calibration's result if there is one.
 
-        Of layers that share a masker each result is handed on; the last one holds.
+        If layers share a masker, this is called with each layer's result; the last call wins.
 
         Args:
             masker: what ``make_masker`` made.
             weight_OI: the layer's weight, or rows of it.
-            result: calibration's result for these rows.
-            row0: the number of the first row in the whole layer.
+            result: calibration's result for these rows; None if it gave none.
+            row0: the index of the first row in the whole layer.
         """
         if result is None:
             raise SparsifyError(
@@ -215,28 +215,28 @@ class SparsityStrategy(nn.Module, Generic[M]):
         maskers: Mapping[M, Tensor],
         default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
-        """The optimizer of what is learned.
+        """Make the optimizer of everything that is learned.
 
         Args:
             params: all Parameters that require gradients.
-            maskers: for an optimizer that needs to know whose they are.
+            maskers: for an optimizer that needs to know which Parameter belongs to which masker.
             default: makes the optimizer that the user configured.
         """
         return default(params)
 
     def before_step(self, maskers: Mapping[M, Tensor]) -> None:
-        """Called once before every optimizer step, with all gradients there and not yet clipped."""
+        """Called once before every optimizer step; all gradients exist and are not yet clipped."""
 
     def after_step(self, maskers: Mapping[M, Tensor], lr: float) -> None:
-        """Called once after every optimizer step: proximal steps, decoupled decay."""
+        """Called once after every optimizer step, for proximal steps or decoupled decay."""
 
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors to log beside the loss."""
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """The class and its settings, for the record of a run: attributes that are numbers, text or
-        lists of these, and of whatever kind those that are named as an argument of the class.
+        """The class and its settings, for the record of a run. Settings are the attributes that are
+        numbers, text or lists of these, and all attributes named like an argument of the class.
         """
         given = _arguments(type(self))
         settings: dict[str, Any] = {
@@ -257,8 +257,8 @@ class SparsityStrategy(nn.Module, Generic[M]):
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON can hold it, the same for equal settings in every process: tuples and sets
-    are lists, keys are text, and an object is its class with its fields, if it tells these.
+    """A setting in a form that JSON can hold, the same in every process. Tuples and sets become
+    lists, keys become text, an object becomes its class and, if it is a dataclass, its fields.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -280,7 +280,7 @@ def plain(value: Any) -> Any:
 
 
 def _arguments(kind: type) -> set[str]:
-    """The names of what a class and those above it are made with."""
+    """The names of all ``__init__`` arguments of a class and its base classes."""
     makers = (vars(one).get("__init__") for one in kind.__mro__ if issubclass(one, nn.Module))
     return {name for make in makers if make is not None for name in signature(make).parameters}
 

@@ -1,1 +1,1 @@
-"""What is known of finished runs: result files, comparisons, sensitivity, tasks, dashboards."""
+"""Reads and compares finished runs: result files, sensitivity, tasks, dashboards."""

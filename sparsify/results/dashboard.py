@@ -1,7 +1,7 @@
-"""The Weights & Biases workspace of a project of sparse runs, as code.
+"""Builds a Weights & Biases workspace for a project of sparse runs.
 
-Only what every run logs is named; what a strategy tells of itself (``train/*``) and what lies by
-layer is found by regular expressions.
+Only metrics that every run logs are named here; a strategy's own metrics (``train/*``) and metrics
+of single layers are found by regular expressions.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ SCORE = "test/perplexity"
 
 
 def make_workspace(project: str, entity: str, name: str) -> Any:
-    """The workspace, not saved yet.
+    """Make the workspace without saving it.
 
     Args:
         project: the project whose runs it shows.
         entity: the user or team that owns the project.
-        name: its title.
+        name: the workspace's title.
 
     Returns:
         A ``wandb_workspaces.workspaces.Workspace``.
@@ -52,7 +52,7 @@ def make_workspace(project: str, entity: str, name: str) -> Any:
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=50),
         runset_settings=ws.RunsetSettings(
-            # Perplexities of two bases or two protocols never share a group.
+            # Never group perplexities of different base models or protocols.
             groupby=[ws.Config(key) for key in GROUPS],
             order=[ws.Ordering(ws.Summary(SCORE), ascending=True)],
             pinned_columns=list(COLUMNS),
@@ -61,13 +61,13 @@ def make_workspace(project: str, entity: str, name: str) -> Any:
 
 
 def describe_workspace(workspace: Any) -> dict[str, Any]:
-    """What would be sent to the server, as plain values."""
-    content: dict[str, Any] = workspace._spec  # the package shows it nowhere else
+    """The content that would be sent to the server, as plain values."""
+    content: dict[str, Any] = workspace._spec  # the package has no public way to get it
     return content
 
 
 def save_workspace(workspace: Any) -> str:
-    """Create the workspace on the server: its address.
+    """Create the workspace on the server, and return its address.
 
     Raises:
         SparsifyError: nobody is logged in, the server cannot be reached, or it refuses.
@@ -88,7 +88,7 @@ def save_workspace(workspace: Any) -> str:
 
 
 def _sections(wr: Any) -> dict[str, list[Any]]:
-    """The panels by section, of the package's module of panels."""
+    """The panels by section; ``wr`` is the package's module of panels."""
 
     def line(metric: str, x: str = STEP, log_y: bool = False) -> Any:
         return wr.LinePlot(title=f"{metric} over {x}", x=x, y=[metric], log_y=log_y)

@@ -1,8 +1,8 @@
-"""How much masks differ.
+"""Measures how much masks differ.
 
-The measure is the share of weights whose state differs, that is the mean absolute difference of two
-masks; Fang et al. 2024 (arXiv 2409.17481, appendix I) compare learned masks with one-shot masks by
-percentages of it, without a formula.
+The measure is the share of weights that only one of two masks keeps, which is the masks' mean
+absolute difference. Fang et al. 2024 (arXiv 2409.17481, appendix I) give such percentages for
+learned and one-shot masks, without a formula.
 
 Shapes: O out, I in, G groups.
 """
@@ -25,15 +25,15 @@ from sparsify.models.layer_names import block_and_kind
 
 @dataclass(frozen=True)
 class Counts:
-    """What differs between two masks ``a`` and ``b``, of one layer or of several.
+    """Counts the differences of two masks ``a`` and ``b``, of one layer or of several.
 
     Attributes:
-        weights: how many there are.
+        weights: how many weights there are.
         differ: weights that one mask keeps and the other drops.
         kept: weights that ``a`` keeps.
         lost: weights that ``a`` keeps and ``b`` drops.
-        groups: how many there are.
-        groups_differ: groups with any such weight.
+        groups: how many groups there are.
+        groups_differ: groups in which at least one weight differs.
     """
 
     weights: int = 0
@@ -48,8 +48,8 @@ class Counts:
         return Counts(**{name: mine[name] + theirs[name] for name in mine})
 
     def shares(self) -> dict[str, float]:
-        """The shares of weights that differ, of weights kept by ``a`` that ``b`` drops, and of
-        groups that differ; of nothing, 0.
+        """Three shares: weights that differ; weights that ``b`` drops, of those that ``a`` keeps;
+        groups that differ. A share of nothing is 0.
         """
         return {
             "weights": self.differ / max(self.weights, 1),
@@ -73,12 +73,12 @@ def _count(a_OI: Tensor, b_OI: Tensor, pattern: NMPattern) -> Counts:
 
 @dataclass(frozen=True)
 class MaskDiff:
-    """The difference of two sets of masks.
+    """The differences of two sets of masks.
 
     Attributes:
-        layers: by qualified name, of the layers that both mask.
-        only_a: the layers that the first masks alone.
-        only_b: the layers that the second masks alone.
+        layers: the counts by qualified name, for layers that both sets mask.
+        only_a: the layers that only the first set masks.
+        only_b: the layers that only the second set masks.
     """
 
     layers: Mapping[str, Counts]
@@ -87,7 +87,7 @@ class MaskDiff:
 
     @property
     def overall(self) -> Counts:
-        """Over all layers that both mask."""
+        """The sum of the counts of all layers that both sets mask."""
         return sum(self.layers.values(), Counts())
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,8 +103,8 @@ class MaskDiff:
         }
 
     def grid(self) -> dict[str, dict[str, Counts]]:
-        """By decoder block and kind of layer, as ``{"model.layers.0": {"q_proj": ...}}``; layers
-        that are in no block have the block ``other``.
+        """The counts by decoder block and kind of layer: ``{"model.layers.0": {"q_proj": ...}}``.
+        Layers outside of all blocks are under ``other``.
         """
         places = {name: block_and_kind(name) for name in self.layers}
         kinds = _short_kinds({kind for _, kind in places.values()})
@@ -118,7 +118,7 @@ class MaskDiff:
         """The share of weights that differ, by decoder block and kind of layer."""
         grid = self.grid()
         kinds = list(dict.fromkeys(kind for row in grid.values() for kind in row))
-        # Blocks of one list need no more than their numbers.
+        # If all blocks are in one list, their numbers name them.
         alike = len({block.rpartition(".")[0] for block in grid}) == 1
         left = len(self.only_a) + len(self.only_b)
         table = Table(
@@ -159,12 +159,12 @@ def diff(
     """Compare two sets of masks layer by layer.
 
     Args:
-        a: bool ``[O, I]`` by qualified layer name; looked up one by one.
-        b: the same.
-        patterns: by layer name, which give the groups; those of ``a``.
+        a: bool ``[O, I]`` by qualified layer name; layers are looked up one by one.
+        b: the other set, likewise.
+        patterns: the patterns of ``a`` by layer name, which define the groups.
 
     Raises:
-        SparsifyError: no layer is in both, or one has two shapes.
+        SparsifyError: no layer is in both sets, or a layer has different shapes.
     """
     common = [name for name in a if name in b]
     if not common:
@@ -182,7 +182,7 @@ def diff(
 
 
 def check_shapes(name: str, masks: Iterable[Tensor]) -> None:
-    """Refuse masks of one layer that have several shapes."""
+    """Refuse masks of one layer that have different shapes."""
     shapes = {tuple(mask.shape) for mask in masks}
     if len(shapes) > 1:
         raise SparsifyError(
@@ -192,7 +192,7 @@ def check_shapes(name: str, masks: Iterable[Tensor]) -> None:
 
 
 def _short_kinds(kinds: Iterable[str]) -> dict[str, str]:
-    """Kinds by their last part, where no two have the same."""
+    """Short names for kinds of layers: their last part, if no two kinds share it."""
     short = {kind: kind.rpartition(".")[2] for kind in kinds}
     count = Counter(short.values())
     return {kind: last if count[last] == 1 else kind for kind, last in short.items()}
@@ -208,11 +208,11 @@ def _percent(counts: Counts | None) -> str:
 
 @dataclass(frozen=True)
 class DiffMatrix:
-    """The differences of every two of several sets of masks.
+    """The differences of each pair of several sets of masks.
 
     Attributes:
-        shares: the share of weights that differ, by the names of the two.
-        layers: the layers that were compared: those that all mask.
+        shares: the share of weights that differ, by the names of the two sets.
+        layers: the layers that were compared: those that all sets mask.
     """
 
     shares: Mapping[str, Mapping[str, float]]
@@ -250,14 +250,14 @@ class DiffMatrix:
 
 
 def diff_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> DiffMatrix:
-    """Compare every two of several sets of masks, over the layers that all of them hold.
+    """Compare each pair of several sets of masks, over the layers that all of them hold.
 
     Args:
-        masks: by the name of the set, bool ``[O, I]`` by qualified layer name; each is looked up
-            once.
+        masks: by the name of the set: bool ``[O, I]`` by qualified layer name. Each mask is looked
+            up once.
 
     Raises:
-        SparsifyError: no layer is in all, or one has two shapes.
+        SparsifyError: no layer is in all sets, or a layer has different shapes.
     """
     first, *others = masks.values()
     common = [name for name in first if all(name in other for other in others)]

@@ -1,4 +1,4 @@
-"""Figures of mask differences and of sensitivity."""
+"""Draws figures of mask differences and of sensitivity."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from sparsify.results.sensitivity import Sensitivity
 
 INCREASE, DECREASE, ZERO = "#b5442e", "#2f6690", "#555555"
-MISSING = "#e8e8e8"  # of a heat map's cells
-MOST_NUMBERS = 100  # in a heat map's cells
+MISSING = "#e8e8e8"  # the colour of a heat map's cells without a value
+MOST_NUMBERS = 100  # a heat map with more cells shows no numbers
 
 
 def heat_map(
@@ -18,14 +18,14 @@ def heat_map(
     cell: str = ".1%",
     size: float = 8,
 ) -> None:
-    """Draw shares, rows over columns; up to a hundred have their number in their cell.
+    """Draw shares as a heat map; with up to a hundred cells, each shows its number.
 
     Args:
-        axes: on which.
-        shares: of each row by column; rows may lack columns.
-        names: of the rows.
+        axes: Matplotlib's axes to draw on.
+        shares: the shares of each row, by column; a row may lack columns.
+        names: the names of the rows.
         cell: how a number is formatted.
-        size: of a number, points.
+        size: the font size of a number, points.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
@@ -34,9 +34,9 @@ def heat_map(
     values = [[row.get(column, float("nan")) for column in columns] for row in shares.values()]
     present = [share for row in values for share in row if share == share]  # not NaN
     top = max(present) or 1.0
-    # From the ground's white on, so that colours still rise from it where a page inverts them.
+    # Start from the white background, so that colours still rise from it on an inverted page.
     colours = colormaps["Blues"].with_extremes(bad=MISSING)
-    # Not imshow, which in an SVG is a picture that browsers blur.
+    # Not imshow: an SVG would hold its image as pixels, which browsers blur.
     look = {"edgecolors": "face", "linewidth": 0.3}
     mesh = axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=top, **look)
     axes.invert_yaxis()

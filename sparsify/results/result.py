@@ -1,4 +1,4 @@
-"""The result of a run: how it is made, what it says of the run, and what it must hold."""
+"""Makes the result of a run, and checks what a result must hold."""
 
 import platform
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ NEEDED = {
     "scores": TABLE,
     f"scores.{OVERALL}": TABLE,
 }
-# May lack, or be null where what they are in allows it.
+# These may be missing; some may also be null.
 POSSIBLE = {
     "run.calibration": TABLE,
     "run.calibration.samples": COUNT,
@@ -66,7 +66,7 @@ POSSIBLE = {
     "masks.retained_norm": NUMBER,
     "masks.layers": TABLE,
 }
-# Of the history.
+# Fields of the history.
 DRAWN = {
     "tokens": COUNT,
     "seconds": SECONDS,
@@ -78,7 +78,7 @@ DRAWN = {
 }
 
 RESULT_SCHEMA = "sparsify.result/2"
-UNSEALED_SCHEMA = "sparsify.result/1"  # of version 0.1.0, the same without a hash of its content
+UNSEALED_SCHEMA = "sparsify.result/1"  # version 0.1.0 wrote the same without a hash of the content
 METRIC = (
     "token perplexity: exp of the mean over windows of the mean cross-entropy of the next token"
 )
@@ -87,13 +87,13 @@ METRIC = (
 def describe_protocol(
     base: BaseModel, dtype: str, text: Mapping[str, Any], split: str
 ) -> dict[str, Any]:
-    """How a score on a split is measured: what must agree for two to be compared.
+    """How scores on a split are measured; two scores are comparable only if this is equal.
 
     Args:
         base: the dense model.
-        dtype: in which scores are computed.
-        text: as :meth:`~sparsify.data.TextDataModule.describe` describes that of the split.
-        split: its name.
+        dtype: the type in which scores are computed.
+        text: the split's text, as :meth:`~sparsify.data.TextDataModule.describe` describes it.
+        split: the split's name.
     """
     return {
         "metric": METRIC,
@@ -106,12 +106,12 @@ def describe_protocol(
 def make_result(
     run: Mapping[str, Any], protocol: Mapping[str, Any], scores: Mapping[str, Score]
 ) -> dict[str, Any]:
-    """A result with all that is needed to know which others it may be compared with.
+    """Make a result, with everything that says with which other results it may be compared.
 
     Args:
         run: what was done: strategy, pattern, steps, tokens, seconds.
         protocol: how it was measured; results of different protocols never share a column.
-        scores: from :meth:`PerplexityMeter.scores`.
+        scores: the scores, from :meth:`PerplexityMeter.scores`.
     """
     packages = ("sparsify", "torch", "lightning", "transformers")
     return {
@@ -120,7 +120,7 @@ def make_result(
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
         "run": dict(run),
-        # A run that was told to measure a part of the text has measured another text.
+        # A run that measured only part of the text counts as measured on another text.
         "protocol": {**protocol, "windows": {name: s.windows for name, s in scores.items()}},
         "scores": {name: asdict(score) for name, score in scores.items()},
     }
@@ -132,11 +132,11 @@ def pattern_text(run: Mapping[str, Any]) -> str:
 
 
 def check(result: Mapping[str, Any]) -> None:
-    """See that everything a comparison reads is there, and of its type.
+    """Check that every field that a comparison reads is present and of the right type.
 
     Raises:
-        KeyError: something lacks.
-        TypeError: something is of another type.
+        KeyError: a field is missing.
+        TypeError: a field is of another type.
     """
     check_plain(result)
     for path, kind in NEEDED.items():
@@ -155,11 +155,11 @@ def check(result: Mapping[str, Any]) -> None:
 
 
 def _parts(result: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """What stands in tables and lists of any length."""
+    """The fields within tables and lists of any length."""
     for text, score in result["scores"].items():
         yield f"scores.{text}", score, TABLE
         for key in ("loss", "perplexity"):
-            # Whether they are finite is another question, with another answer.
+            # Whether they are finite is checked elsewhere, with its own message.
             number = score[key]
             yield f"scores.{text}.{key}", 0 if isinstance(number, float) else number, NUMBER
     for text, source in ((result["run"].get("calibration") or {}).get("sources") or {}).items():
@@ -177,7 +177,7 @@ def _parts(result: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _number(value: Any) -> Any:
-    """The value, where there is one."""
+    """The value, if there is one."""
     return 0 if value is None else value
 
 
@@ -197,11 +197,11 @@ def _check(path: str, value: Any, kind: str) -> None:
 
 
 def check_plain(value: Any, path: str = "", depth: int = 0) -> None:
-    """See that no text in it moves a terminal's cursor, that no integer is beyond all tables, and
-    that it is not nested deeper than code can follow.
+    """Check that no text in a value holds control characters, that no integer is too long for a
+    table, and that the value is not nested too deeply for recursion.
 
     Raises:
-        TypeError: it is so.
+        TypeError: one of these does not hold.
     """
     if depth > DEEPEST:
         raise TypeError(f"{path[:80]} is nested {depth} deep instead of at most {DEEPEST}")

@@ -1,4 +1,4 @@
-"""Which decoder blocks lose most by their masks.
+"""Measures which decoder blocks lose most by their masks.
 
 The model is measured with some of its blocks dense and the others pruned: each block pruned alone,
 each kept dense alone, and the first or the last few kept dense (Fang et al. 2024, arXiv 2409.17481,
@@ -24,14 +24,16 @@ Scores = Mapping[str, Score]
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """What one block's masks do; scores are by text, and overall.
+    """The effect of one block's masks; scores are by text, and overall.
 
     Attributes:
         name: the block's qualified name.
         alone_pruned: scores with every other block dense.
         alone_dense: scores with every other block pruned.
-        loss_increase: what pruning it adds to the loss of the dense model, nats a token.
-        loss_decrease: what keeping it dense takes off the loss of the pruned model, nats a token.
+        loss_increase: by how much pruning only this block raises the dense model's loss, nats per
+            token.
+        loss_decrease: by how much keeping only it dense lowers the pruned model's loss, nats per
+            token.
     """
 
     name: str
@@ -43,13 +45,13 @@ class BlockSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What all cases gave.
+    """The scores of all cases.
 
     Attributes:
         dense: scores of the base model.
         pruned: scores under all masks.
         blocks: each block by itself, in the model's order.
-        kept_dense: scores by which blocks were kept dense: "first 1", "last 4".
+        kept_dense: scores by the blocks that were kept dense: "first 1", "last 4".
     """
 
     dense: Scores
@@ -67,14 +69,14 @@ def measure_sensitivity(
     measure: Callable[[], Scores],
     watch: Callable[[Sequence[frozenset[str]]], Iterable[frozenset[str]]] = iter,
 ) -> Sensitivity:
-    """Measure a masked model under every case; two cases that are the same are measured once.
+    """Measure a masked model in every case; equal cases are measured once.
 
     Args:
-        model: with masked layers. Those outside its blocks are dense where a block is pruned alone,
-            and pruned where one is kept dense.
-        measure: gives the scores of the model as it is, under hard masks.
-        watch: wraps the iteration over the cases, each the names of the dense layers, to show how
-            far it is.
+        model: a model with masked layers. Layers outside its blocks are dense when one block alone
+            is pruned, and pruned when one alone is kept dense.
+        measure: returns the scores of the model as it is, under hard masks.
+        watch: wraps the iteration over the cases, to show progress; a case is the set of names of
+            its dense layers.
     """
     layers = masked_layers(model)
     everything = frozenset(layers)
@@ -106,7 +108,7 @@ def measure_sensitivity(
 
 @contextmanager
 def kept_dense(layers: Iterable[MaskedLinear]) -> Iterator[None]:
-    """Let some layers use all their weights for a while, however the model is run."""
+    """Within this context some layers use all their weights, under any masking of the model."""
     scope = MaskScope()
     scope.masking = "dense"
     before = [(layer, layer.scope) for layer in layers]

@@ -1,4 +1,4 @@
-"""Run what was exported."""
+"""Runs exported models, sparse where that is faster."""
 
 from sparsify.serving.choose import Choice, Choices
 from sparsify.serving.loading import choices, load

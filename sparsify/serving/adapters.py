@@ -24,12 +24,12 @@ MaskSource = Mapping[str, Tensor] | str | Path
 
 
 class MaskAdapters:
-    """Masks by name over one model; at most one is active, and without one the model is dense.
+    """Several named masks for one model. At most one is active; without one the model is dense.
 
-    The dense weights are held once and never change, until :meth:`fold`. A mask costs a rank a
-    group, a quarter of a byte a weight for 2:4, and swapping allocates no more than that. Layers
-    that the active mask does not hold are the plain ones. Not for use by several threads: the
-    model itself is changed.
+    The dense weights are held once and never change until :meth:`fold`. A mask is stored as one
+    candidate number per group, for 2:4 a quarter of a byte per weight; swapping allocates no more
+    than that. Layers that the active mask does not name stay plain. Do not use it from several
+    threads: it changes the model itself.
 
     Args:
         model: a causal LM with plain linear layers.
@@ -54,12 +54,12 @@ class MaskAdapters:
             for parameter in module.parameters(recurse=False)
         }
         self._maskers: dict[str, dict[str, FixedMasker]] = {}
-        self._plain: dict[str, nn.Module] = {}  # the layers whose places are taken now
+        self._plain: dict[str, nn.Module] = {}  # the plain layers that are replaced at present
         self._active: str | None = None
 
     @property
     def names(self) -> list[str]:
-        """The masks that there are, in the order in which they were added."""
+        """The names of all masks, in the order in which they were added."""
         return list(self._maskers)
 
     @property
@@ -68,15 +68,15 @@ class MaskAdapters:
         return self._active
 
     def add(self, name: str, masks: MaskSource) -> None:
-        """Hold another mask; it is not used yet.
+        """Add a mask without using it yet.
 
         Args:
-            name: to call it by.
+            name: the mask's name.
             masks: bool ``[O, I]`` by qualified layer name, a mask file, or an exported folder. If
                 they state the hash of their base model, as files do, it must be this model.
 
         Raises:
-            SparsifyError: the name is taken, or the masks are not ones of this model as it is.
+            SparsifyError: the name is taken, or the masks do not fit this model as it is.
         """
         if name in self._maskers:
             raise SparsifyError(
@@ -114,10 +114,10 @@ class MaskAdapters:
         return masker
 
     def use(self, name: str | None) -> "Swapped":
-        """Put a mask in place of the present one, at once; None makes the model dense.
+        """Switch to another mask at once; None makes the model dense.
 
         Returns:
-            A context manager that brings the former mask back at its end; it need not be used.
+            A context manager that restores the former mask at its end; it need not be used.
 
         Raises:
             SparsifyError: there is no such mask.
@@ -126,8 +126,8 @@ class MaskAdapters:
             self._check(name)
         former, scope = self._active, MaskScope()
         maskers = {} if name is None else self._maskers[name]
-        # The ranks of the active mask move with the model, the others' when they are used; all of
-        # them before anything is swapped, as memory may not suffice.
+        # The active mask moves along with the model; another mask is moved when it is used. All its
+        # tensors move before any layer is swapped, because memory may run out.
         for layer, masker in maskers.items():
             masker.to(next(self.model.get_submodule(layer).parameters()).device)
         self._restore()
@@ -160,13 +160,13 @@ class MaskAdapters:
         del self._maskers[name]
 
     def detach(self) -> None:
-        """Forget all masks; the model is the dense one again, with the very layers that it had."""
+        """Remove all masks; the model is dense again and has its original layer objects."""
         self.use(None)
         self._maskers.clear()
 
     def fold(self, name: str) -> PreTrainedModel:
-        """Multiply a mask into the weights, in place, and forget all masks: the dense weights are
-        gone then.
+        """Apply a mask to the weights, in place, and remove all masks; the dense weights are lost
+        then.
 
         Raises:
             SparsifyError: there is no such mask.
@@ -184,7 +184,7 @@ class MaskAdapters:
 
 
 class Swapped:
-    """Brings the former mask back at the end of a ``with`` block."""
+    """Restores the former mask at the end of a ``with`` block."""
 
     def __init__(self, adapters: MaskAdapters, former: str | None) -> None:
         self._adapters, self._former = adapters, former
@@ -198,12 +198,12 @@ class Swapped:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Within the block the former one may have been removed.
+        # The former mask may have been removed within the block.
         self._adapters.use(self._former if self._former in self._adapters.names else None)
 
 
 def _read(masks: MaskSource) -> tuple[Mapping[str, Tensor], str]:
-    """The masks, and the hash of the model that they were made for; empty if they state none."""
+    """The masks, and their base model's hash, which is empty if they do not state it."""
     found = masks if isinstance(masks, Mapping) else read_masks(Path(masks))
     if isinstance(found, MaskFile):
         strategy = found.index.lineage.get("strategy")

@@ -1,4 +1,4 @@
-"""What runs N:M sparse products, and which layers each of them takes.
+"""The backends that run N:M sparse products, and which layers each of them takes.
 
 Shapes: O out, I in, B any leading dimensions.
 """
@@ -22,26 +22,26 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class Backend(Protocol):
-    """One implementation of sparse products; a further one has these four members."""
+    """One implementation of sparse products; a new one must have these four members."""
 
     @property
     def name(self) -> str:
-        """As it stands in tables."""
+        """The name shown in tables."""
 
     def takes(
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
-        """Whether it can run a layer of such a weight ``(O, I)``, on a device that it runs on."""
+        """Whether it can run a layer with such a weight ``(O, I)``, if the device supports it."""
 
     def available(self, device: torch.device) -> bool:
         """Whether it runs on this device."""
 
     def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
-        """The layer that takes the place of a linear one.
+        """Make the layer that replaces a linear one.
 
         Args:
-            weight_OI: holds its pattern (the caller has checked), contiguous, on the device.
-            bias_O: in the weight's dtype, on the device.
+            weight_OI: the weight, contiguous and on the device; the caller has checked its pattern.
+            bias_O: the bias in the weight's dtype, on the device; or None.
 
         Returns:
             A module that maps ``[B, I]`` to ``[B, O]`` and holds no dense weight.
@@ -66,8 +66,8 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        # In two dimensions, whatever the strides: with more, F.linear may choose a batched product,
-        # which compressed weights do not have.
+        # Make the input two-dimensional, whatever its strides: with more dimensions F.linear may
+        # choose a batched product, which compressed weights do not support.
         y = F.linear(x_BI.reshape(-1, self.in_features), self.weight, self.bias)
         return y.view(*x_BI.shape[:-1], self.out_features)
 
@@ -80,11 +80,11 @@ class SemiStructured:
     """One of PyTorch's two kernels behind ``torch.sparse.to_sparse_semi_structured``.
 
     Attributes:
-        name: as it stands in tables.
-        tiles: by type of the weight, what O and I must be multiples of.
-        subclass: its tensor class in ``torch.sparse``; named here rather than by PyTorch's global
-            switch between the two.
-        major: the only major compute capability that has it; None for no such rule.
+        name: the name shown in tables.
+        tiles: by the weight's type, the numbers of which O and I must be multiples.
+        subclass: its tensor class in ``torch.sparse``, used directly because PyTorch chooses
+            between the two by a global switch.
+        major: the only major compute capability that supports it; None for any.
     """
 
     name: str
@@ -95,13 +95,13 @@ class SemiStructured:
     def takes(
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
-        """What keeps at most 2 of every aligned 4 is 2:4, so 1:4 and 2:8 are too."""
+        """Patterns that keep at most 2 of every aligned 4, such as 1:4 and 2:8, count as 2:4."""
         if (tile := self.tiles.get(dtype)) is None or not _is_two_four(pattern):
             return False
         return not (shape[0] % tile[0] or shape[1] % tile[1])
 
     def available(self, device: torch.device) -> bool:
-        """Whether a small product comes out right; the library knows only some GPUs."""
+        """Try a small product and check its result, since the library supports only some GPUs."""
         if device.type != "cuda":
             return False
         if self.major not in (None, torch.cuda.get_device_capability(device)[0]):
@@ -111,7 +111,7 @@ class SemiStructured:
         x_BI = torch.eye(64, dtype=torch.bfloat16, device=device)
         try:
             right = torch.equal(self.compress(weight_OI, None)(x_BI), weight_OI.T)
-        except (RuntimeError, AttributeError) as error:  # not built in, or another GPU
+        except (RuntimeError, AttributeError) as error:  # not compiled in, or not for this GPU
             log.info("%s does not run on %s: %s", self.name, device, error)
             return False
         if not right:
@@ -119,7 +119,7 @@ class SemiStructured:
         return right
 
     def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> SparseLinear:
-        """Compress; a weight that is not 2:4 loses values without a word, so check it first."""
+        """Compress a weight. Check first that it is 2:4: otherwise values are lost silently."""
         kind = getattr(torch.sparse, self.subclass)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*prototype stage.*", UserWarning)
@@ -152,5 +152,5 @@ def eligible(
 
 
 def _is_two_four(pattern: NMPattern) -> bool:
-    # Four in a row lie in one group of 4 or 8, and in no more than two of any other size.
+    # Four aligned weights lie in one group of 4, 8 and so on, or in at most two other groups.
     return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)

@@ -1,4 +1,4 @@
-"""Which layers run sparse, and why.
+"""Decides which layers run sparse, and says why.
 
 A layer runs sparse if that was faster at every measured number of tokens.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger("sparsify")
 Choose = Literal["measured", "sparse", "dense"]
 DENSE = "dense"
 MARGIN = 0.02
-"""Repeated measurements differ by about as much: a smaller gain counts as none."""
+"""Repeated measurements differ by about this much, so a smaller gain does not count."""
 
 Seconds = dict[int, tuple[float, float]]  # by tokens: dense, sparse
 
@@ -33,8 +33,8 @@ class Layer:
 
     Attributes:
         kind: what its speed depends on.
-        pattern: of its weight.
-        obstacle: why it cannot be compressed, whatever its shape; None where nothing forbids it.
+        pattern: the pattern of its weight.
+        obstacle: why it cannot be compressed, whatever its shape; None if it can.
     """
 
     kind: LayerKind
@@ -48,9 +48,9 @@ class Choice:
 
     Attributes:
         kind: what its speed depends on.
-        backend: the name of what runs it, or ``dense``.
-        reason: why.
-        seconds: what was measured, by backend.
+        backend: the name of the backend that runs it, or ``dense``.
+        reason: why this was chosen.
+        seconds: the measured times, by backend.
     """
 
     kind: LayerKind
@@ -60,10 +60,10 @@ class Choice:
 
 
 class Choices(dict[str, Choice]):
-    """How every layer runs that was made sparse, by qualified name; all others are dense."""
+    """How each layer that was made sparse runs, by qualified name; all others are dense."""
 
     def describe(self) -> str:
-        """A table of layer families, and one of the times."""
+        """A table of layer families, and a table of times."""
         counts: dict[tuple[str, LayerKind, str, str], int] = {}
         for name, choice in self.items():
             row = family(name), choice.kind, choice.backend, choice.reason
@@ -151,7 +151,7 @@ def _seconds(
     clock: Clock,
     timings: Timings,
 ) -> Seconds:
-    """Measured before or now; empty where the device refuses the layer."""
+    """The times, from the cache or measured now; empty if the device cannot run the layer."""
     known = timings.get(kind, backend.name, counts)
     if missing := [count for count in counts if count not in known]:
         try:
@@ -165,11 +165,11 @@ def _seconds(
 
 
 def _decide(kind: LayerKind, seconds: Mapping[str, Seconds]) -> Choice:
-    """The fastest of the backends that are faster than dense throughout."""
+    """Choose the fastest backend of those that beat dense at every number of tokens."""
     measured = {backend: times for backend, times in seconds.items() if times}
     if not measured:
         return Choice(kind, DENSE, "no backend could run it; see the log", {})
-    # The times of one token and of thousands differ by orders of magnitude; shares compare.
+    # Times of one token and of thousands differ by orders of magnitude, so compare shares.
     shares = {
         backend: {count: sparse / dense for count, (dense, sparse) in times.items()}
         for backend, times in measured.items()

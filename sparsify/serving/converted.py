@@ -1,7 +1,7 @@
-"""Weights that are stored by other names than the model's, as Transformers itself reads them.
+"""Reads weights that are stored under other names than the model's, as Transformers does.
 
-Transformers joins or renames some tensors while it loads them, by rules of its version: experts
-that are stored one by one become one tensor of all.
+Transformers joins or renames some tensors while it loads them, by rules that depend on its version:
+for instance, experts that are stored one by one become one tensor.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from sparsify.common.files import read_json
 
 
 class ConvertedWeights:
-    """The tensors of a folder by the model's names; all of them are held at once, on the CPU.
+    """The tensors of a folder under the model's names; it holds all of them at once, on the CPU.
 
     Attributes:
         folder: where the files are.
 
     Raises:
-        SparsifyError: Transformers finds not all of them in the files, or others too.
+        SparsifyError: Transformers does not find all of them in the files, or finds others.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,12 +59,12 @@ class ConvertedWeights:
         return iter(list(self._tensors))
 
     def get(self, name: str) -> Tensor:
-        """One tensor; the same memory as the others that it is tied to."""
+        """One tensor; tensors that are tied share memory."""
         return self._tensors[name]
 
 
 def _fix(folder: Path) -> str:
-    """What is known of the folder, and what to do."""
+    """For a message: what is known about the folder, and what to do."""
     wrote = read_json(folder / "config.json").get("transformers_version")
     if wrote and wrote != transformers_version:
         return (

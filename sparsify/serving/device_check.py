@@ -1,4 +1,4 @@
-"""Run layers through PyTorch's 2:4 products on a GPU: are they right, and are they faster?
+"""Runs layers through PyTorch's 2:4 products on a GPU: are they right, and are they faster?
 
 Shapes: O out, I in, T tokens.
 """
@@ -25,9 +25,9 @@ class Product:
     """One layer's sparse product against the same product in float32.
 
     Attributes:
-        error: the largest difference, as a share of the largest output; None where there is none.
-        tolerance: what rounding to the layer's type explains.
-        reason: why there is none.
+        error: the largest difference, as a share of the largest output; None if the product failed.
+        tolerance: the error that rounding to the layer's type can explain.
+        reason: why the product failed.
     """
 
     error: float | None
@@ -36,7 +36,7 @@ class Product:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, if anything is."""
+        """What is wrong with the product, or None."""
         if self.error is None:
             return f"its sparse product failed on the device ({self.reason})"
         if self.error <= self.tolerance:
@@ -49,7 +49,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one product, milliseconds."""
+    """The times of one product, milliseconds."""
 
     kind: str
     tokens: int
@@ -66,7 +66,7 @@ class DeviceReport:
     timings: list[Timing] = field(default_factory=list)
 
     def table(self) -> Table:
-        """Milliseconds, sparse and dense, and their ratio."""
+        """A table of sparse and dense milliseconds, and their ratio."""
         table = Table(title=f"{self.backend} on {self.name}, weights not in cache")
         table.add_column("out x in")
         for column in ("tokens", "sparse ms", "dense ms", "speed-up"):
@@ -81,10 +81,10 @@ class DeviceCheck:
     """Checks layers one after the other, and times each shape once.
 
     Args:
-        device: where to run.
-        name: of the device, for the report.
+        device: where to run the layers.
+        name: the device's name, for the report.
         backend: makes sparse layers.
-        clock: times them.
+        clock: measures their times.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class DeviceCheck:
 
     @torch.inference_mode()
     def run(self, weight_OI: Tensor) -> Product:
-        """Compress one layer's weight, which is 2:4 and of a type and shape that the backend
-        takes; it must be so already, as compressing drops whatever is too much without a word.
+        """Compress one layer's weight and check its product. The weight must already be 2:4, since
+        compressing silently drops what is too much, and of a type and shape that the backend takes.
         """
         weight_OI = weight_OI.to(self._device).contiguous()
         tolerance = 2 * torch.finfo(weight_OI.dtype).eps
@@ -105,7 +105,7 @@ class DeviceCheck:
             y_TO = self._backend.compress(weight_OI, None)(x_TI).float()
             error = _error(y_TO, F.linear(x_TI.float(), weight_OI.float()))
             self._time(weight_OI)
-        except RuntimeError as failure:  # of a kernel, or of memory; the other layers go on
+        except RuntimeError as failure:  # in a kernel, or out of memory; continue with other layers
             return Product(None, tolerance, str(failure).partition("\n")[0])
         if not math.isfinite(error):
             return Product(None, tolerance, "its output is not finite")

@@ -1,8 +1,8 @@
-"""Fill the weights of an empty model from an exported folder, one by one.
+"""Fills the weights of an empty model from an exported folder, one by one.
 
-Each is read, checked, moved and compressed before the next: host and device never hold more than
-the sparse model and one dense layer; of files with other names than the model's, such as those of
-experts that are stored one by one, the host holds the dense model.
+Each weight is read, checked, moved and compressed before the next one, so host and device never
+hold more than the sparse model and one dense layer. One exception: if the files use other names
+than the model, as for experts that are stored one by one, the host holds the whole dense model.
 
 Shapes: O out, I in, T tokens.
 """
@@ -27,7 +27,7 @@ TOLERANCE = 0.02
 
 
 def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
-    """All names of every Parameter, under its identity."""
+    """All names of every Parameter, by the Parameter's ``id``."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -41,18 +41,18 @@ def fill(
     patterns: Mapping[str, NMPattern],
     backends: Mapping[str, Backend],
 ) -> None:
-    """Give the model its weights, and put its buffers on the device.
+    """Load the model's weights, and put its buffers on the device.
 
     Args:
-        model: its Parameters are on the meta device, in the type that they are to have.
-        folder: what holds the safetensors files.
-        device: where all goes.
-        patterns: of every layer that was made sparse; all are checked.
-        backends: what compresses a layer; those without one stay dense.
+        model: its Parameters are on the meta device and already have their final type.
+        folder: holds the safetensors files.
+        device: where weights and buffers go.
+        patterns: the pattern of every layer that was made sparse; all are checked.
+        backends: the backend that compresses each layer; layers without one stay dense.
 
     Raises:
         SparsifyError: the files and the model differ in names or shapes, a layer does not hold its
-            pattern, or a backend gives another product.
+            pattern, or a backend's product differs from the dense one.
     """
     for name, buffer in dict(model.named_buffers()).items():
         _put(model, name, buffer.to(device))
@@ -75,7 +75,7 @@ def fill(
         for alias in names.get(name, [name]):
             _check_pattern(model, alias, value, patterns)
             _put(model, alias, value)
-        del stored, value  # the module alone holds it, until it is compressed
+        del stored, value  # now only the module holds the tensor, until it is compressed
         _compress_whole(model, name.rpartition(".")[0], backends)
 
 
@@ -95,7 +95,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 def _check_pattern(
     model: nn.Module, name: str, value: Tensor, patterns: Mapping[str, NMPattern]
 ) -> None:
-    """Compressing drops what exceeds the pattern, without a word."""
+    """Check the pattern first, because compressing silently drops what exceeds it."""
     layer, _, own_name = name.rpartition(".")
     if layer not in patterns or own_name != "weight":
         return
@@ -109,7 +109,7 @@ def _check_pattern(
 
 
 def _compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
-    """Compress a layer that has a backend, once weight and bias are there."""
+    """Compress a layer that has a backend, once its weight and bias are loaded."""
     if name not in backends:
         return
     linear = cast(nn.Linear, model.get_submodule(name))
@@ -118,7 +118,7 @@ def _compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]
 
 
 def _compress(name: str, linear: nn.Linear, backend: Backend) -> nn.Module:
-    """The layer on its backend, if that gives the dense product."""
+    """The compressed layer; its product is compared with the dense one first."""
     bias = None if linear.bias is None else linear.bias.detach()
     sparse = backend.compress(linear.weight.detach(), bias)
     like = linear.weight

@@ -1,4 +1,4 @@
-"""Load an exported folder as a Transformers model whose layers run sparse where that is faster.
+"""Loads an exported folder as a Transformers model; its layers run sparse where that is faster.
 
 The model is built without memory for its weights; :mod:`sparsify.serving.filling` fills them in.
 """
@@ -36,17 +36,18 @@ def load(
 
     Args:
         folder: what ``sparsify export`` wrote, or a run's ``export`` folder.
-        tokens: the rows that a layer's input will have (batch x sequence: the batch while
-            generating, batch x length of the prompt before), or the least and the most of them.
+        tokens: how many rows a layer's input will have (batch x prompt length for a prompt, then
+            the batch size while generating), or the smallest and the largest such number.
         device: where the model goes; None is the GPU if there is one, else the CPU.
-        dtype: the type of the weights; None is the one in which they are stored. No backend takes
-            float32, so layers of a model that is stored so run dense until this names another.
+        dtype: the type of the weights; None is the type in which they are stored. No backend takes
+            float32: the layers of a float32 model run dense unless another type is given.
         choose: ``measured`` runs a layer sparse if that is faster here at both ends of ``tokens``
-            and all powers of two between; ``sparse`` runs all sparse that can be; ``dense`` none.
-        backends: what may run sparse layers; of several that are equally good the first.
+            and all powers of two between; ``sparse`` runs all layers sparse that can be; ``dense``
+            none.
+        backends: what may run sparse layers; if several are equally good, the first is taken.
 
     Returns:
-        The model in evaluation mode; :func:`choices` tells how its layers run.
+        The model in evaluation mode; :func:`choices` says how its layers run.
 
     Raises:
         SparsifyError: the folder is not an export or is damaged, a layer does not hold its pattern,
@@ -60,7 +61,7 @@ def load(
         raise SparsifyError(f"dtype={dtype}: a model's weights are floats; write torch.bfloat16")
     place = _device(device)
     patterns = manifest_patterns(folder)
-    # Measurements and checks draw numbers; the caller's sequence of them stays.
+    # Measurements and checks draw random numbers; restore the caller's generators afterwards.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         model = _empty_model(folder, dtype)
         layers = _sparse_layers(model, patterns)
@@ -126,12 +127,12 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"{folder} holds no configuration that Transformers can read "
             f"({first_line(error)}); export the model again"
         ) from error
-    model.tie_weights()  # not inside: there, every assignment makes another Parameter
+    model.tie_weights()  # outside the context, where each assignment would make a new Parameter
     return model
 
 
 def _sparse_layers(model: PreTrainedModel, patterns: Mapping[str, NMPattern]) -> dict[str, Layer]:
-    """What the manifest says is sparse, as the model has it."""
+    """The model's layers that the manifest says are sparse."""
     modules = dict(model.named_modules())
     shared = {
         name for names in names_by_parameter(model).values() if len(names) > 1 for name in names

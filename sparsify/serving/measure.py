@@ -1,4 +1,4 @@
-"""How long a layer takes, dense and sparse.
+"""Measures how long a layer takes, dense and sparse.
 
 Shapes: O out, I in, T tokens (rows of the layer's input).
 """
@@ -17,21 +17,21 @@ from sparsify.serving.backends import TWO_FOUR, Backend
 
 ROUNDS = 9
 SAMPLE_SECONDS = 2e-3
-"""How long one sample lasts at least: well above the resolution of a device's clock."""
+"""The shortest duration of one sample: well above the resolution of a device's clock."""
 MOST_COPIES = 32
 
 Clock = Callable[[Sequence[Callable[[], object]], torch.device], list[float]]
-"""Gives the seconds of one call of each, measured together."""
+"""Measures several calls together, and returns the seconds that one call of each takes."""
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What the speed of a layer depends on.
+    """The properties of a layer that its speed depends on.
 
     Attributes:
         shape: (O, I).
-        dtype: of weight and input.
-        bias: whether it adds one.
+        dtype: the type of weight and input.
+        bias: whether the layer adds a bias.
     """
 
     shape: tuple[int, int]
@@ -50,12 +50,12 @@ def token_counts(least: int, most: int) -> list[int]:
 
 
 def in_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """The median seconds of each call; they take turns, so that a clock that changes its rate
-    changes it for all.
+    """The median seconds of each call. The calls take turns, so that a change of the device's clock
+    rate affects all of them.
     """
     repeats = []
     for call in calls:
-        _seconds(call, 5, device)  # kernels are loaded and plans are made
+        _seconds(call, 5, device)  # warm up: kernels are loaded and plans are made
         repeats.append(max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(call, 5, device), 1e-9))))
     rounds = [
         [_seconds(call, n, device) for call, n in zip(calls, repeats, strict=True)]
@@ -65,7 +65,7 @@ def in_turns(calls: Sequence[Callable[[], object]], device: torch.device) -> lis
 
 
 def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of one call, the time to launch it included."""
+    """The seconds of one call, including the time to launch it."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -98,8 +98,8 @@ def measure(
     Raises:
         RuntimeError: the device cannot run the layer.
     """
-    # A layer of a model finds its weight in main memory, as the others have passed through the
-    # cache since its last call; so each call takes the next of several equal layers.
+    # In a model, a layer's weight is not in the cache: other layers ran since its last call. To
+    # measure the same here, each call uses the next of several equal layers.
     dense = [_random_layer(kind, device) for _ in range(_copies(kind, device))]
     sparse = [backend.compress(layer.weight.detach(), _detached(layer.bias)) for layer in dense]
     found = {}
@@ -120,7 +120,7 @@ def _copies(kind: LayerKind, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    # The compressed weights, a little more than half as large, must not fit either.
+    # The compressed weights, a little more than half as large, must not fit the cache either.
     size = math.prod(kind.shape) * kind.dtype.itemsize // 2
     return min(MOST_COPIES, 1 + math.ceil(cache / size))
 

@@ -1,6 +1,6 @@
-"""Packed 2:4 weights: the kept values, and four bits of metadata a group.
+"""Packed 2:4 weights: the kept values, and four bits of metadata per group.
 
-Made when a model is loaded, never stored. ``docs/packed.md`` defines the layout to the byte.
+They are made when a model is loaded, never stored. ``docs/packed.md`` defines every byte.
 
 Shapes: O out, I in, B any leading dimensions, G groups = I / 4, V stored values a row, Y bytes of
 metadata a row.
@@ -17,7 +17,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.serving.backends import TWO_FOUR
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Rows start at multiples of so many bytes: the widest load of a GPU thread.
+#: Rows start at multiples of this many bytes: the widest load of a GPU thread.
 ALIGNMENT = 16
 
 
@@ -26,10 +26,10 @@ class PackedWeight:
     """A 2:4 weight with its dropped values left out.
 
     Attributes:
-        values_OV: the kept values of every row in order, two a group; the row is filled with zeros
-            to a multiple of 16 bytes.
+        values_OV: the kept values of every row in order, two per group; zeros fill the row to a
+            multiple of 16 bytes.
         metadata_OY: uint8; the groups' nibbles in order, the first of two in a byte's low half;
-            the row is filled with zeros to a multiple of 16 bytes.
+            zeros fill the row to a multiple of 16 bytes.
         in_features: I.
     """
 
@@ -44,7 +44,7 @@ class PackedWeight:
 
     @property
     def bits_per_weight(self) -> float:
-        """What is stored for each of the O x I weights, with what fills the rows."""
+        """How many bits are stored for each of the O x I weights, filling zeros included."""
         rows, columns = self.shape
         return 8 * (self.values_OV.nbytes + self.metadata_OY.nbytes) / (rows * columns)
 
@@ -61,8 +61,8 @@ class PackedWeight:
 def pack(weight_OI: Tensor, mask_OI: Tensor | None = None) -> PackedWeight:
     """Pack a weight.
 
-    A group that keeps fewer than two is filled up with its lowest other positions, whose values
-    are +0.0.
+    A group that keeps fewer than two weights also stores its lowest other positions, with values
+    +0.0.
 
     Args:
         weight_OI: fp32, fp16 or bf16 ``[O, I]``, I a multiple of 4.
@@ -84,7 +84,7 @@ def pack(weight_OI: Tensor, mask_OI: Tensor | None = None) -> PackedWeight:
 
 
 def product(x_BI: Tensor, packed: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
-    """What kernels over packed weights are measured against: ``F.linear`` of the whole weight."""
+    """The reference for kernels over packed weights: ``F.linear`` with the whole weight."""
     return F.linear(x_BI, packed.unpack(), bias_O)
 
 
@@ -118,7 +118,7 @@ def kept_values(weight_OI: Tensor, nibbles_OG: Tensor) -> Tensor:
 
 
 def join_nibbles(nibbles_OG: Tensor) -> Tensor:
-    """Two a byte, the first in the low half: uint8 ``[O, G / 2]``."""
+    """Store two nibbles per byte, the first in the low half: uint8 ``[O, G / 2]``."""
     return nibbles_OG[:, 0::2] | nibbles_OG[:, 1::2] << 4
 
 

@@ -1,4 +1,4 @@
-"""Measured times on disk: one JSON file for each machine and its libraries."""
+"""Stores measured times on disk: one JSON file per machine and its library versions."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SCHEMA = "sparsify.timings/1"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """All that times depend on beside the layer."""
+    """Everything that times depend on, except the layer."""
     cuda = device.type == "cuda"
     return {
         "schema": SCHEMA,
@@ -37,7 +37,7 @@ class Timings:
 
     Args:
         device: where the layers run.
-        folder: where the files are; None is the user's cache.
+        folder: where the files are; None means the user's cache folder.
     """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
@@ -48,7 +48,7 @@ class Timings:
     def get(
         self, kind: LayerKind, backend: str, counts: Sequence[int]
     ) -> dict[int, tuple[float, float]]:
-        """The (dense, sparse) seconds of those counts that were measured before."""
+        """The stored (dense, sparse) seconds, for those counts that were measured before."""
         stored = self._read()
         keys = {count: _key(kind, backend, count) for count in counts}
         return {
@@ -58,7 +58,7 @@ class Timings:
     def add(
         self, kind: LayerKind, backend: str, seconds: Mapping[int, tuple[float, float]]
     ) -> None:
-        """Store times; a disk that is full costs the cache, not the run."""
+        """Store times. On a full disk they are not stored, and the run continues."""
         new = {_key(kind, backend, count): list(pair) for count, pair in seconds.items()}
         content = {"machine": self._machine, "seconds": self._read() | new}
         try:
@@ -69,7 +69,7 @@ class Timings:
             log.warning("the measured times are not kept for later: %s", error)
 
     def _read(self) -> dict[str, list[float]]:
-        """What the file holds; nothing where it is damaged or of another machine."""
+        """The times in the file; none if it is damaged or from another machine."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["machine"] != self._machine:

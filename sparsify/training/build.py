@@ -1,4 +1,4 @@
-"""From the settings of a run to its masked, calibrated model.
+"""Builds a run's masked model from its settings, and calibrates it.
 
 Shapes: S windows, T tokens.
 """
@@ -23,12 +23,12 @@ def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | Non
     """Load the base model and mask it.
 
     Args:
-        module: the LightningModule, for its settings.
-        trainer: Lightning's; None without one.
+        module: the LightningModule that holds the settings.
+        trainer: Lightning's Trainer, or None.
 
     Returns:
-        The masked model, whose maskers have no values yet; and the dense one that it learns from,
-        where the run keeps one.
+        The masked model, whose maskers have no values yet; and the dense teacher, or None if the
+        run needs no copy of it.
 
     Raises:
         SparsifyError: the model, the text and the settings do not fit together.
@@ -56,11 +56,11 @@ def calibrate(
 
     Args:
         module: the LightningModule.
-        trainer: Lightning's; None without one.
+        trainer: Lightning's Trainer, or None.
         windows: gives the calibration text, int64 ``[S, T]``; None takes the trainer's.
 
     Returns:
-        What was read, for records; None if it was no text.
+        A record of the text that was read; None if the strategy read none.
     """
 
     def watch(blocks: Iterable[str]) -> Iterable[str]:

@@ -1,4 +1,5 @@
-"""Learning from the dense model beside the text (Hinton et al., 2015, arXiv 1503.02531).
+"""Learns from the dense model's predictions besides the text (Hinton et al., 2015, arXiv
+1503.02531).
 
 Shapes: B windows, T tokens, V vocabulary.
 """
@@ -17,11 +18,11 @@ class Distillation:
     """How much of the loss is the divergence from the dense model; ``--model.distillation.*``.
 
     The loss is ``(1 - weight) * cross-entropy + weight * temperature**2 * KL(dense || sparse)``,
-    both distributions at the temperature; the square keeps the gradient's size.
+    with both distributions at this temperature. The square keeps the size of the gradient.
 
     Args:
-        weight: from 0, without, to 1, nothing but the divergence.
-        temperature: divides the logits of both.
+        weight: from 0 (no distillation) to 1 (only the divergence).
+        temperature: divides the logits of both models.
     """
 
     weight: float = 0.0
@@ -46,11 +47,11 @@ class Distillation:
 
         Args:
             task_loss: mean cross-entropy over the targets.
-            logits_BTV: of the sparse model.
-            teacher_BTV: of the dense one.
-            targets_BT: bool, ``[B, T]``, which tokens are targets; None where all are.
+            logits_BTV: the sparse model's logits.
+            teacher_BTV: the dense model's logits.
+            targets_BT: bool, ``[B, T]``, which tokens are targets; None if all are.
         """
-        # The last token's successor is not known, and its distribution is no target either.
+        # The token after the last is not known, so its distribution is left out too.
         student = F.log_softmax(logits_BTV[:, :-1].float() / self.temperature, -1)
         teacher = F.log_softmax(teacher_BTV[:, :-1].float() / self.temperature, -1)
         divergence_BT = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -1,4 +1,4 @@
-"""Validation and test, always under the hard masks, which are what ships.
+"""Validation and test, always under the hard masks, which are the ones that are exported.
 
 Shapes: B windows, T tokens.
 """
@@ -22,9 +22,9 @@ class Evaluation(LightningModule):
     """The part of a LightningModule that measures a masked model.
 
     Attributes:
-        scores: of the last validation or test, by text and overall.
+        scores: the scores of the last validation or test, by text and overall.
         validated_at: the optimizer step of the last validation; -1 before the first.
-        dtype_name: the type of the base weights, as it was asked for.
+        dtype_name: the type of the base weights, as the user gave it.
     """
 
     scores: dict[str, Score]
@@ -39,12 +39,12 @@ class Evaluation(LightningModule):
 
     @property
     def scored_dtype(self) -> str:
-        """The type in which scores are computed, in words."""
+        """The type in which scores are computed, for a reader."""
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
         return self.dtype_name + (", bf16-mixed" if mixed else "")
 
     def window_losses(self, batch: Tensor | TokenBatch, masking: Masking = "hard") -> Tensor:
-        """Losses of every next token, target or not, nats, ``[B, T - 1]``, without a graph."""
+        """Losses of all next tokens, targets and others, nats, ``[B, T - 1]``, without a graph."""
         tokens_BT, masked = split_batch(batch)[0], self.masked
         with torch.no_grad(), masked.scope.use(masking):
             logits_BTV = masked.model(input_ids=tokens_BT, use_cache=False).logits
@@ -52,7 +52,7 @@ class Evaluation(LightningModule):
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The hard mask and the precision under which scores are measured, without a graph."""
+        """Set the masks and the precision with which scores are measured; no graph is built."""
         precision = nullcontext()
         if self._trainer is not None:
             precision = cast(Any, self.trainer).precision_plugin.val_step_context()

@@ -23,11 +23,11 @@ ADVICE = (
 
 
 def check_precision(precision: str | None) -> None:
-    """Refuse Lightning's true precisions, which convert what is learned too, and scaled losses,
-    which scale gradients that not all strategies take.
+    """Refuse two kinds of precision. Lightning's true ones also convert the tensors that learn;
+    those that scale losses scale gradients too, which not all strategies support.
 
     Args:
-        precision: the Trainer's; None without one.
+        precision: the Trainer's precision; None without a Trainer.
     """
     if precision not in (None, "32-true", "bf16-mixed"):
         raise SparsifyError(
@@ -38,8 +38,8 @@ def check_precision(precision: str | None) -> None:
 
 
 def check_dtype(masked: MaskedModel) -> None:
-    """Refuse to train weights of 16 bits: a step is often smaller than half of their last place,
-    and is lost; unless their maskers declare that they learn in such a type.
+    """Refuse to train 16-bit weights, unless their maskers declare that they learn in such a type.
+    An update is often smaller than half of a weight's last place; rounding then loses it.
     """
     strategy, dtype = masked.strategy, masked.base.model.dtype
     if not strategy.effect.trains_weights:
@@ -53,7 +53,7 @@ def check_dtype(masked: MaskedModel) -> None:
 
 
 def check_objects(model: object, tokenizer: object, strategy: object) -> None:
-    """Refuse what is no model, tokenizer or strategy object, such as a class or a name."""
+    """Refuse arguments that are no model, tokenizer or strategy object, such as a class or name."""
     for word, value, wanted, example in (
         ("model", model, PreTrainedModel, "AutoModelForCausalLM.from_pretrained(NAME)"),
         ("tokenizer", tokenizer, PreTrainedTokenizerBase, "AutoTokenizer.from_pretrained(NAME)"),
@@ -67,11 +67,11 @@ def check_objects(model: object, tokenizer: object, strategy: object) -> None:
 
 
 def check_limits(trainer: Any, epoch_batches: Callable[[], int]) -> None:
-    """Refuse to train on no batch, which would end without a word, and to validate never; warn
-    where no step is as large as was asked for.
+    """Refuse to train on no batch (Lightning would end without a message) or never to validate.
+    Warn if every optimizer step has fewer micro-batches than the user asked for.
 
     Args:
-        trainer: Lightning's.
+        trainer: Lightning's Trainer.
         epoch_batches: counts the batches of an epoch on this rank.
     """
     if trainer.limit_train_batches == 0:
@@ -102,9 +102,9 @@ def check_text(model: str, embedded: bool, verb: str) -> None:
     """Refuse the embedded text for another model than the embedded one.
 
     Args:
-        model: its name or path.
+        model: the model's name or path.
         embedded: whether the text is the embedded one.
-        verb: what would be done to the masks.
+        verb: what would be done to the masks, for the message.
     """
     if model != EMBEDDED and embedded:
         raise SparsifyError(
@@ -116,7 +116,7 @@ def check_text(model: str, embedded: bool, verb: str) -> None:
 def check_shards(
     strategy: SparsityStrategy, layers: Mapping[str, MaskedLinear], ranks: int, parts: int
 ) -> None:
-    """Refuse what cannot be sharded over ``ranks``, and layers split in ``parts`` too."""
+    """Refuse a strategy or layer that cannot be sharded over ``ranks``, or split in ``parts``."""
     name = type(strategy).__name__
     if parts > 1:
         raise SparsifyError(
@@ -140,13 +140,13 @@ def check_shards(
 
 
 class FiniteWatch:
-    """Remembers on the device since which optimizer step the loss is not finite."""
+    """Remembers, on the device, the optimizer step since which the loss is not finite."""
 
     def __init__(self) -> None:
         self._since: Tensor | None = None
 
     def watch(self, loss: Tensor, trainer: Any) -> None:
-        """Take note of a 0-d loss; look at the note where Lightning fetches metrics anyway."""
+        """Record a 0-d loss; read the record only when Lightning fetches metrics anyway."""
         step, every = trainer.global_step, trainer.log_every_n_steps
         if self._since is None:
             self._since = torch.full((), -1, device=loss.device)
@@ -156,10 +156,10 @@ class FiniteWatch:
             self.check(trainer)
 
     def check(self, trainer: Any) -> None:
-        """Stop the run on every rank if the loss of one was not finite.
+        """Stop the run on every rank if the loss of any rank was not finite.
 
         Raises:
-            SparsifyError: it was not; the step is named.
+            SparsifyError: it was not; the message names the step.
         """
         since = -1 if self._since is None else int(self._since)
         if not trainer.strategy.reduce_boolean_decision(since >= 0, all=False):
@@ -173,11 +173,11 @@ class FiniteWatch:
 
 
 def check_learned(module: nn.Module, trainer: Any) -> None:
-    """Stop the run on every rank if something that it has learned is not finite on one: the last
-    step's update is not in any loss.
+    """Stop the run on every rank if a learned tensor of any rank is not finite. The losses do not
+    show this for the last step, whose update no forward pass has used.
 
     Raises:
-        SparsifyError: it is not; the tensor and the step are named.
+        SparsifyError: one is not; the message names the tensor and the step.
     """
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     odd = not_finite(learned)
@@ -192,7 +192,7 @@ def check_learned(module: nn.Module, trainer: Any) -> None:
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a number that is not finite; None if all are."""
+    """The name of the first tensor with a value that is not finite; None if all are finite."""
     local = {name: getattr(t, "to_local", lambda t=t: t)() for name, t in tensors.items()}
     flags = [t.isfinite().all() for t in local.values() if t.is_floating_point()]
     names = [name for name, t in local.items() if t.is_floating_point()]
@@ -207,12 +207,12 @@ def finite_scores(meter: PerplexityMeter, module: Any) -> dict[str, Score]:
     """The meter's scores.
 
     Args:
-        meter: has been shown the losses of ``module``.
-        module: the LightningModule, to find where a number begins that is not finite.
+        meter: holds the losses of ``module``.
+        module: the LightningModule, to find the layer where a value first is not finite.
 
     Raises:
-        SparsifyError: a score is not finite; the text, the window and the layer are named. Or a
-            text has no target.
+        SparsifyError: a score is not finite; the message names the text, the window and the layer.
+            Or a text has no target.
     """
     try:
         return meter.scores()
@@ -225,7 +225,7 @@ def finite_scores(meter: PerplexityMeter, module: Any) -> dict[str, Score]:
 
 @torch.no_grad()
 def origin(module: Any, tokens_T: Tensor) -> str:
-    """Where the hard-masked model's first number begins that is not finite, in words.
+    """Says in words where in the hard-masked model a value first is not finite.
 
     Every rank of a sharded run must call this with the same tokens.
 

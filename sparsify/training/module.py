@@ -1,9 +1,9 @@
 """The LightningModule: builds a masked model, and learns its masks.
 
-One training step: Lightning gives a batch of token ids; the strategy asks the :class:`Run` for one
-or more forward passes, each under a draw; every masked layer makes its mask for that draw and
-forgets it; the loss goes back through the layers, which make their masks again; the optimizer
-updates what the strategy learns.
+One training step: Lightning gives a batch of token ids. The strategy asks the :class:`Run` for one
+or more forward passes, each under a draw. Every masked layer makes its mask for that draw, uses it
+and frees it. In backward the layers make their masks again. Then the optimizer updates what the
+strategy learns.
 
 Shapes: B windows, T tokens.
 """
@@ -46,20 +46,21 @@ class SparseCausalLM(Evaluation):
         include: a glob, or several, of layers to mask; the default is every linear layer of the
             decoder blocks.
         exclude: a glob, or several, of layers to leave dense.
-        overrides: other patterns for some of the layers: 'N:M', or 'dense', by glob; of several
-            globs that match a layer the last one holds.
-        dtype: the type of the base weights; what is learned is in the type that its maskers
-            declare, as a rule fp32.
+        overrides: other patterns for some of the layers: 'N:M' or 'dense', by glob; if several
+            globs match a layer, the last one counts.
+        dtype: the type of the base weights; maskers learn in the type that they declare, usually
+            fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
-        calibration: the text from which masks are computed in one shot, or learned masks start.
+        calibration: the text that one-shot masks, or the starting masks of learned ones, are
+            computed from.
         distillation: learn from the dense model's predictions too.
-        optimizer: what updates the logits, unless the strategy brings its own.
-        lr_final: the learning rate at the end as a share of the one at the start; the way there is
+        optimizer: updates what is learned, unless the strategy brings its own optimizer.
+        lr_final: the learning rate at the end, as a share of the one at the start; it falls along
             half a cosine.
         warmup_steps: optimizer steps over which the learning rate first rises from zero.
-        gather: what ranks that shard a model send each other: ``plain`` weights and all that masks
-            are made of, or ``masked`` weights: less, and all ranks have the same masks.
-        seed: of the masks' noise.
+        gather: what ranks that shard a model send each other: ``plain`` weights and the maskers'
+            tensors, or ``masked`` weights, which is less, and gives all ranks the same masks.
+        seed: the seed of the masks' noise.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SparseCausalLM(Evaluation):
         self.gather: Literal["plain", "masked"] = gather
         self.seed = strategy.seed = seed
         self.strategy = strategy
-        self.model: PreTrainedModel | None = None  # that of `masked`, for Lightning to find
+        self.model: PreTrainedModel | None = None  # the model in `masked`, for Lightning to find
         self.teacher: PreTrainedModel | None = None
         self.task_loss: Tensor | None = None
         self.steps_before = 0
@@ -124,8 +125,8 @@ class SparseCausalLM(Evaluation):
     def load_from_checkpoint(  # type: ignore[override]  # its other options pass through
         cls, checkpoint_path: Any, **options: Any
     ) -> "SparseCausalLM":
-        """As Lightning's, but of the file's settings only those that make this class are used:
-        Lightning calls a function that they may name.
+        """Lightning's method, made safe: Lightning would call any function that the checkpoint
+        names as ``_instantiator``. Here only the settings of this class are used.
         """
         options = {"weights_only": True} | options | {"_instantiator": None}
         load: Any = LightningModule.load_from_checkpoint
@@ -154,29 +155,29 @@ class SparseCausalLM(Evaluation):
             self.origin.enter_modes(self.model, self.gradient_checkpointing)
             return
         guards.check_precision(None if self._trainer is None else self.trainer.precision)
-        # In main memory, where Lightning would have it all on the device at once: calibration takes
-        # blocks there one by one.
+        # Build in main memory: Lightning would put the whole model on the device at once, but
+        # calibration moves blocks there one by one.
         with torch.device("cpu"):
             self._masked, self.teacher = build(self, self._trainer)
             self.model = self.masked.model
-            # Without a trainer the masks come from a checkpoint too.
+            # Without a trainer, a checkpoint will give the masks, so nothing is calibrated.
             if self._trainer is not None and not getattr(self.trainer, "restores", False):
                 self.calibrated = calibrate(self, self.trainer)
             if not any(p.requires_grad for p in self.parameters()):
-                # A run that learns nothing still is one optimizer step for Lightning, and needs
-                # something to step.
+                # Lightning takes one optimizer step even in a run that learns nothing; the
+                # optimizer needs a Parameter.
                 self.anchor = nn.Parameter(torch.zeros(1))
         if self._device_mesh is not None:
             shard(self.masked, self.teacher, self.gather, self.device_mesh)
 
     @property
     def gathers_masked(self) -> bool:
-        """Whether ranks gather masked weights; where nothing is sharded nothing is gathered."""
+        """Whether ranks gather masked weights; False if the model is not sharded."""
         return self.gather == "masked" and self._device_mesh is not None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that made the present masks."""
+        """How many optimizer steps the present masks have been learned for."""
         return self.trainer.global_step or self.steps_before
 
     @property
@@ -204,7 +205,7 @@ class SparseCausalLM(Evaluation):
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
         run = BatchRun(self.masked, batch, first, self.distillation, self.teacher)
         loss = self.strategy.loss(run)
-        if self.strategy.effect.without_gradients:  # Lightning goes backward through every loss
+        if self.strategy.effect.without_gradients:  # Lightning calls backward on every loss
             loss = loss.detach().requires_grad_()
         self.task_loss = run.task_loss if run.task_loss is not None else loss.detach()
         self._finite.watch(self.task_loss, self.trainer)
@@ -233,7 +234,7 @@ class SparseCausalLM(Evaluation):
 
     def configure_optimizers(self) -> Any:
         params = [p for p in self.parameters() if p.requires_grad]
-        if self.gathers_masked:  # base weights have gradients then, on their way to the masks
+        if self.gathers_masked:  # base weights then require gradients only to pass them to masks
             base = set(base_parameters(self.lm).values())
             params = [p for p in params if p not in base]
         return optimizers.configure(self, params, self.trainer.estimated_stepping_batches)

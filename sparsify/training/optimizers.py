@@ -1,4 +1,4 @@
-"""The optimizer of what a strategy learns, and its learning rate's way."""
+"""Makes the optimizer of what a strategy learns, and its learning-rate schedule."""
 
 import math
 from typing import Any
@@ -14,17 +14,17 @@ ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]}
 
 
 def adamw(params: Any) -> Optimizer:
-    """AdamW with the defaults of a run."""
+    """AdamW with this package's defaults."""
     return AdamW(params, **ADAMW)
 
 
 def make(masked: MaskedModel, params: list[Any], factory: MakeOptimizer) -> Optimizer:
-    """The optimizer of what a strategy learns.
+    """Make the optimizer of what a strategy learns.
 
     Args:
-        masked: the model, for its strategy and maskers.
-        params: what is learned.
-        factory: makes the optimizer that the user chose, unless the strategy brings its own.
+        masked: the model, which has the strategy and the maskers.
+        params: the Parameters that are learned.
+        factory: makes the optimizer that the user chose; a strategy may bring its own instead.
 
     Raises:
         SparsifyError: the optimizer refuses its settings.
@@ -40,12 +40,12 @@ def make(masked: MaskedModel, params: list[Any], factory: MakeOptimizer) -> Opti
 
 
 def configure(module: Any, params: list[Any], steps: float) -> dict[str, Any]:
-    """What Lightning asks of ``configure_optimizers``.
+    """Make what ``configure_optimizers`` returns to Lightning.
 
     Args:
         module: the LightningModule.
-        params: what is learned.
-        steps: optimizer steps of the run.
+        params: the Parameters that are learned.
+        steps: how many optimizer steps the run takes.
 
     Raises:
         SparsifyError: the optimizer refuses its settings, or the run has no end.

@@ -1,4 +1,4 @@
-"""One micro-batch of a training step, and activation checkpointing that keeps to its draws.
+"""Runs one micro-batch; recomputation uses the draw of its own forward pass.
 
 Shapes: B windows, T tokens.
 """
@@ -25,14 +25,14 @@ class BatchRun:
 
     Args:
         masked: the model with its masks.
-        batch: token ids, with their targets where not all are.
-        first: the draw of a strategy that takes one a micro-batch; index = micro-batch x
+        batch: token ids; with a mask of targets, unless all tokens are targets.
+        first: the draw for a strategy that needs one per micro-batch; index = micro-batch x
             data-parallel ranks + rank.
         distillation: mixes the divergence from the dense model into the loss.
-        teacher: the dense model, where training changes its weights.
+        teacher: a copy of the dense model, needed if training changes the base weights.
 
     Attributes:
-        task_loss: of the last run, 0-d, without a graph.
+        task_loss: the task loss of the last run, 0-d, without a graph.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BatchRun:
 
     @torch.no_grad()
     def _dense_logits(self) -> Tensor:
-        """What the dense model says, ``[B, T, V]``: found once a micro-batch."""
+        """The dense model's logits, ``[B, T, V]``, computed once per micro-batch."""
         if self._teacher_BTV is None:
             with self._scope.use("dense"):
                 model = self._teacher or self._model
@@ -75,9 +75,9 @@ class BatchRun:
 
 
 def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
-    """Recompute each decoder block in backward, under the draw of its own forward."""
+    """Recompute each decoder block in backward, under the draw of its own forward pass."""
     options = {"use_reentrant": False, "context_fn": scope.checkpoint_contexts}
-    # Newer Transformers 5 renamed it and warns of the old name.
+    # Newer versions of Transformers 5 renamed the method, and warn about the old name.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable(options)
     for module in model.modules():
@@ -90,8 +90,8 @@ def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:
 
 
 def _without_dropout(module: nn.Module, recompute: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's children are in evaluation mode, but some blocks drop activations themselves, if
-    they are in training mode: it must end where their forward begins.
+    """Wrap ``recompute`` so that the block's forward runs in evaluation mode. Its children already
+    are in that mode, but some blocks apply dropout themselves if they are in training mode.
     """
 
     def checkpointed(forward: Callable[..., Any], *args: Any) -> Any:

@@ -28,8 +28,8 @@ from sparsify.training.parallel.launcher import use_own_launcher
 
 
 class _Signals(_SignalConnector):
-    """Leaves the process's signals alone, where Lightning's takes SIGTERM for an end without a
-    save, and SIGUSR1 in every SLURM job for a wish to start it again.
+    """Leaves the process's signals alone. Lightning's connector would end the run at SIGTERM
+    without saving, and in every SLURM job would queue the job again at SIGUSR1.
     """
 
     def register_signal_handlers(self) -> None:
@@ -43,27 +43,26 @@ class Trainer(LightningTrainer):
         strategy: how the processes of a run share the work; ``fsdp`` is
             :class:`~sparsify.training.parallel.Sharded`, on CPU too.
         limit_train_batches: how many batches of an epoch, or, with a point, which share of them.
-        limit_val_batches: the same of validation.
-        limit_test_batches: the same of the test.
-        limit_predict_batches: the same of prediction.
-        overfit_batches: how many batches, or which share, to train and validate on alone.
+        limit_val_batches: the same for validation.
+        limit_test_batches: the same for the test.
+        limit_predict_batches: the same for prediction.
+        overfit_batches: train and validate on only this many batches, or on this share of them.
         val_check_interval: batches, or a share of an epoch, between two validations.
         settings: Lightning's other arguments.
 
     Attributes:
-        exporting: whether ``export`` is at work.
-        sensing: whether the sensitivity of blocks is measured, and not the model.
-        restores: whether a checkpoint is about to be loaded, so that nothing that it holds needs to
-            be computed.
+        exporting: whether ``export`` is running.
+        sensing: whether the run measures the sensitivity of blocks instead of the model.
+        restores: whether a checkpoint is about to be loaded; what it holds is then not computed.
     """
 
     exporting = False
     sensing = False
     restores = False
 
-    # One batch is not 1.0, all of them. Lightning's own types are typing's Union[int, float], which
-    # Python takes for the same as Union[float, int]: by which of them some other module wrote
-    # first, the command line would read "1" as either. These unions keep their order.
+    # 1 means one batch, 1.0 all of them. Lightning's types are typing's Union[int, float], which
+    # Python takes for the same as Union[float, int]; the command line would read "1" by the order
+    # that any module happened to write first. The unions below keep their order.
     def __init__(
         self,
         *,
@@ -95,15 +94,15 @@ class Trainer(LightningTrainer):
         self._checkpoint_connector = _Restorer(self)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # Lightning tells nobody before it loads the checkpoint, and by then the model is built.
+        # Lightning calls no hook before it loads the checkpoint, and by then the model is built.
         self.restores = kwargs.get("ckpt_path") is not None
         try:
             return super()._run(*args, **kwargs)
         except KeyboardInterrupt:
-            # Lightning would make it an exit of the interpreter, and have SIGINT ignored from then.
+            # Lightning would exit the interpreter, and ignore SIGINT from then on.
             raise Interrupted(signal.SIGINT) from None
         finally:
-            # Another's LightningModule may run here too.
+            # The LightningModule need not be ours.
             if origin := getattr(self.lightning_module, "origin", None):
                 origin.restore_modes()
 
@@ -115,15 +114,15 @@ class Trainer(LightningTrainer):
         Args:
             model: the module.
             datamodule: its data.
-            ckpt_path: the checkpoint, by convention ``last.ckpt`` of the run; without one the
-                strategy's starting masks are exported.
+            ckpt_path: the checkpoint, usually ``last.ckpt`` of the run; without one, the strategy's
+                starting masks are exported.
         """
         self.exporting = True
         self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 
 
 class _Restorer(_CheckpointConnector):
-    """Lightning's own, which tells in one message of a checkpoint that it cannot restore."""
+    """Lightning's connector; one message says if a checkpoint cannot be restored."""
 
     def _restore_modules_and_callbacks(self, *args: Any, **kwargs: Any) -> None:
         path = args[0] if args else kwargs.get("checkpoint_path")
@@ -137,8 +136,8 @@ class _Restorer(_CheckpointConnector):
 
 @contextmanager
 def _own_ddp() -> Iterator[None]:
-    """Let the name "ddp", for which "auto" stands on several devices, mean ours while a Trainer of
-    ours is made; a script's other Trainers have Lightning's.
+    """Within this context the name "ddp" means our strategy; "auto" becomes "ddp" on several
+    devices. Only our Trainer is made within it: a script's other Trainers use Lightning's DDP.
     """
     registry: Any = StrategyRegistry
     former = registry["ddp"]
@@ -150,18 +149,18 @@ def _own_ddp() -> Iterator[None]:
 
 
 def _requeues(plugins: Any) -> bool:
-    """Whether the user asked that SLURM start the job again: by the plugin, as Lightning by itself
-    does it in every job.
+    """Whether the user asked for SLURM to queue the job again. Only a plugin counts as asking,
+    since Lightning by itself would do it in every job.
     """
     given = plugins if isinstance(plugins, list) else [plugins]
     return any(isinstance(one, SLURMEnvironment) and one.auto_requeue for one in given)
 
 
 def own_strategy(strategy: Strategy | str) -> Strategy | str:
-    """Ours for Lightning's name ``fsdp``; any other as it is.
+    """Our sharded strategy for the name ``fsdp``; any other strategy unchanged.
 
     Raises:
-        SparsifyError: it is another one that shards, which cannot hold what is learned here.
+        SparsifyError: it is another strategy that shards, which does not work with maskers.
     """
     if isinstance(strategy, str):
         if strategy.lower() == "fsdp":

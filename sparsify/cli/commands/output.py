@@ -1,4 +1,4 @@
-"""How commands print, and what they refuse to overwrite."""
+"""Prints for commands, and refuses to overwrite files."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ Format = Literal["table", "json"]
 
 
 def check_free(out: Path) -> None:
-    """Refuse to write where something is."""
-    if out.exists() or out.is_symlink():  # a link to nothing would be written through
+    """Refuse to write to a path that exists."""
+    if out.exists() or out.is_symlink():  # writing to a dangling link would create its target
         raise SparsifyError(f"{out} exists, and stays; name another file")
 
 
@@ -33,13 +33,13 @@ def say_json(content: Any) -> None:
 
 def say(content: Any) -> None:
     """Print text or a table, without the control characters that files may hold."""
-    # Text as it is: paths are not to be wrapped, nor brackets read as markup.
+    # Print text unchanged: do not wrap paths, and do not read brackets as markup.
     SafeConsole().print(content, soft_wrap=isinstance(content, str), markup=False, highlight=False)
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """End quietly where whoever reads our output has seen enough, as ``head`` does."""
+    """End quietly if the reader of our output closes the pipe early, as ``head`` does."""
     try:
         yield
         sys.stdout.flush()

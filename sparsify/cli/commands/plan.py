@@ -1,4 +1,4 @@
-"""``sparsify plan``: the options of ``sparsify fit``, read by its parser, and no run."""
+"""``sparsify plan``: reads the options of ``sparsify fit`` with its parser, and starts no run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _HELP = {
         "[--shard] [--config FILE] [options]"
     ),
 }
-# Options of version 0.1.0, and those of fit in their place.
+# Options of version 0.1.0, and the options of fit that replace them.
 FORMER = {
     "--model": "--model.name_or_path",
     "--pattern": "--model.pattern",
@@ -38,15 +38,15 @@ FORMER = {
     "--device": "--trainer.accelerator",
     "--strategy_args": "--model.strategy.NAME VALUE for each",
 }
-# With a file as its value --model stands for all settings of the model.
+# If its value is such a file, --model means all settings of the model.
 SETTINGS = (".yaml", ".yml", ".json")
 
 
 class PlanCLI(SparsifyCLI):
-    """Reads the options of fit, and makes the module and the data module of them, but no Trainer.
+    """Reads the options of fit, and makes the module and the data module, but no Trainer.
 
     Args:
-        words: the expanded ones that follow the command.
+        words: the expanded words that follow the command.
     """
 
     def __init__(self, words: list[str]) -> None:
@@ -59,13 +59,13 @@ class PlanCLI(SparsifyCLI):
             help="GiB of a device; if the settings do not fit, others are tried",
         )
         parser.add_argument("--format", type=Format, default="table", help="of what is printed")
-        # A run's config.yaml holds it; with a value the short forms put the run's settings first.
+        # A run's config.yaml holds ckpt_path; short forms replace a value by the run's settings.
         parser.add_argument(
             "--ckpt_path", type=str | None, help="a checkpoint, to plan a run with its settings"
         )
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing: planning draws no random numbers."""
 
     def before_instantiate_classes(self) -> None:
         """Make no callbacks or loggers."""
@@ -75,15 +75,15 @@ class PlanCLI(SparsifyCLI):
         self.config = made(model=asked.model, data=asked.data, trainer=trainer)
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """None: there may be no such device."""
+        """Make no Trainer: this machine may not have its device."""
         return None
 
     def after_instantiate_classes(self) -> None:
-        """Nothing: no checkpoint will hold the settings."""
+        """Do nothing: no checkpoint will hold the settings."""
 
     @property
     def settings(self) -> PlanSettings:
-        """What was asked for."""
+        """The settings that the user asked for."""
         trainer = {**vars(self.asked.trainer), "strategy": self.config_init.trainer.strategy}
         data = self.datamodule
         return PlanSettings(self.model, data.batch_size, data.block_size, **of_trainer(trainer))
@@ -93,7 +93,7 @@ def read(words: list[str]) -> PlanCLI:
     """The command line that follows ``sparsify plan``, parsed.
 
     Raises:
-        SparsifyError: an option is one that plan has no more, or asks for what there is not.
+        SparsifyError: plan no longer has an option, or an option asks for what does not exist.
     """
     check_former(words)
     return PlanCLI(expand(["plan", *words])[1:])
@@ -119,7 +119,7 @@ def check_former(words: Sequence[str]) -> None:
     """Refuse the options that plan alone had.
 
     Raises:
-        SparsifyError: there are some; for each the option of fit is named.
+        SparsifyError: there are some; for each the message names the option of fit.
     """
     found = {}
     for word, value in zip(words, [*words, ""][1:], strict=True):

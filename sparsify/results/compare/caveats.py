@@ -1,13 +1,13 @@
-"""Why costs of some rows are no fair comparison."""
+"""Says why the costs of some rows cannot be compared fairly."""
 
 from collections.abc import Sequence
 
 from sparsify.results.compare.rows import COSTS, Row
 
-# Seeds of one row whose times differ by more than this factor, and by more than so many seconds,
-# ran on a machine that may not have been quiet.
+# If the times of one row's seeds differ by more than this factor, and by more than this many
+# seconds, other processes may have used the machine too.
 UNEVEN, UNEVEN_SECONDS = 1.2, 1.0
-# What makes a machine another one, to time by.
+# If any of these differ, times were measured on different machines.
 MACHINE = {
     "device": "devices",
     "cpu": "CPUs",
@@ -17,7 +17,7 @@ MACHINE = {
 
 
 def cost_caveats(rows: Sequence[Row]) -> tuple[dict[str, str], set[str]]:
-    """Why costs are no fair comparison, and for which no winner is named."""
+    """Why costs cannot be compared fairly, and for which costs no winner is named."""
     machines = {key: _values(rows, key) for key in MACHINE}
     torches = {str(v) for row in rows for run in row.runs if (v := _torch(run.result))}
     said: dict[str, list[str]] = {cost: [] for cost in COSTS}
@@ -57,7 +57,7 @@ def cost_caveats(rows: Sequence[Row]) -> tuple[dict[str, str], set[str]]:
 
 
 def _values(rows: Sequence[Row], key: str) -> str:
-    """The values in the records, where there are several; older records do not have all of them."""
+    """The values in the records if they differ; older records do not have all of them."""
     found = {value for row in rows for run in row.runs if (value := run.record.get(key))}
     return ", ".join(map(str, sorted(found))) if len(found) > 1 else ""
 

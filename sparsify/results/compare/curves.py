@@ -1,4 +1,4 @@
-"""What runs left while they learned, over their seeds."""
+"""Makes curves of what runs recorded while they learned, as means over their seeds."""
 
 import statistics
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Curve:
-    """One value of one row over what was spent until then.
+    """One value of one row, as a function of steps, tokens or seconds.
 
     Attributes:
         number: the row's number.
-        steps: at which all its seeds have a value.
+        steps: the steps at which all its seeds have a value.
         x: the mean over seeds of steps, tokens or seconds.
         mean: the mean value.
-        low: the smallest.
-        high: the largest.
-        seeds: how many runs it is of.
+        low: the smallest value over seeds.
+        high: the largest value over seeds.
+        seeds: how many runs the curve averages.
     """
 
     number: int
@@ -39,21 +39,21 @@ class Curve:
     def over(
         cls, number: int, steps: list[int], x: list[float], values: list[list[float]], seeds: int
     ) -> "Curve":
-        """From the values of all seeds at each step."""
+        """Make a curve from the values of all seeds at each step."""
         mean = [statistics.fmean(some) for some in values]
         low, high = [min(some) for some in values], [max(some) for some in values]
         return cls(number, steps, x, mean, low, high, seeds)
 
 
 def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | None:
-    """A curve of a row; None where its runs have no such values.
+    """Make a curve of a row; None if its runs have no such values.
 
     Args:
         number: the row's number.
         row: the row.
-        part: of the history: validation or masks.
-        value: the key of what is drawn; of masks also :data:`FLIPS`.
-        over: step, tokens or seconds; of tokens and seconds, those of calibration come first.
+        part: the part of the history: validation or masks.
+        value: the key of the value to draw; for masks also :data:`FLIPS`.
+        over: step, tokens or seconds; tokens and seconds include those of calibration.
     """
     points = [p for run in row.samples if (p := _points(run, part, value, over))]
     if not points:
@@ -73,7 +73,7 @@ def _points(run: Run, part: str, value: str, over: str) -> dict[int, tuple[float
         "tokens": calibration_tokens(run),
         "seconds": calibration_seconds(run),
     }[over]
-    if before is None:  # where the curve would start is not known
+    if before is None:  # then it is not known where the curve starts
         return {}
     return {
         look["step"]: (look[over] + before, look[value])
@@ -95,7 +95,7 @@ def _looks(run: Run, part: str) -> list[dict[str, Any]]:
 
 
 def thinned(values: list[T], most: int) -> list[T]:
-    """At most so many, evenly spread, with the first and the last."""
+    """At most ``most`` values, evenly spread, including the first and the last."""
     if len(values) <= most:
         return values
     return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]

@@ -25,10 +25,10 @@ COLOURS = ("#0067a5", "#c24a00", "#00795a", "#a33b78", "#8a6500", "#4e44b0")
 MARKERS = "os^DvPX"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 INK, FAINT = "#1d2126", "#d3d7dc"
-WIDTH, HEIGHT = 4.8, 3.0  # about as wide as a phone, whose text is then as large as it was drawn
+WIDTH, HEIGHT = 4.8, 3.0  # about a phone's width, so that a phone need not shrink the text
 FONT = 10.5
 LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # inches
-LONGEST_NAME = 22  # as long as a column of the legend
+LONGEST_NAME = 22  # as many characters as fit a column of the legend
 # Ranges wider than these factors are drawn on a log scale.
 WIDE, WIDE_COST = 4.0, 8.0
 
@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def letter(number: int) -> str:
-    """A, B, ... Z, AA, AB: how a row is named where there is no room for its label."""
+    """A, B, ... Z, AA, AB: the row's name where its label does not fit."""
     first = letter(number // 26 - 1) if number >= 26 else ""
     return first + chr(ord("A") + number % 26)
 
@@ -85,10 +85,10 @@ def style(number: int) -> dict[str, Any]:
 
 @contextmanager
 def chart(height: float = HEIGHT) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Axes to draw on, and what then gives the SVG, with a legend of all that has a label.
+    """Yield axes to draw on, and a function that returns the SVG with a legend of labelled items.
 
     Args:
-        height: of the axes with their labels, inches.
+        height: the height of the axes with their labels, inches.
     """
     # Not through pyplot, whose windows and global state nothing here needs.
     with rc_context(SETTINGS):

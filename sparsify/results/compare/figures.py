@@ -1,4 +1,4 @@
-"""The figures of a report that show losses and costs, and the line chart that others share.
+"""Draws a report's figures of losses and costs; other figures share its line chart.
 
 Needs Matplotlib.
 """
@@ -23,7 +23,7 @@ from sparsify.results.compare.drawing import (
 from sparsify.results.compare.rows import COSTS, Row
 from sparsify.results.compare.verdict import frontier, show_cost, spread
 
-MOST_NUMBERS = 16  # of a curve, in the table beneath a drawing
+MOST_NUMBERS = 16  # so many points of a curve are in the table beneath a drawing
 UNITS = {"tokens": "tokens", "seconds": "seconds", "memory": "peak GiB"}
 
 
@@ -34,9 +34,9 @@ class Picture:
     Attributes:
         title: what it shows.
         about: how to read it, and what is not in it.
-        svg: the drawing; empty where there is nothing to draw.
-        columns: of the numbers.
-        numbers: all that is drawn, as text.
+        svg: the drawing; empty if there is nothing to draw.
+        columns: the headings of the numbers.
+        numbers: the drawn values as text.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Picture:
 
 
 def cost_pictures(comparison: Comparison) -> list[Picture]:
-    """Test perplexity over each cost: where every row ended."""
+    """One picture per cost: the final test perplexity of every row over that cost."""
     return [_ends(comparison, cost) for cost in COSTS]
 
 
@@ -108,7 +108,7 @@ def lines(
         title: what the picture shows.
         about: how to read it.
         rows: all rows.
-        curves: what is drawn.
+        curves: the curves to draw.
         over: the x axis.
         what: the y axis.
     """

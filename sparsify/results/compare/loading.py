@@ -21,7 +21,7 @@ from sparsify.training.checkpoints.files import FOLDER
 RESULT = "result.json"
 CONFIG = "config.yaml"
 SENSITIVITY = "sensitivity.json"
-# What of a run's record decides its masks.
+# The entries of a run's record that decide its masks.
 MASKS = ("strategy", "pattern", "overrides", "distillation", "seed", "steps")
 
 
@@ -30,11 +30,11 @@ class Run:
     """One result file.
 
     Attributes:
-        path: where it lies.
+        path: the file's path.
         result: its content.
-        config: what the command line was told, from the file beside it; None where there is none
-            that can be read.
-        sensitivity: of its masks, block by block, where that was measured.
+        config: the settings of the command line, from the config file beside it; None if there is
+            none, or it cannot be read.
+        sensitivity: the sensitivity of its masks, block by block, if it was measured.
     """
 
     path: Path
@@ -54,20 +54,20 @@ class Run:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What is known of its calibration; empty where there was none."""
+        """The record of its calibration; empty if there was none."""
         return self.record.get("calibration") or {}
 
     @property
     def is_fit(self) -> bool:
-        """Whether it is what ``sparsify fit`` wrote, and no later measurement or export of that.
+        """Whether ``sparsify fit`` wrote it, rather than a later measurement or export of that run.
 
-        Older results do not tell; of them those are none that began from a checkpoint.
+        Older results do not say; one that began from a checkpoint does not count as a fit.
         """
         command = self.record.get("command")
         return command == "fit" if command else self.told("ckpt_path") is None
 
     def told(self, path: str) -> Any:
-        """A setting of the configuration by its dotted path; None where there is no such."""
+        """A setting of the configuration by its dotted path; None if it has no such setting."""
         value: Any = self.config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -130,7 +130,7 @@ def _unreadable(runs: Sequence[Run]) -> list[str]:
 
 
 def _interrupted(runs: Sequence[Run], folders: Mapping[Path, Path]) -> list[str]:
-    """Remarks on runs without a result, but for those that another run here went on from."""
+    """Remarks on runs without a result, except those that another run here resumed."""
     fits = [run for run in runs if run.record.get("command") in (None, "fit")]
     origins = [Path(str(path)).resolve() for run in fits if (path := run.told("ckpt_path"))]
     return [
@@ -142,7 +142,7 @@ def _interrupted(runs: Sequence[Run], folders: Mapping[Path, Path]) -> list[str]
 
 
 def _read_sensitivity(file: Path) -> dict[str, Any]:
-    """Its content; nothing of a file that cannot be used, as a comparison does not rest on it."""
+    """The file's content; empty if it is unusable, since a comparison does not depend on it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         check_plain(content)
@@ -154,7 +154,7 @@ def _read_sensitivity(file: Path) -> dict[str, Any]:
 
 
 def _same_masks(sensitivity: Mapping[str, Any], run: Run) -> bool:
-    """Whether what was measured are the masks of this run, of the same base model."""
+    """Whether the measurement was of this run's masks and base model."""
     if not sensitivity or sensitivity["protocol"]["base"]["hash"] != run.protocol["base"]["hash"]:
         return False
     return all(sensitivity["run"].get(key) == run.record.get(key) for key in MASKS)

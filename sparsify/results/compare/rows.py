@@ -1,4 +1,4 @@
-"""Runs that differ only in their seeds are one row."""
+"""Groups runs into rows: runs that differ only in their seeds are one row."""
 
 import statistics
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ class Row:
     """A strategy with its settings, and its runs over seeds.
 
     Attributes:
-        label: what it is called.
-        settings: all that its runs were told, besides seeds.
-        runs: one for each combination of seeds, in the seeds' order.
-        samples: those of the runs whose results differ.
+        label: the row's name.
+        settings: all settings of its runs, except seeds.
+        runs: one run for each combination of seeds, in the order of the seeds.
+        samples: the runs, without those that repeat another's result.
     """
 
     label: str
@@ -63,7 +63,7 @@ class Row:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing random entered: no step, no calibration text."""
+        """Whether nothing in it is random: no training step and no calibration text."""
         random = self.record["steps"] or self.record.get("calibration")
         return not random and len(self.samples) == 1
 
@@ -78,7 +78,7 @@ class Row:
         return statistics.fmean(self.perplexities())
 
     def perplexities(self, text: str = OVERALL) -> list[float]:
-        """Of the samples, on one text."""
+        """The samples' perplexities on one text."""
         return [run.result["scores"][text]["perplexity"] for run in self.samples]
 
     def costs(self, what: str) -> list[float]:
@@ -90,20 +90,20 @@ class Row:
         return known if len(known) == len(found) else []
 
     def cost(self, what: str) -> float | None:
-        """Their mean."""
+        """The mean of the runs' costs."""
         costs = self.costs(what)
         return statistics.fmean(costs) if costs else None
 
     @property
     def spread(self) -> str:
-        """From how many different results its numbers come."""
+        """Says from how many different results the row's numbers come."""
         if self.is_exact:
             return "exact"
         return "one run" if len(self.samples) == 1 else f"{len(self.samples)} seeds"
 
 
 def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
-    """Rows by rising mean perplexity, and remarks on what was left out or is not known."""
+    """Make rows, by rising mean perplexity, and remarks on what was left out or is not known."""
     kept = without_repeats(runs)
     remarks = _unknown(runs)
     groups: dict[Settings, list[Run]] = {}
@@ -138,12 +138,12 @@ def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
 
 
 def without_repeats(runs: Sequence[Run]) -> list[Run]:
-    """One run of the same settings and seeds: of those that ``sparsify fit`` wrote the newest, else
-    the newest of all.
+    """Keep one run for each combination of settings and seeds: the newest that ``sparsify fit``
+    wrote, or else the newest of all.
     """
     alike: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        # Without its configuration it is not known whether a run is a repeat, unless by its result.
+        # Without its configuration, only a run's result can show that it repeats another.
         scores = tuple(run.losses().items()) if run.config is None else None
         alike.setdefault((_identity(run, fitting=False), seeds(run), scores), []).append(run)
     kept: set[Path] = set()
@@ -200,7 +200,7 @@ def calibration_tokens(run: Run) -> int:
 
 
 def calibration_seconds(run: Run) -> float | None:
-    """What its calibration took to compute; None where that is not known for the run's device."""
+    """How long its calibration took; None if that is not known for the run's device."""
     if run.calibration.get("cached") and "history" not in run.result:
         return None  # older results hold the time to read the cache instead
     device = run.calibration.get("device")

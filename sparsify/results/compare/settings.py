@@ -1,4 +1,4 @@
-"""What tells runs apart: their settings without seeds, and short names for them."""
+"""Tells runs apart by their settings without seeds, and gives them short names."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -27,7 +27,7 @@ short_name = cache(registry.short_name)  # each reading of entry points takes a 
 
 
 def settings(run: Run, fitting: bool = True) -> dict[str, str]:
-    """All that a run was told, besides seeds, by dotted name.
+    """All settings of a run, except seeds, by dotted name.
 
     Args:
         run: the run.
@@ -57,17 +57,17 @@ def settings(run: Run, fitting: bool = True) -> dict[str, str]:
 
 
 def seeds(run: Run) -> tuple[str, ...]:
-    """All that is random in a run: its seed, that of its data, its calibration text."""
+    """Everything random in a run: its seed, its data's seed, its calibration text."""
     data = run.told("data.seed")
     calibration = run.calibration.get("seed"), run.calibration.get("sha256")
     return tuple(map(str, (run.record.get("seed"), data, *calibration)))
 
 
 def labels(strategies: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A name for every row: the strategy, and of its settings as few as tell the rows apart.
+    """A name for every row: its strategy, and as few settings as are needed to tell rows apart.
 
     Args:
-        strategies: of each row.
+        strategies: the strategy of each row.
         rows: the settings of each row.
     """
     found = list(strategies)
@@ -79,7 +79,7 @@ def labels(strategies: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list
 
 
 def differing(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The settings that are not the same in all rows, those first that people look for first."""
+    """The settings that differ between rows; those that readers look for first come first."""
     names = dict.fromkeys(name for row in rows for name in row)
     several = [name for name in names if len({row.get(name) for row in rows}) > 1]
     return sorted(
@@ -88,7 +88,7 @@ def differing(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _words(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """For each row the settings that part it from those that the words so far do not."""
+    """For each row, the settings that its name needs to differ from the other rows' names."""
     words: list[list[str]] = [[] for _ in rows]
     alike = [list(range(len(rows)))]
     for name in differing(rows):

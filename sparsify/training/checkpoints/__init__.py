@@ -1,1 +1,1 @@
-"""Checkpoints: written whole, checked when read, fitted to the run that goes on."""
+"""Writes checkpoints whole, checks them when read, and adapts them to the run that resumes."""

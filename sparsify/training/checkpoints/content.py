@@ -1,7 +1,7 @@
-"""What a checkpoint must hold to be one, checked before anything is restored from it.
+"""Checks what a checkpoint holds, before anything is restored from it.
 
-A checkpoint that was cut, edited or made by something else is refused by the first field that is
-not what a run writes. Fields are named by dotted paths.
+A checkpoint that was cut off, edited or made by other software is refused; the message names the
+first field that differs from what a run writes, by its dotted path.
 """
 
 import math
@@ -36,19 +36,19 @@ TRAINING = {
     "optimizer_states": LIST,
     "lr_schedulers": LIST,
 }
-# May lack; checkpoints of one-shot runs have none of the first.
+# These may be missing; checkpoints of one-shot runs do not have the first.
 POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE}
 
 
 def check_content(checkpoint: Any, path: Any) -> None:
-    """Check what every command reads of a checkpoint.
+    """Check the fields of a checkpoint that every command reads.
 
     Args:
         checkpoint: what was read from ``path``.
-        path: names it in messages.
+        path: names the checkpoint in messages.
 
     Raises:
-        SparsifyError: something lacks, or is of another kind.
+        SparsifyError: a field is missing, or is of another kind.
     """
     if not isinstance(checkpoint, dict):
         raise SparsifyError(f"{path}: it holds {type(checkpoint).__name__}; {CHECKPOINT_ADVICE}")
@@ -60,7 +60,7 @@ def check_content(checkpoint: Any, path: Any) -> None:
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             _refuse(path, f"state_dict.{name}", type(value).__name__, "a tensor")
-        # What has no finite value has no place in a ranking or in a product.
+        # Values that are not finite cannot be ranked or multiplied.
         local = value.to_local() if isinstance(value, DTensor) else value
         if local.is_floating_point() and not torch.isfinite(local).all():
             _refuse(path, f"state_dict.{name}", "not finite", "finite in every element")
@@ -69,10 +69,10 @@ def check_content(checkpoint: Any, path: Any) -> None:
 
 
 def check_training(checkpoint: Mapping[str, Any], trainer: Any) -> None:
-    """Check what training that goes on reads of a checkpoint, against what this run would save.
+    """Check the fields that resumed training reads, against what this run would save.
 
     Raises:
-        SparsifyError: something lacks, or is of another kind.
+        SparsifyError: a field is missing, or is of another kind.
     """
     path = trainer.ckpt_path
     for field, kind in TRAINING.items():
@@ -87,7 +87,7 @@ def check_training(checkpoint: Mapping[str, Any], trainer: Any) -> None:
     loops = checkpoint["loops"]["fit_loop"]
     same_version = checkpoint["pytorch-lightning_version"] == lightning.__version__
     own = {k: v for k, v in trainer.fit_loop.state_dict().items() if not k.endswith("state_dict")}
-    # Lightning passes over what lacks, and would begin again with the data.
+    # Lightning ignores missing fields, and would start again at the beginning of the data.
     _check_like(path, "loops.fit_loop", loops, own, complete=same_version)
     steps = _at(loops, ("epoch_loop.automatic_optimization.optim_progress", "optimizer", "step"))
     counted = _at(steps, ("total", "completed"))
@@ -102,7 +102,7 @@ def check_training(checkpoint: Mapping[str, Any], trainer: Any) -> None:
 
 
 def _check_place(path: Any, loops: Mapping[str, Any]) -> None:
-    """Check that the place in the data is there."""
+    """Check that the checkpoint says how far the run was in its data."""
     place = _at(loops, ("state_dict", "combined_loader"))
     if not (isinstance(place, list) and len(place) == 1 and isinstance(place[0], dict)):
         field = "loops.fit_loop.state_dict.combined_loader"
@@ -110,15 +110,15 @@ def _check_place(path: Any, loops: Mapping[str, Any]) -> None:
 
 
 def _check_like(path: Any, field: str, found: Any, own: Any, complete: bool) -> None:
-    """Check that what was found is built like a run's own: tables, counts, flags, and lists of
-    tables of numbers.
+    """Check that a checkpoint's value has the structure of this run's own: tables, counts, flags,
+    and lists of tables of numbers.
 
     Args:
-        path: of the checkpoint.
-        field: the dotted path of what was found.
-        found: in the checkpoint.
-        own: what this run would save at its start.
-        complete: whether tables must hold every key.
+        path: the checkpoint's path.
+        field: the dotted path of the value.
+        found: the value in the checkpoint.
+        own: the value that this run would save at its start.
+        complete: whether the checkpoint's tables must hold every key of this run's.
     """
     if isinstance(own, dict):
         _check_kind(path, field, found, TABLE)
@@ -147,7 +147,7 @@ def _numbers(path: Any, field: str, rows: list[Any]) -> Iterator[tuple[str, Any]
 
 
 def _at(table: Any, keys: tuple[str, ...]) -> Any:
-    """What lies at the end of a chain of keys; None where that breaks off."""
+    """The value at the end of a chain of keys; None if a key is missing."""
     for key in keys:
         table = table.get(key) if isinstance(table, dict) else None
     return table

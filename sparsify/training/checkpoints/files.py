@@ -1,11 +1,11 @@
-"""Checkpoints on disk: written whole, known to be whole, found again after a crash.
+"""Checkpoints on disk: writes them whole, tells whether they are, and lists them.
 
 A run's folder ``checkpoints`` holds ``step-00000100.ckpt`` and so on, and ``last.ckpt``, a link to
-the newest. A checkpoint is one file, or the folder that a sharded run writes. Either is made under
-a hidden name, ``.step-00000100.ckpt.partial``, flushed, and renamed; then the link is moved. Not
-every file system keeps that order in a power cut, so a checkpoint also tells by itself whether it
-is whole: a file is torch's zip archive, whose directory is written last and which has a CRC-32 of
-every record; a folder holds ``complete.json``, written last, with the size of every file.
+the newest. A checkpoint is one file, or the folder that a sharded run writes. Either is written
+under a hidden name, ``.step-00000100.ckpt.partial``, flushed, and renamed; then the link is moved.
+Some file systems lose this order in a power cut, so a checkpoint also shows by itself whether it is
+whole. A file is torch's zip archive: its directory is written last, and every record has a CRC-32.
+A folder holds ``complete.json``, which is written last and lists the size of every file.
 """
 
 import errno
@@ -34,7 +34,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
 
 
 class _Counter:
-    """A file that only counts what is written to it, in bytes."""
+    """A file that stores nothing and counts the bytes written to it."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -49,23 +49,23 @@ class _Counter:
 
 
 def stored_size(checkpoint: dict[str, Any]) -> int:
-    """Bytes of a checkpoint's file."""
+    """How many bytes a checkpoint's file has."""
     counter = _Counter()
     torch.save(checkpoint, counter)  # type: ignore[arg-type]
     return counter.size
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes checkpoint files whole or not at all, and reads none that is damaged.
+    """Writes a checkpoint file whole or not at all, and refuses to read a damaged one.
 
-    Lightning's own holds the file's bytes in memory, writes them to the folder for temporary files
-    and moves them, which is a copy where that is another file system; it flushes nothing.
+    Lightning's class keeps the file's bytes in memory, writes them to the folder for temporary
+    files and moves them (a copy, if that is another file system). It never flushes.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write the file; on a full disk nothing is left of it, and :class:`DiskFull` is raised."""
+        """Write the file. On a full disk, remove what was written and raise :class:`DiskFull`."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -84,14 +84,14 @@ class WholeFileIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read the file; one that is damaged is a :class:`SparsifyError`."""
+        """Read the file; raises :class:`SparsifyError` if it is damaged."""
         if "://" not in str(path):
             check_whole(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies."""
+    """The path of an optimizer step's checkpoint."""
     return folder / f"step-{step:08d}.ckpt"
 
 
@@ -102,7 +102,7 @@ def step_of(path: Path) -> int | None:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The checkpoints of steps in a folder, newest first, whole or not."""
+    """The checkpoints of steps in a folder, newest first, damaged ones included."""
     found = {
         path: step for path in folder.glob("step-*.ckpt") if (step := step_of(path)) is not None
     }
@@ -110,18 +110,18 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def partial_path(place: Path) -> Path:
-    """Where a checkpoint is made; of a path that is partial already, itself."""
+    """The hidden path under which a checkpoint is written; a path that is hidden already stays."""
     return place if place.suffix == ".partial" else place.with_name(f".{place.name}.partial")
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what saves that were killed left in a folder in which nothing else is at work."""
+    """Remove what killed saves left in a folder; no other process may be saving there."""
     for path in folder.glob(".step-*.ckpt.partial"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder, as far as that is possible."""
+    """Remove a checkpoint, file or folder; what cannot be removed stays, without an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -129,9 +129,9 @@ def remove(path: Path) -> None:
 
 
 def complete(partial: Path, place: Path) -> None:
-    """Mark, flush and rename what was made; then let ``last.ckpt`` beside it point there.
+    """Mark, flush and rename a written checkpoint; then point ``last.ckpt`` beside it to it.
 
-    At every moment both names are a whole checkpoint, the former or the new one.
+    At every moment each of the two names stands for a whole checkpoint, the former or the new one.
     """
     if partial.is_dir():
         flush_all(partial)
@@ -150,14 +150,14 @@ def complete(partial: Path, place: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        return  # newest_whole finds the newest without it
+        return  # newest_whole finds the newest without the link
     link.replace(place.with_name(LAST))
     flush(place.parent)
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; empty if it is whole. Reads all of a file,
-    once in a process.
+    """What is wrong with a checkpoint, in a few words; empty if it is whole. Reads the whole file,
+    but only once per process.
     """
     if not path.exists():
         return "there is no such file"
@@ -168,7 +168,7 @@ def damage(path: Path) -> str:
         return _folder_damage(path)
     if step_of(path) is not None:
         return f"it is incomplete: there is no {COMPLETE} in it"
-    # Of another writer, such as Lightning's ModelCheckpoint, whose last file this is.
+    # Another program wrote it, such as Lightning's ModelCheckpoint, which writes this file last.
     return damage(path / METADATA) and f"it is incomplete: there is no whole {METADATA} in it"
 
 
@@ -176,7 +176,7 @@ def check_whole(path: Path) -> None:
     """Refuse a checkpoint that is damaged.
 
     Raises:
-        SparsifyError: it is.
+        SparsifyError: it is damaged.
     """
     if reason := damage(path):
         raise SparsifyError(f"{path}: {reason}; resume from another checkpoint")
@@ -184,13 +184,13 @@ def check_whole(path: Path) -> None:
 
 @lru_cache
 def _zip_damage(path: Path, size: int, mtime_ns: int) -> str:
-    """As :func:`damage`, of a file of this size and age."""
+    """As :func:`damage`, for a file; size and age are part of the cache's key."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
-    except Exception as error:  # damaged headers end in many kinds
+    except Exception as error:  # damaged headers raise errors of many kinds
         return f"it is cut off or damaged ({error or type(error).__name__})"
     return f"it is damaged (bad checksum of {bad})" if bad else ""
 
@@ -199,7 +199,7 @@ def _folder_damage(path: Path) -> str:
     try:
         content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         sizes: dict[str, int] = content["files"]
-        hashes: dict[str, str] = content.get("sha256", {})  # older ones tell sizes alone
+        hashes: dict[str, str] = content.get("sha256", {})  # older checkpoints hold only sizes
         odd = [n for n, size in sizes.items() if _size(path / n) != size]
         if odd:
             return f"it is damaged ({odd[0]} is not of the size in {COMPLETE})"
@@ -214,7 +214,7 @@ def _folder_damage(path: Path) -> str:
 
 @lru_cache
 def _sha256_of(path: Path, mtime_ns: int) -> str:
-    """The hash of a file of this age, read once in a process."""
+    """The hash of a file; it is read once per process unless its age changes."""
     return hash_file(path)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside Lightning's own: what was learned, and the name of the base."""
+"""Adds to Lightning's checkpoint what was learned and the base model's name, and restores it."""
 
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from sparsify.training.checkpoints.resume import check_fits, check_resumes, cont
 
 
 def saved_keys(module: Any) -> set[str]:
-    """The state's keys that checkpoints hold: all but base weights that stay as they are."""
+    """The keys of the state that checkpoints hold: all but base weights that never change."""
     kept = {name for name in module.state_dict() if not name.startswith("teacher.")}
     if module.strategy.effect.changes_base:
         return kept
@@ -20,7 +20,7 @@ def saved_keys(module: Any) -> set[str]:
 
 
 def save(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Make Lightning's checkpoint of a run one of ours."""
+    """Turn Lightning's checkpoint of a run into one of ours, in place."""
     kept = saved_keys(module)
     checkpoint["state_dict"] = {
         key: value for key, value in checkpoint["state_dict"].items() if key in kept
@@ -30,27 +30,27 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["settings_sha256"] = content_hash(settings["config"])
     checkpoint["schedule_values"] = dict(module.strategy.values)
     checkpoint["calibration"] = module.calibrated
-    # Once fit has returned, Lightning has forgotten where in the data it was.
+    # Once fit has returned, Lightning no longer knows how far in the data it was.
     checkpoint["resumable"] = module.trainer.training
     checkpoint["step_shape"] = step_shape(module.trainer)
 
 
 def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
-    """Check a checkpoint against a module, build the module, and set what Lightning does not.
+    """Check a checkpoint against a module, build the module, and restore what Lightning does not.
 
     Args:
         module: the LightningModule.
-        checkpoint: as it was read.
-        trainer: None where Lightning has read it without one.
+        checkpoint: the checkpoint as it was read.
+        trainer: Lightning's Trainer; None if the checkpoint is loaded without one.
 
     Raises:
-        SparsifyError: it is damaged, or of another run.
+        SparsifyError: the checkpoint is damaged, or belongs to another run.
     """
     check_content(checkpoint, getattr(trainer, "ckpt_path", None) or "the checkpoint")
     module.configure_model()
     module.steps_before = checkpoint["global_step"]
     module.calibrated = checkpoint.get("calibration")
-    # What describes the masks depends on them; a run that trains on sets them anew.
+    # The masks' metrics depend on these values; a resumed run sets them anew.
     module.strategy.values.update(checkpoint.get("schedule_values") or {})
     state = module.state_dict()
     expected = {key: state[key] for key in saved_keys(module)}
@@ -64,7 +64,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
 
 
 def epoch_batches(trainer: Any) -> int:
-    """Micro-batches of an epoch on this rank."""
+    """How many micro-batches an epoch has on this rank."""
     batches = len(trainer.datamodule.train_dataloader())
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

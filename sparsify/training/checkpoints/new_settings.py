@@ -1,8 +1,8 @@
-"""What a resumed run takes from its checkpoint's optimizer, and what from its own settings.
+"""Lets a resumed run keep its own optimizer settings when it loads its checkpoint's state.
 
-What was learned comes from the checkpoint: moments, and the number of the step. What was chosen
-(learning rate, weight decay, betas, the schedule) comes from the run at hand. An optimizer's
-``load_state_dict`` would overwrite both, and a scheduler's would bring the former schedule back.
+The checkpoint gives what was learned: moments, and the number of the step. The resumed run's own
+settings give the rest: learning rate, weight decay, betas, the schedule. An optimizer's
+``load_state_dict`` would overwrite both kinds; a scheduler's would restore the former schedule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ _HINT = (
 
 
 class OwnSchedule(LambdaLR):
-    """Of a checkpoint it takes the number of the step alone: the learning rate at each step is what
-    a run with the present settings has there.
+    """A schedule that loads only the step's number from a checkpoint. The learning rate at each
+    step follows the present settings.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -44,14 +44,14 @@ class OwnSchedule(LambdaLR):
 
 
 def keep_settings(optimizer: Optimizer, make: MakeOptimizer) -> None:
-    """Let an optimizer hold its settings through ``load_state_dict``, and refuse what does not fit.
+    """Make ``load_state_dict`` keep an optimizer's settings, and refuse states that do not fit it.
 
     Its ``state_dict`` gets three more entries: ``class``; ``given``, the settings with which the
-    run began; and ``states``, of how many Parameters there is a state.
+    run began; and ``states``, the number of Parameters that have a state.
 
     Args:
-        optimizer: as it was made, before any step.
-        make: makes one like it, by which is told what its states hold, if it is of the same class.
+        optimizer: a new optimizer that has taken no step.
+        make: makes another optimizer; if it is of the same class, it shows what states hold.
     """
     given = _settings(optimizer)
 
@@ -75,8 +75,8 @@ def keep_settings(optimizer: Optimizer, make: MakeOptimizer) -> None:
 
 
 def keep_patience(states: Mapping[Any, Any], callbacks: Sequence[Any]) -> None:
-    """Let early stopping keep the patience that it was given now: its state, rewritten here, would
-    bring the former one back. No other callback of Lightning's or ours has a setting in its state.
+    """Let early stopping keep the patience of this run: its saved state would restore the former
+    one, so it is rewritten here. No other callback of Lightning's or ours saves a setting.
     """
     for callback in callbacks:
         state = states.get(getattr(callback, "state_key", None))
@@ -89,7 +89,7 @@ def _path(optimizer: Optimizer) -> str:
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Each group's settings, as far as a checkpoint can hold them."""
+    """Each group's settings, without those that a checkpoint cannot hold."""
     plain = (bool, int, float, str, tuple, type(None))
     return [
         {key: value for key, value in group.items() if isinstance(value, plain)}
@@ -104,8 +104,8 @@ def _merged(
     state: Mapping[str, Any],
     given: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The settings of one group after a resume: its own. Some optimizers of others keep in a group
-    what they learn, such as an estimate of the learning rate: what was not set anew stays.
+    """The settings of one group after a resume: those of this run. Some other packages' optimizers
+    keep learned values in a group, such as an estimated learning rate: unless set anew, these stay.
     """
     if type(optimizer).__module__.startswith(("torch.", "sparsify.")) or "given" not in state:
         return dict(group)
@@ -153,7 +153,7 @@ def _count(params: Any) -> int:
 
 
 def _check_states(optimizer: Optimizer, state: Mapping[str, Any], make: MakeOptimizer) -> None:
-    """Check each Parameter's state against what this optimizer keeps of one."""
+    """Check each Parameter's saved state against the states that this optimizer keeps."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states, wanted = state.get("state"), _kept(optimizer, make)
     if not isinstance(states, dict) or len(states) != state.get("states", len(states)):
@@ -172,7 +172,7 @@ def _check_states(optimizer: Optimizer, state: Mapping[str, Any], make: MakeOpti
 
 
 def _check_value(where: str, value: Any, like: Tensor | None) -> None:
-    """Check one value, which is a tensor like the Parameter, or a number if ``like`` is None."""
+    """Check one value: it must be a tensor like ``like``, or a number if that is None."""
     if like is None:
         number = isinstance(value, Tensor) and value.numel() == 1
         if not number and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -195,8 +195,8 @@ def _finite(value: Tensor) -> bool:
 
 
 def _kept(optimizer: Optimizer, make: MakeOptimizer) -> dict[str, bool] | None:
-    """What this optimizer keeps of a Parameter after a step, found by one on a small tensor: by
-    name, whether it is of the Parameter's shape; only this and single numbers. None if unknown.
+    """What this optimizer keeps for a Parameter, found by one step on a small tensor. For each
+    entry by name: whether it has the Parameter's shape (else it is a number). None if unknown.
     """
     param = nn.Parameter(torch.zeros(2, 3))
     param.grad = torch.zeros(2, 3)
@@ -205,7 +205,7 @@ def _kept(optimizer: Optimizer, make: MakeOptimizer) -> dict[str, bool] | None:
         if type(trial) is not type(optimizer):
             return None
         trial.step()
-    except Exception:  # an optimizer of others may need more than this
+    except Exception:  # another package's optimizer may need more than this
         return None
     values = {key: torch.as_tensor(v) for key, v in trial.state[param].items() if v is not None}
     return {

@@ -1,4 +1,4 @@
-"""Which checkpoint a command reads: the newest one that is whole."""
+"""Finds the checkpoint that a command reads: the newest one that is whole."""
 
 import os
 import sys
@@ -15,14 +15,14 @@ def newest_whole(path: Path) -> Path:
     """The checkpoint that ``--ckpt_path`` means.
 
     Args:
-        path: a run's folder, its folder of checkpoints or ``last.ckpt``, all of which mean the
-            newest whole one there; or a checkpoint by any other name, which means itself.
+        path: a run's folder, its folder of checkpoints or ``last.ckpt``: each means the newest
+            whole checkpoint there. Any other path means the checkpoint at that path.
 
     Returns:
         The path of a whole checkpoint. If newer ones are damaged, a warning names them.
 
     Raises:
-        SparsifyError: there is none.
+        SparsifyError: there is no whole checkpoint.
     """
     candidates = _candidates(path)
     bad: list[str] = []
@@ -50,7 +50,7 @@ def newest_whole(path: Path) -> Path:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """What to try, best first."""
+    """The paths to try, best first."""
     if path.is_dir() and path.suffix != ".ckpt":
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
     elif path.name == LAST:
@@ -60,14 +60,14 @@ def _candidates(path: Path) -> list[Path]:
     last, steps = folder / LAST, steps_in(folder)
     newest = last.resolve() if last.is_symlink() else None
     if newest is None or newest.parent != folder.resolve() or (at := step_of(newest)) is None:
-        # No link of ours: the file is from elsewhere, or the file system has no links.
+        # Not our link: another program wrote the file, or the file system has no links.
         return [last, *steps] if last.exists() or not (steps or path.is_dir()) else steps
-    # A later step that the link does not know of yet was not finished, or is another run's.
+    # Later steps than the link's were not finished, or belong to another run.
     return [folder / newest.name, *(step for step in steps if (step_of(step) or 0) < at)]
 
 
 def _others(path: Path) -> str:
-    """The newest whole checkpoint beside a damaged one that was named, for its message."""
+    """For a message on a damaged checkpoint: the newest whole one beside it."""
     whole = next((other for other in steps_in(path.parent) if not damage(other)), None)
     return f"; {whole} is whole" if whole else ""
 

@@ -1,4 +1,4 @@
-"""Values of a stranger's settings: plain ones pass, and nothing that a parser would import."""
+"""Checks settings from an untrusted file: plain values pass, names of classes do not."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _WORD = re.compile(r"[\w-]+\Z")
 
 
 def shown(value: str) -> str:
-    """A stranger's text for a message: escaped, and not too long."""
+    """An untrusted text for a message: escaped, and cut if it is long."""
     return value if is_printable(value) and len(value) < 200 else ascii(value[:200])
 
 
@@ -41,7 +41,7 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """A table with texts for keys.
 
     Raises:
-        SparsifyError: it is none.
+        SparsifyError: it is not such a table.
     """
     if type(value) is not dict or not all(type(key) is str for key in value):
         raise refused(where, f"it is of type {type(value).__name__}", "it maps names to values")
@@ -49,7 +49,7 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A value without classes to instantiate, in its texts neither: the parser reads these too."""
+    """Check that a value names no class to instantiate, not even in a text: the parser reads it."""
     if depth > DEPTH:
         raise refused(where, f"more than {DEPTH} levels", "settings have few")
     if type(value) is dict:
@@ -77,9 +77,9 @@ def _plain_text(text: str, where: str, depth: int) -> None:
     try:
         read = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return  # the parser cannot read it either, and keeps it as a text
+        return  # the parser cannot read it either, and leaves it a text
     if isinstance(read, dict | list):
-        # Keys may be numbers here ("{1: 2}"): only what would be taken for a class matters.
+        # Keys may be numbers here ("{1: 2}"); only what the parser takes for a class matters.
         plain(_with_text_keys(read), where, depth + 1)
 
 
@@ -94,12 +94,12 @@ def _with_text_keys(value: Any, depth: int = 0) -> Any:
 
 
 def scalars(value: Any, where: str) -> Any:
-    """A scalar, or a list of them."""
+    """Check a scalar, or a list of scalars."""
     return [scalar(part, where) for part in value] if type(value) is list else scalar(value, where)
 
 
 def scalar(value: Any, where: str) -> Any:
-    """A number, a truth value, None, or a word without a dot: nothing that can be imported."""
+    """Check a number, truth value, None or word without a dot: none of these can be imported."""
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str and (_WORD.match(value) or value == REDACTED):
@@ -110,7 +110,7 @@ def scalar(value: Any, where: str) -> Any:
 
 
 def refused(where: str, found: str, rule: str) -> SparsifyError:
-    """The error of a setting that no run of ours would have saved."""
+    """The error for a setting that no run of this package would have saved."""
     return SparsifyError(
         f"the checkpoint's settings cannot be used: {shown(where)}: {found}; {rule}. Take a "
         "checkpoint that sparsify wrote and nobody changed"

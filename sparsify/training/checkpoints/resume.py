@@ -18,7 +18,7 @@ def check_fits(
 
     Args:
         checkpoint: what Lightning read.
-        base_hash: the hash of the base model at hand.
+        base_hash: the hash of this run's base model.
         state: the tensors that this run would save, by name.
 
     Raises:
@@ -49,11 +49,11 @@ def check_fits(
 
 
 def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
-    """Check that training can go on from the checkpoint at ``path``, to ``steps`` optimizer steps
-    in all.
+    """Check that training can continue from the checkpoint at ``path`` until it has taken ``steps``
+    optimizer steps in all.
 
     Raises:
-        SparsifyError: its place in the data is lost, or nothing is left to do.
+        SparsifyError: the checkpoint's data position is missing, or no step is left to take.
     """
     if checkpoint.get("resumable") is False:
         raise SparsifyError(
@@ -69,24 +69,24 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
 
 
 def step_shape(trainer: Any) -> dict[str, int]:
-    """Of how many micro-batches a step of the optimizer is made: on ranks, one after another."""
+    """How many micro-batches an optimizer step has: ranks, and how many run one after another."""
     return {"ranks": data_parallel(trainer)[1], "accumulated": trainer.accumulate_grad_batches}
 
 
 def continue_on(checkpoint: Mapping[str, Any], now: Mapping[str, int], epoch: int) -> None:
-    """Rewrite a checkpoint's place in the data, in place, for another number of ranks.
+    """Rescale a checkpoint's data position, in place, to another number of ranks.
 
-    Lightning counts the micro-batches of a rank, and the data is dealt to ranks one micro-batch
-    after another: after the same steps of the optimizer, half the ranks have counted twice as many.
+    Lightning counts micro-batches per rank, and ranks take micro-batches in turn. So after the same
+    number of optimizer steps, a run on half as many ranks has counted twice as many.
 
     Args:
         checkpoint: what Lightning read.
         now: the run's ``step_shape``.
-        epoch: micro-batches that this run's epoch has on a rank.
+        epoch: how many micro-batches an epoch of this run has per rank.
 
     Raises:
-        SparsifyError: a step of this run has another number of micro-batches, or the checkpoint was
-            saved within a step.
+        SparsifyError: this run's optimizer step has another number of micro-batches, or the
+            checkpoint was saved in the middle of a step.
     """
     before = checkpoint["step_shape"]
     size = before["ranks"] * before["accumulated"]
@@ -105,7 +105,7 @@ def continue_on(checkpoint: Mapping[str, Any], now: Mapping[str, int], epoch: in
             f"a step of {before['accumulated']}; go on with {before['ranks']} ranks, or from one "
             "that was saved after a step"
         )
-    # Saved in its last micro-batch, an epoch may have some left for fewer ranks.
+    # An epoch saved in its last micro-batch may have some left when fewer ranks resume.
     still_open = current["completed"] < current["processed"]
     for counts in (progress["total"], current):
         running = counts["processed"] - counts["completed"]

@@ -1,8 +1,8 @@
-"""What a run takes from the settings in a checkpoint, which is a stranger's file.
+"""Checks the settings in a checkpoint, which is an untrusted file, and selects those a run takes.
 
-The command line's parser instantiates whatever class a setting names. So settings of a checkpoint
-are checked before it sees them: plain values, and a class only where one belongs and only one of
-those that are known for that place. Nothing is imported for the check.
+The command line's parser instantiates any class that a setting names. So a checkpoint's settings
+are checked before the parser sees them. They must be plain values; a class may stand only where one
+belongs, and must be one that is known for that place. The check imports nothing.
 """
 
 import re
@@ -27,7 +27,7 @@ from sparsify.training.checkpoints.plain_values import (
 SHARDED = "sparsify.training.parallel.Sharded"
 FORMER_SHARDED = "sparsify.distributed.Sharded"  # in checkpoints and configs of version 0.1.0
 
-# What a resumed run needs of its Trainer; everything else is of the machine, or writes somewhere.
+# Trainer options that a resumed run takes; the others depend on the machine, or write files.
 TRAINER = (
     "accelerator",
     "accumulate_grad_batches",
@@ -63,7 +63,7 @@ TRAINER = (
 )
 # Options of our callbacks that say where to write.
 WRITES = ("folder", "overwrite")
-# Of the Trainer's other options, those that a user would miss: how they are given again.
+# Other Trainer options that a user would miss, and how to give them again.
 AGAIN = {
     "callbacks": "--trainer.callbacks CLASS",
     "logger": "--logger NAME or --trainer.logger CLASS",
@@ -83,17 +83,17 @@ def settings_of(
 
     Args:
         config: ``hyper_parameters.config`` of the checkpoint, as it was read.
-        resumes: whether its run goes on; otherwise only its model and data are taken.
+        resumes: whether training continues; if not, only settings of model and data are taken.
         named: import paths of the classes that the user named in this command.
-        tell: is called with a line for each setting that the run had, that is not taken, and that
-            its user may miss.
+        tell: called with a line for each of the run's settings that is not taken and that the user
+            may miss.
 
     Returns:
         Plain values, safe to be parsed.
 
     Raises:
-        SparsifyError: a value is none that a run of ours would have saved there, or a class must be
-            named by the user.
+        SparsifyError: a run of this package would not have saved such a value there, or the user
+            must name a class.
     """
     parts = mapping(config, "the settings")
     taken: dict[str, Any] = {"model": _model(mapping(parts.get("model"), "model"), resumes, named)}
@@ -120,7 +120,7 @@ def _model(given: Mapping[str, Any], resumes: bool, named: Collection[str]) -> d
     if "strategy" in given:
         taken["strategy"] = _strategy(given["strategy"], "model.strategy", named)
     optimizer = given.get("optimizer")
-    # Only learning needs it, and a run without one named has our default.
+    # Only training needs the optimizer; a run that names none has our default.
     if optimizer is not None and resumes:
         taken["optimizer"] = _optimizer(optimizer, named)
     return taken
@@ -140,8 +140,8 @@ def _strategy(given: Any, where: str, named: Collection[str]) -> dict[str, Any]:
         if isinstance(value, Mapping) and "class_path" in value:
             taken[key] = _strategy(value, place, named)
         elif isinstance(value, str) and IMPORT_PATH.match(value) and value not in own:
-            # Where a strategy or a path may stand, the parser would import this. Ours know it as a
-            # path only, and what another one knows it as cannot be said from here.
+            # If the argument may be a strategy or a path, the parser would import this. In our own
+            # strategies it is only a path; for other packages' strategies we cannot know.
             if path not in own:
                 raise SparsifyError(
                     f"the checkpoint's {place} is {value!r}, which can be read as a class to "
@@ -203,7 +203,7 @@ def _callback(given: Mapping[str, Any], name: str, tell: Tell) -> dict[str, Any]
 
 
 def _classes(given: Any) -> str:
-    """What a user would miss of an option that names classes; the loggers' default is not."""
+    """The classes that an option named, for the user to give again; not the default logger."""
     specs = given if isinstance(given, list) else [given]
     paths = [spec.get("class_path") if isinstance(spec, Mapping) else spec for spec in specs]
     names = [shown(path) for path in paths if isinstance(path, str)]
@@ -211,7 +211,7 @@ def _classes(given: Any) -> str:
 
 
 def _without_redacted(value: Any, where: str, tell: Tell) -> Any:
-    """Without secrets, which were not saved: what stands in their place is none."""
+    """The value without secrets: a checkpoint holds only a placeholder for each, no secret."""
     if isinstance(value, dict):
         taken = {}
         for key, part in value.items():

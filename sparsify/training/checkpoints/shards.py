@@ -1,9 +1,9 @@
-"""A checkpoint as a folder, to which every rank writes what it holds and nothing is gathered.
+"""A checkpoint as a folder: every rank writes the rows that it holds, and nothing is gathered.
 
 ``shard-00000-of-00002.safetensors`` and so on hold consecutive rows of each sharded tensor, in the
-order of the ranks; ``meta.pt`` holds all the rest, with None in the place of what is in the shards.
-Any number of processes can read it: rows are looked up by their number. Nothing in it is executed
-when it is read.
+order of the ranks; ``meta.pt`` holds everything else, with None for each tensor in the shards. Any
+number of processes can read it, since rows are looked up by their index. Reading executes nothing
+from the folder.
 """
 
 import re
@@ -26,11 +26,11 @@ _SHARD = re.compile(r"shard-\d{5}-of-(\d{5})\.safetensors")
 
 
 class StoredRows:
-    """One tensor of a folder, not read yet.
+    """One tensor of a folder, read only on demand.
 
     Attributes:
-        name: as in :func:`slots`.
-        shape: of the whole tensor.
+        name: its name in :func:`slots`.
+        shape: the shape of the whole tensor.
     """
 
     def __init__(self, name: str, files: list[Any]) -> None:
@@ -40,7 +40,7 @@ class StoredRows:
         self.shape = (sum(self._counts), *self._parts[0].get_shape()[1:])
 
     def read(self, start: int, count: int) -> Tensor:
-        """Some of its rows, in main memory."""
+        """Read some of its rows into main memory."""
         found, first = [], 0
         for part, held in zip(self._parts, self._counts, strict=True):
             begin = min(max(start - first, 0), held)
@@ -51,17 +51,17 @@ class StoredRows:
 
 
 def read_whole(stored: StoredRows) -> Tensor:
-    """All rows."""
+    """Read all rows."""
     return stored.read(0, stored.shape[0])
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether this is such a folder."""
+    """Whether the path is a checkpoint folder with shards."""
     return (path / META).is_file()
 
 
 def slots(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:
-    """Where a Lightning checkpoint holds tensors of the model's size: (name, dictionary, key)."""
+    """The places of a Lightning checkpoint's large tensors: (name, dictionary, key)."""
     state = checkpoint["state_dict"]
     yield from ((f"state_dict/{key}", state, key) for key in state)
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
@@ -73,10 +73,10 @@ def write_shard(folder: Path, checkpoint: Mapping[str, Any], rank: int, ranks: i
     """Write one rank's part of a checkpoint; rank 0's holds ``meta.pt`` too.
 
     Args:
-        folder: exists.
-        checkpoint: its sharded tensors are DTensors; they are replaced by None in place.
-        rank: of this process.
-        ranks: how many write.
+        folder: an existing folder.
+        checkpoint: holds sharded tensors as DTensors; this function replaces them by None.
+        rank: the rank of this process.
+        ranks: how many ranks write.
     """
     rows: dict[str, Tensor] = {}
     for name, owner, key in slots(checkpoint):
@@ -92,8 +92,8 @@ def read_shards(folder: Path, place: Callable[[StoredRows], Tensor] = read_whole
     """Read a checkpoint from its folder, on CPU.
 
     Args:
-        folder: that :func:`write_shard` filled.
-        place: reads a sharded tensor, or what of it is needed.
+        folder: a folder that :func:`write_shard` filled.
+        place: reads a sharded tensor, or the part of it that is needed.
 
     Raises:
         SparsifyError: a shard is missing or damaged.
@@ -126,7 +126,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class ShardedCheckpointIO(WholeFileIO):
-    """Lightning's own, which also reads such folders, whole."""
+    """Writes checkpoint files, and reads both files and whole folders of shards."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if is_sharded(Path(path)):

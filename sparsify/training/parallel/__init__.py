@@ -6,5 +6,5 @@ from sparsify.training.parallel.fsdp import Sharded
 
 __all__ = ["Sharded"]
 
-# The name by which configs and checkpoints of version 0.1.0 know it.
+# Configs and checkpoints of version 0.1.0 know this module by this name.
 sys.modules.setdefault("sparsify.distributed", sys.modules[__name__])

@@ -1,8 +1,8 @@
 """Lightning's strategy for a model whose tensors are sharded over ranks by FSDP2.
 
-The module shards itself in ``configure_model``; here is what belongs to checkpoints. Lightning's
-own gathers all weights for each, frozen ones included, and reads them back straight into the model,
-so that no module can check or choose what is saved.
+The module shards itself in ``configure_model``; this file saves and loads checkpoints. Lightning's
+own strategy gathers all weights for each checkpoint, frozen ones too, and reads them back straight
+into the model, so that the module could neither choose what is saved nor check what is loaded.
 """
 
 from collections.abc import Mapping
@@ -36,14 +36,14 @@ from sparsify.training.checkpoints.shards import (
 class Sharded(ModelParallelStrategy):
     """Every rank holds some rows of each weight and each masker's tensors, and sees its own data.
 
-    On CPU too, with gloo. ``--trainer.strategy fsdp`` means this.
+    Works on CPU too, with gloo. ``--trainer.strategy fsdp`` means this class.
 
     Args:
         save_distributed_checkpoint: every rank writes its own shard into a folder, and nothing is
-            gathered; otherwise rank 0 gathers and writes one file. Either resumes on any number of
-            ranks, sharded or not.
-        process_group_backend: of torch.distributed; the default goes by the device.
-        timeout: after which a rank that waits for the others gives up, as ``0:30:00``.
+            gathered; otherwise rank 0 gathers and writes one file. A run on any number of ranks,
+            sharded or not, can resume from either.
+        process_group_backend: the backend of torch.distributed; the default depends on the device.
+        timeout: how long a rank waits for the others before it gives up, as ``0:30:00``.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Sharded(ModelParallelStrategy):
     # -- saving ------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What the module saves; gathered it is on rank 0 only."""
+        """The module's state to save; if gathered, only rank 0 has it."""
         module: Any = self.lightning_module
         keys = saved_keys(module)
         return self._out({key: value for key, value in self._state().items() if key in keys})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As the optimizer's own; gathered it is on rank 0 only."""
+        """The optimizer's state to save; if gathered, only rank 0 has it."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         state = optimizer.state_dict()
@@ -84,7 +84,7 @@ class Sharded(ModelParallelStrategy):
         return state
 
     def _out(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as they go into a checkpoint, one gathered at a time."""
+        """Values in the form that a checkpoint holds; they are gathered one at a time."""
         if self._save_distributed_checkpoint:
             return dict(values)
         out = {}
@@ -97,7 +97,7 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write it whole, or leave what was there; if one rank fails, all do."""
+        """Write the whole checkpoint, or keep the former one; if one rank fails, all fail."""
         if not self._save_distributed_checkpoint:
             with together():
                 if self.is_global_zero:
@@ -109,8 +109,8 @@ class Sharded(ModelParallelStrategy):
                 write_shard(folder, checkpoint, self.global_rank, self.world_size)
 
     def _shard_folder(self, path: Path) -> Any:
-        """Yield the folder to write to; it takes its place when all ranks have."""
-        if path == partial_path(path):  # whoever asks will put it in its place
+        """Yield a hidden folder to write to; it is renamed to ``path`` when all ranks are done."""
+        if path == partial_path(path):  # the caller will rename it
             with disk_full(path.parent):
                 path.mkdir(parents=True, exist_ok=True)
             yield path
@@ -123,11 +123,11 @@ class Sharded(ModelParallelStrategy):
     # -- loading -----------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Read it; of a sharded one, this rank's rows alone."""
+        """Read a checkpoint; from a sharded one, only this rank's rows."""
         path = Path(checkpoint_path)
         check_whole(path)
         if not is_sharded(path):
-            # Mapped, so that each process reads what it copies.
+            # Memory-mapped, so that each process reads only what it copies.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         likes: dict[str, Any] = {f"state_dict/{key}": v for key, v in self._state().items()}
         for number, optimizer in enumerate(self.optimizers):
@@ -137,14 +137,14 @@ class Sharded(ModelParallelStrategy):
         def own_part(stored: StoredRows) -> Tensor:
             like = likes.get(stored.name, likes.get(stored.name.rpartition("/")[0]))
             if not isinstance(like, DTensor) or tuple(like.shape) != stored.shape:
-                return read_whole(stored)  # for the module to refuse, or not to need
+                return read_whole(stored)  # the module will refuse or ignore it
             return sharded(stored.read(*rows_of(like)), like)
 
         return read_shards(path, own_part)
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy into the model's own rows; the module has checked names and shapes."""
+        """Copy values into this rank's rows; the module has checked names and shapes before."""
         state = self._state()
         for name, value in checkpoint["state_dict"].items():
             local_rows(state[name]).copy_(local_rows(_like(value, state[name])))
@@ -164,12 +164,12 @@ class Sharded(ModelParallelStrategy):
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    """In the order in which its state numbers them."""
+    """The optimizer's Parameters, in the order in which its state numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _like(value: Any, like: Any) -> Any:
-    """This rank's rows of what belongs to a sharded Parameter and has its shape."""
+    """This rank's rows of a value that has the shape of a sharded Parameter; others unchanged."""
     belongs = isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape
     if not belongs or isinstance(value, DTensor):
         return value

@@ -1,4 +1,4 @@
-"""Starts the other processes of a run on this machine, and lets none outlive the first."""
+"""Starts the other processes of a run on this machine; they end when the first one does."""
 
 import os
 import threading
@@ -15,10 +15,10 @@ from sparsify.common import signals
 class Launcher(_SubprocessScriptLauncher):
     """Lightning's launcher by subprocesses, with two differences.
 
-    Lightning looks every five seconds whether a process has failed, and then kills the first with
-    SIGKILL, so that a run that was stopped in good order has no exit status of its own. And its
-    processes live on, and wait for the first, when that is killed. Outside of a command, as from a
-    script of the user's, all is as Lightning does it.
+    Every five seconds Lightning checks whether a process has failed, and then kills the first with
+    SIGKILL, so that even a run that was stopped properly cannot return its own exit status. And if
+    the first process is killed, Lightning's others live on and wait for it. Outside of a command,
+    as in a user's script, this class does what Lightning does.
     """
 
     def launch(
@@ -45,7 +45,7 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 def use_own_launcher(strategy: Strategy) -> None:
-    """Put ours in the place of Lightning's, where a strategy has that."""
+    """Replace a strategy's launcher by ours, if it is Lightning's."""
     found: Any = strategy._launcher
     if type(found) is _SubprocessScriptLauncher:
         strategy._launcher = Launcher(

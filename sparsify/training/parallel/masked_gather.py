@@ -1,20 +1,20 @@
-"""Gather masked weights instead of weights and what their masks are made of.
+"""Ranks mask their rows first, and gather masked weights instead of weights and maskers' tensors.
 
-Plain FSDP2 gathers a block's frozen weights and its maskers' tensors, twice a step, and reduces the
-gradients of the latter: 22 bytes a weight and step with bf16 weights and six fp32 logits for every
-four. Here each rank masks the rows that it holds, and the masked rows are gathered in the weight's
-type; the gradient of the masked weight comes back to the rows, where it goes on through the masker:
-6 bytes, and each mask is made once instead of by every rank. The price: all ranks see the same
-masks, where the plain way draws others for each.
+Plain FSDP2 gathers a block's frozen weights and its maskers' tensors twice per step, and reduces
+the gradients of the latter. That is 22 bytes per weight and step with bf16 weights and six fp32
+logits for every four weights. Here each rank masks its own rows; the masked rows are gathered in
+the weight's type, and the gradient of the masked weight returns to the rows and goes on through the
+masker. That is 6 bytes, and each mask is made once instead of by every rank. The price: all ranks
+share the same masks, while with plain FSDP2 each rank has its own draws.
 
-Data flow of one layer. Before a block's forward, FSDP2 asks a shard what to gather: the masker runs
-on it without a graph, under the masking of this forward (or, when the block is gathered again for
-backward, of the forward that backward belongs to). The layer multiplies by what was gathered, like
-any linear layer. When the gradient has been reduced to the shard, the masker runs again with a
-graph and takes it to its own tensors; the weight itself keeps none.
+Data flow of one layer. Before a block's forward, FSDP2 asks each shard what to gather. The masker
+then masks the shard without a graph, under the masking of this forward pass (or, when the block is
+gathered again for backward, of the forward pass that is being differentiated). The layer multiplies
+by the gathered weight like any linear layer. Once the gradient is reduced to the shard, the masker
+runs again with a graph and passes it to its own tensors; the weight's own gradient is dropped.
 
-FSDP2 calls ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard that has them; PyTorch
-does not promise to keep that, so each forward checks that it was so.
+FSDP2 calls ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard that has them. PyTorch
+does not promise to keep this, so each forward pass checks that they were called.
 
 Shapes: O out, I in, B any leading dimensions.
 """
@@ -41,7 +41,7 @@ def check_gather(strategy: Any) -> None:
     """Refuse a strategy that needs more than the gradient of one run at a time.
 
     Raises:
-        SparsifyError: it trains weights, or its ranks learn from draws of their own.
+        SparsifyError: it trains weights, or each of its ranks learns from its own draws.
     """
     name, effect = type(strategy).__name__, strategy.effect
     if not effect.only_masks or effect.exchanges_draws:
@@ -53,7 +53,7 @@ def check_gather(strategy: Any) -> None:
 
 
 def check_gatherable(name: str, layer: MaskedLinear, ranks: int) -> None:
-    """Refuse a layer of which not every rank holds whole rows.
+    """Refuse a layer if some rank would not hold whole rows of it.
 
     Raises:
         SparsifyError: its weight is stored as ``[I, O]``, or has too few rows.
@@ -75,7 +75,7 @@ def check_layers(model: nn.Module, ranks: int) -> None:
     """Refuse a model with a layer that cannot be gathered masked.
 
     Raises:
-        SparsifyError: there is one; it is named.
+        SparsifyError: there is one; the message names it.
     """
     blocks = decoder_blocks(model)
     for name, layer in masked_layers(model).items():
@@ -102,18 +102,18 @@ def shard_gathering_masked(model: nn.Module, mesh: DeviceMesh) -> None:
         for gather in gathers:
             gather.hook()
 
-    # Ahead of FSDP2's own, which looks once at what its shards can do.
+    # Before FSDP2's own hook, which checks only once which methods its shards have.
     model.register_forward_pre_hook(hook, prepend=True)
 
 
 class MaskedGather:
-    """Takes one layer's part in the gathering of its block.
+    """Does one layer's part when its block is gathered.
 
-    To be made when the block is sharded, without the masker's Parameters, which are sharded here.
+    Make it when the block is sharded without the masker's Parameters; they are sharded here.
 
     Args:
         layer: the layer; its weight is sharded.
-        mesh: over the ranks that share it.
+        mesh: the ranks that share it.
     """
 
     def __init__(self, layer: MaskedLinear, mesh: DeviceMesh) -> None:
@@ -131,17 +131,17 @@ class MaskedGather:
         self._learns = any(p.requires_grad for p in layer.masker.parameters())
         weight = cast(nn.Parameter, layer.weight)
         if self._learns:
-            # FSDP2 reduces the gradients of what requires them; this one reaches no optimizer.
+            # FSDP2 reduces a gradient only if it is required; no optimizer gets this one.
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(self._route)
 
     def hook(self) -> None:
-        """Have FSDP2 ask here; moving a model gives it other shards, so before every forward."""
+        """Make FSDP2 call this object, before every forward: moving a model makes new shards."""
         shard: Any = cast(Any, self._layer.weight)._local_tensor
         shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = self._give, self._take
 
     def multiply(self, x_BI: Tensor) -> Tensor:
-        """The layer's product by its gathered weight, which is masked already."""
+        """Multiply by the gathered weight, which is masked already."""
         layer, masking = self._layer, self._layer.scope.masking
         if self._gathered != masking and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
@@ -162,9 +162,9 @@ class MaskedGather:
     def _give(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
-        """This rank's rows, masked, and as many as any rank has."""
+        """This rank's masked rows, padded to the largest number of rows that a rank has."""
         scope = self._layer.scope
-        # In backward a block is gathered once more, outside of its forward's scope.
+        # Backward gathers a block again, outside of the scope of its forward pass.
         in_backward = torch._C._current_graph_task_id() != -1
         masking = self._before_backward if in_backward else scope.masking
         if not in_backward:
@@ -183,11 +183,11 @@ class MaskedGather:
     def _take(
         self, outputs: tuple[Tensor, ...], metadata: Any, dtype: Any, *, out: Any = None
     ) -> Any:
-        """What was gathered is the weight; the second time it is where the first was."""
+        """Return the gathered tensor as the weight; a second gather writes to the same memory."""
         return None if out is not None else (outputs[0], outputs)
 
     def _route(self, weight: Any) -> None:
-        """Take the gradient of the masked weight on to what the mask is made of."""
+        """Pass the gradient of the masked weight on to the masker's tensors."""
         grad_OI, weight.grad = weight.grad.to_local(), None
         named = dict(self._layer.masker.named_parameters())
         wanted = [name for name, parameter in named.items() if parameter.requires_grad]

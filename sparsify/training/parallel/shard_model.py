@@ -22,12 +22,12 @@ def check_sharding(masked: MaskedModel, gather: Gather, ranks: int, parts: int =
 
     Args:
         masked: the model; its tensors are not read.
-        gather: as there.
-        ranks: that share the model.
-        parts: of a layer, by tensor parallelism.
+        gather: as for :func:`shard`.
+        ranks: how many ranks share the model.
+        parts: into how many parts tensor parallelism splits a layer.
 
     Raises:
-        SparsifyError: the strategy, or a layer, cannot be sharded so.
+        SparsifyError: the strategy or a layer cannot be sharded in this way.
     """
     check_shards(masked.strategy, masked.layers, ranks, parts)
     if gather == "masked":
@@ -36,12 +36,12 @@ def check_sharding(masked: MaskedModel, gather: Gather, ranks: int, parts: int =
 
 
 def shard(masked: MaskedModel, teacher: nn.Module | None, gather: Gather, meshes: Any) -> None:
-    """Shard the model, in place, and the dense one that it learns from.
+    """Shard the model, and the dense one that it learns from, in place.
 
     Args:
         masked: the model.
-        teacher: the dense model, where the run keeps one.
-        gather: what ranks send each other: ``plain`` weights and all that masks are made of, or
+        teacher: the dense model, if the run keeps one.
+        gather: what ranks send each other: ``plain`` weights and the maskers' tensors, or
             ``masked`` weights.
         meshes: Lightning's device mesh.
 
@@ -57,7 +57,7 @@ def shard(masked: MaskedModel, teacher: nn.Module | None, gather: Gather, meshes
         if model is not None:
             for block in decoder_blocks(model).values():
                 fully_shard(block, mesh=mesh)
-            # Left to itself torch keeps what belongs to no block gathered until backward. Where
-            # none comes, steps would move the gathered copy, and be lost with it.
+            # By default torch keeps tensors outside of blocks gathered until backward. Without a
+            # backward pass, steps would change the gathered copy, and be lost with it.
             always = True if strategy.effect.without_gradients else None
             fully_shard(model, mesh=mesh, reshard_after_forward=always)

@@ -1,8 +1,8 @@
 """A run of the real code on tensors without values: calibration and one optimizer step.
 
-The order of events is that of a run under Lightning, where gradients are dropped after the forward
-pass: that of a later step finds those of the step before, and the optimizer's states, which are
-added to what the first step shows.
+Events happen in the order of a run under Lightning, which drops gradients only after the forward
+pass. So in later steps the forward pass still holds the former step's gradients, and the
+optimizer's states. Both are added to what the first step shows.
 
 Shapes: B windows of a batch, S of calibration, T tokens, V vocabulary.
 """
@@ -37,7 +37,7 @@ from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
 from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.step import BatchRun, checkpoint_activations
 
-WINDOWS = 1  # of calibration that are run; the others' inputs are added
+WINDOWS = 1  # calibration windows that are run; the memory of the others' inputs is added
 WEIGHTS, MASKERS, TEACHER = "weights", "masker tensors", "teacher"
 GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer states", "activations"
 LOGGED = "mask logging"
@@ -73,9 +73,9 @@ class DryRun:
 
 
 def dry_run(settings: PlanSettings) -> DryRun:
-    """Run it; errors as those of a run, and where code depends on values."""
+    """Do the dry run; raises what a run would raise, and errors of code that depends on values."""
     module = settings.module
-    strategy = copy.deepcopy(module.strategy)  # what it keeps of this run is not for another
+    strategy = copy.deepcopy(module.strategy)  # its state after this run must not reach another
     skeleton = load_skeleton(module.name_or_path)
     check_positions(skeleton, settings.block_size)
     second = copy.deepcopy(skeleton)
@@ -83,7 +83,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
     dtype = stored_dtype(module.name_or_path) if name == "auto" else getattr(torch, name)
     selection = module.selection
     for pattern in filter(None, (selection.pattern, *selection.overrides.patterns.values())):
-        pattern.rank(pattern.table())  # its tables are kept, and must not be kept without values
+        pattern.rank(pattern.table())  # fills its cached tables with real values first
     with Ledger() as ledger, _without_pieces(settings.device):
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
@@ -121,7 +121,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
 
 
 def _later_step(peaks: dict[str, Peak], kept: dict[str, int]) -> dict[str, Peak]:
-    """What a later step holds beside the first one's tensors."""
+    """The peaks of later steps, which hold more tensors than the first."""
     found = dict(peaks)
     for phase, more in ((FORWARD, (GRADIENTS, OPTIMIZER)), (BACKWARD, (OPTIMIZER,))):
         if phase in peaks:
@@ -169,7 +169,7 @@ def _masker_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _calibrate(masked: MaskedModel, settings: PlanSettings) -> bool:
-    """Whether it reads text."""
+    """Run calibration; returns whether it reads text."""
     asked = settings.module.calibration
     plain = Calibration(activations=asked.activations, cache=False)
     windows = min(WINDOWS, asked.samples), settings.block_size
@@ -187,14 +187,14 @@ def _train(
     params: list[nn.Parameter],
     settings: PlanSettings,
 ) -> dict[str, int]:
-    """What lives after the step, in bytes by label."""
+    """Run one step; returns the bytes that stay allocated after it, by label."""
     strategy, distillation = masked.strategy, settings.module.distillation
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
     def make_optimizer(params: list[nn.Parameter]) -> Optimizer:
         optimizer = settings.module.make_optimizer(params)
         for group in optimizer.param_groups:
-            # Left to itself torch works on all Parameters at once on a GPU, which takes room.
+            # By default torch updates all Parameters at once on a GPU, which takes memory.
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = settings.device == "cuda"
         return optimizer

@@ -1,4 +1,4 @@
-"""From what a dry run showed to the peak of each device, by part."""
+"""Computes the peak memory of each device, by part, from what a dry run showed."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def phase(self) -> str:
-        """The one with the highest peak."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -68,10 +68,10 @@ def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
 
 
 def _calibration(parts: dict[str, int], settings: PlanSettings, seen: DryRun) -> dict[str, int]:
-    """With the inputs of all windows.
+    """Add the inputs of all windows.
 
-    They are collected in a list that becomes one buffer, so that for a moment they are there twice.
-    Blocks are calibrated before anything is sharded, by every process; on a GPU one at a time.
+    They are collected in a list that becomes one buffer, so that for a moment they exist twice.
+    Every process calibrates all blocks before anything is sharded; on a GPU one block at a time.
     """
     found = dict(parts)
     inputs = settings.module.calibration.samples * seen.window

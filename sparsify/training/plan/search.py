@@ -1,5 +1,5 @@
-"""Settings that fit a device: remedies one upon another, the cheapest first, as options of
-``sparsify fit``.
+"""Finds settings that fit a device. Remedies are added one after another, the cheapest first, as
+options of ``sparsify fit``.
 
 1. gradient checkpointing: costs one more forward pass; what is learned stays the same
 2. half the batch, again and again, down to one window: more steps, or more of them accumulated
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def best(self) -> Estimate:
-        """The first that fits, or the smallest."""
+        """The first estimate that fits, or else the smallest."""
         fitting = [found for _, found in self.tries if self.short(found) <= 0]
         return fitting[0] if fitting else min((e for _, e in self.tries), key=lambda e: e.total)
 
