@@ -10,7 +10,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from sparsify.callbacks.checkpoints import Checkpoints
 from sparsify.callbacks.find import find
@@ -29,10 +28,8 @@ from sparsify.common.run_folder import run_folder
 from sparsify.common.seal import sealed
 from sparsify.common.secrets import redacted
 from sparsify.export.folder import export
-from sparsify.export.read_back import WINDOWS
 from sparsify.export.target import check_target, check_writable
 from sparsify.models.perplexity import Score, score_metrics
-from sparsify.models.token_batch import split_batch
 from sparsify.results.result import describe_protocol, make_result, pattern_text
 
 
@@ -112,8 +109,8 @@ class EvaluateAndExport(Callback):
         _log(trainer, split, scores, result)
         folder = self._target(trainer)
         record = {key: result[key] for key in ("date", "versions", "run", "protocol", "scores")}
-        tokens_BT = _windows(trainer)
-        export(pl_module.masked, folder, record, self.overwrite, tokens_BT, pl_module.measuring)
+        windows_BT, measuring = pl_module.test_windows(), pl_module.measuring
+        export(pl_module.masked, folder, record, self.overwrite, windows_BT, measuring)
         self.exported = folder
         if trainer.is_global_zero:
             console(trainer).print(f"exported to {folder}", soft_wrap=True)
@@ -147,14 +144,6 @@ class EvaluateAndExport(Callback):
             else:  # the export, on another disk maybe, still happens
                 print(f"WARNING: {path} was not written: {unwritten}", file=sys.stderr)
         return result
-
-
-def _windows(trainer: Any) -> Tensor | None:
-    """A few windows of the test text, int64 ``[B, T]``; None without a test text."""
-    data = trainer.datamodule
-    if not data.test_names:
-        return None
-    return split_batch(next(iter(data.test_dataloader()[0])))[0][:WINDOWS]
 
 
 def _log(trainer: Any, split: str, scores: dict[str, Score], result: dict[str, Any]) -> None:

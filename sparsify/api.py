@@ -54,7 +54,9 @@ class Sparsified:
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the sparse model, its tokenizer, masks and manifest as a Hugging Face folder."""
-        export(self.module.masked, Path(folder), {}, overwrite, None, self.module.measuring)
+        module = self.module
+        windows_BT, measuring = module.test_windows(), module.measuring
+        export(module.masked, Path(folder), {}, overwrite, windows_BT, measuring)
 
     def save_masks(self, path: str | Path) -> None:
         """Write the masks alone: a file that ``prior`` takes."""

@@ -16,6 +16,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 import sparsify
 from sparsify.calibration import Layerwise
+from sparsify.export import folder, read_back
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama
@@ -44,6 +45,25 @@ def test_a_model_object_learns_masks_and_exports(
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     for name, mask in masks.items():
         assert torch.equal(plain.get_submodule(name).weight != 0, mask)
+
+
+def test_an_export_is_compared_on_the_test_text_where_there_is_one(
+    model, tokenizer, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def measure(masked: Any, tokens_BT: Any, measuring: Any) -> Any:
+        seen.append(tokens_BT)
+        return read_back.measure(masked, tokens_BT, measuring)
+
+    monkeypatch.setattr(folder, "measure", measure)
+    files = {split: str(text / f"{split}.txt") for split in ("train", "test")}
+    data = sparsify.TextDataModule(**files, block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    result = sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+    result.export(tmp_path / "export")
+    [tokens_BT] = seen
+    assert torch.equal(tokens_BT, next(iter(result.trainer.datamodule.test_dataloader()[0])))
 
 
 def test_a_checkpoint_saved_after_the_run_says_that_it_cannot_be_resumed(

@@ -48,7 +48,7 @@ def measure(masked: MaskedModel, tokens_BT: Tensor | None, measuring: Measuring)
         generator = torch.Generator().manual_seed(0)
         ids = cast(int, model.get_input_embeddings().num_embeddings)
         tokens_BT = torch.randint(ids, (WINDOWS, _DRAWN_TOKENS), generator=generator)
-    tokens_BT = tokens_BT.to(model.device)
+    tokens_BT = tokens_BT[:WINDOWS].to(model.device)
     with measuring():
         logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits.cpu()
     return Measured(tokens_BT, logits_BTV, measuring)

@@ -59,6 +59,13 @@ class Evaluation(LightningModule):
         with precision, self.masked.hard():
             yield
 
+    def test_windows(self) -> Tensor | None:
+        """A batch of the test text, int64 ``[B, T]``; None without a test text."""
+        data = None if self._trainer is None else cast(Any, self.trainer).datamodule
+        if data is None or not data.test_names:
+            return None
+        return split_batch(next(iter(data.test_dataloader()[0])))[0]
+
     def on_validation_epoch_start(self) -> None:
         names = cast(Any, self.trainer).datamodule.validation_names
         self._meter = PerplexityMeter(names, self.device)
