@@ -152,12 +152,17 @@ class Cli:
         return sorted(folders, key=lambda path: path.stat().st_mtime_ns)
 
 
+def start_in(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have the command line find what it does where it is started in a folder."""
+    patch.chdir(folder)
+    patch.setattr("sys.argv", ["sparsify"])
+    patch.setattr("sys.path", list(sys.path))
+
+
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, text: Path) -> Cli:
     """The command line, started in ``tmp_path``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sparsify"])
-    monkeypatch.setattr("sys.path", list(sys.path))
+    start_in(tmp_path, monkeypatch)
     return Cli(tmp_path, model_folder, text)
 
 

@@ -5,7 +5,6 @@ What ``fit``, ``validate``, ``test`` and ``export`` take from a checkpoint is in
 
 import json
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -24,11 +23,10 @@ from sparsify.common.shown_logs import shown_logs
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file import read_masks, write_masks
 from sparsify.masking.pattern import NMPattern
-from tests.conftest import Cli
+from tests.conftest import Cli, start_in
+from tests.hostile import CODE, ESCAPE, Pickled
 from tests.results.downstream.tasks import write_tasks
 
-ESCAPE = "\x1b]0;owned\x07\x9b31m\u202egood"
-CODE = "from pathlib import Path\nPath('OWNED').touch()\n"
 LAYER = "model.layers.0.mlp.up_proj"
 
 
@@ -39,13 +37,6 @@ class Odd(str):
         return True
 
 
-class Pickled:
-    """Runs a command when it is read."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch OWNED",)
-
-
 @pytest.fixture(scope="module")
 def place(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text: Path
@@ -54,9 +45,7 @@ def place(
     folder = tmp_path_factory.mktemp("hostile")
     write_tasks(folder / "tasks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["sparsify"])
-        patch.setattr("sys.path", list(sys.path))
+        start_in(folder, patch)
         cli = Cli(folder, model_folder, text)
         cli("fit", "--strategy=magnitude")
         [run] = cli.runs()

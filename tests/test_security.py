@@ -35,13 +35,12 @@ from sparsify.models.base import load_model, load_skeleton, load_tokenizer
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.training.checkpoints.settings import settings_of
 from sparsify.training.module import SparseCausalLM
-from tests.conftest import Cli
+from tests.conftest import Cli, start_in
+from tests.hostile import CODE, ESCAPE, Pickled
 
 COMMANDS = ("fit", "validate", "test", "export", "sensitivity")
 # Would leave a file if it ran, however it is come by.
 POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": "touch OWNED", "shell": True}}
-HELPER = "from pathlib import Path\nPath('OWNED').touch()\n"
-ESCAPE = "\x1b]0;owned\x07\x9b31m\u202egood"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,7 @@ def settings_saved(
     """A whole checkpoint of a run of one step, as it was read."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["sparsify"])
+        start_in(folder, patch)
         Cli(folder, model_folder, text)(
             "fit", "--strategy=maskllm", "--model.strategy.prior=magnitude"
         )
@@ -122,7 +120,7 @@ EVIL = {
 def test_a_checkpoint_runs_nothing(
     cli: Cli, settings_saved: dict[str, Any], kind: str, audited: None
 ) -> None:
-    Path("helper_mod.py").write_text(HELPER)
+    Path("helper_mod.py").write_text(CODE)
     Path("evil.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [POPEN]}}))
     path = evil(settings_saved, *EVIL[kind])
     passed: list[str] = []
@@ -194,7 +192,7 @@ def test_a_foreign_strategy_is_named_in_every_command_and_keeps_its_settings(
 
 
 def test_a_file_in_the_current_folder_takes_no_modules_place(cli: Cli) -> None:
-    Path("colorsys.py").write_text(HELPER)
+    Path("colorsys.py").write_text(CODE)
     sys.modules.pop("colorsys", None)
     allow_current_folder()
     assert sys.path[-1] == os.getcwd()
@@ -208,7 +206,7 @@ def test_a_file_in_the_current_folder_takes_no_modules_place(cli: Cli) -> None:
 def test_loading_a_checkpoint_in_python_calls_no_function_that_it_names(
     cli: Cli, settings_saved: dict[str, Any]
 ) -> None:
-    Path("helper_mod.py").write_text(HELPER)
+    Path("helper_mod.py").write_text(CODE)
     evil = {"_instantiator": "helper_mod.S", "strategy": POPEN}
     saved = settings_saved["hyper_parameters"] | evil
     torch.save(settings_saved | {"hyper_parameters": saved}, "evil.ckpt")
@@ -309,7 +307,7 @@ def test_no_settings_import_or_run_anything(
 def test_the_watch_sees_what_an_unchecked_checkpoint_does(
     cli: Cli, settings_saved: dict[str, Any], audited: None
 ) -> None:
-    Path("helper_mod.py").write_text(HELPER)
+    Path("helper_mod.py").write_text(CODE)
     config = json.loads(json.dumps(settings_saved["hyper_parameters"]["config"]))
     config["model"]["strategy"] = "helper_mod.S"
     config["data"]["tokenizer"] = POPEN
@@ -380,7 +378,7 @@ def test_custom_code_of_a_model_runs_not_and_nobody_is_asked(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail("asked"))
     shutil.copytree(model_folder, "m")
-    Path("m/evil.py").write_text(HELPER)
+    Path("m/evil.py").write_text(CODE)
     config = json.loads(Path("m", file).read_text())
     config["auto_map"] = {
         "AutoConfig": "evil.C",
@@ -396,13 +394,6 @@ def test_custom_code_of_a_model_runs_not_and_nobody_is_asked(
         with suppress(SparsifyError):
             load("m")
     assert not Path("OWNED").exists()
-
-
-class Pickled:
-    """Runs a command when it is read."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch OWNED",)
 
 
 def test_pickles_are_not_run(

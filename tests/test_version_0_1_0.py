@@ -9,6 +9,7 @@ import yaml
 
 from sparsify.cli.main import main
 from sparsify.export.mask_file import read_masks
+from tests.conftest import start_in
 
 ASSETS = Path(__file__).parent / "assets" / "version_0_1_0"
 
@@ -16,8 +17,7 @@ ASSETS = Path(__file__).parent / "assets" / "version_0_1_0"
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its run's folder; model and text, which are relative paths, lie in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sparsify"])
+    start_in(tmp_path, monkeypatch)
     shutil.copytree(ASSETS, ".", dirs_exist_ok=True)
     return Path("run")
 

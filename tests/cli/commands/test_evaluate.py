@@ -25,7 +25,7 @@ from sparsify.export.mask_file import read_masks
 from sparsify.results.downstream import run
 from sparsify.results.downstream.quiet import quiet_harness
 from sparsify.serving.verify import verify
-from tests.conftest import Cli
+from tests.conftest import Cli, start_in
 from tests.results.downstream.tasks import QUESTIONS, write_tasks
 
 Eval = Callable[..., tuple[int, str, str]]
@@ -40,9 +40,7 @@ def place(
     folder = tmp_path_factory.mktemp("eval")
     write_tasks(folder / "tasks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["sparsify"])
-        patch.setattr("sys.path", list(sys.path))
+        start_in(folder, patch)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         Cli(folder, model_folder, text)(
             "export", "--strategy=magnitude", "--output.folder=run/export"
