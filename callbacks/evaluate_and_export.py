@@ -185,7 +185,7 @@ def _save(trainer: Any) -> tuple[Path | None, DiskFull | None]:
 def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """Describe the run for a result file."""
     device, now = pl_module.device, cost(trainer, pl_module)
-    distils = pl_module.distillation.weight and pl_module.learns
+    distils = pl_module.distillation.needs_dense and pl_module.learns
     prunes = pl_module.strategy.effect.prunes
     return {
         "strategy": pl_module.strategy.describe(),

@@ -21,8 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.common.errors import SparsifyError
-from sparsify.common.ranks import processes
 from sparsify.masking.masker import Draw, Masker, Masking
 from sparsify.masking.pattern import NMPattern
 
@@ -99,8 +97,7 @@ class _MaskedProduct(torch.autograd.Function):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
             grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        left = _after_taking(ctx.layer, grads[1:])
-        return grad_x, grads[0], grad_bias, None, None, *left
+        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
 
 
 def _mask(
@@ -112,20 +109,6 @@ def _mask(
         return cast(
             tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
         )
-
-
-def _after_taking(layer: "MaskedLinear", grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients that autograd gets, after ``take_gradients`` has kept those it wants."""
-    names = list(layer.masker_parameters())
-    given = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
-    left = layer.masker.take_gradients(dict(given)) if given else given
-    if left.keys() != given.keys() and (ranks := processes()) > 1:
-        raise SparsifyError(
-            f"{layer.masker.name}: {type(layer.masker).__name__} takes gradients in backward, "
-            f"before {ranks} ranks average them; give --trainer.strategy fsdp with --model.gather "
-            "masked, or run one process"
-        )
-    return [left.get(name) for name in names]
 
 
 class MaskedLinear(nn.Module):

@@ -1,6 +1,5 @@
 """The object that masks one layer: its interface, and one for a mask that never changes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -120,22 +119,6 @@ class Masker(nn.Module):
         if isinstance(masking, Draw):
             return self.sample(weight_OI, masking, row0)
         return self.harden(weight_OI, row0), _no_penalty(weight_OI)
-
-    def take_gradients(self, grads: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        """The layer calls this in backward with its masker's gradients, once for each use of the
-        layer. Autograd adds the gradients that it returns to ``grad``, for an optimizer.
-
-        Override it to update Parameters during backward, so that gradients need not be stored:
-        change the rows that this process holds, ``local_rows(parameter.detach())``, and leave their
-        gradients out of what you return. Two limits apply. With several ranks this works only if
-        they gather masked weights; otherwise they average gradients later than this. And one
-        backward pass may use the layer only once: autograd refuses a Parameter that has changed.
-
-        Args:
-            grads: by Parameter name, of this process's rows and of one micro-batch, scaled as its
-                loss was.
-        """
-        return grads
 
     def set_mask(self, mask_OI: Tensor) -> None:
         """Start from a bool mask ``[O, I]``, by default the one that ``calibrate`` found."""

@@ -92,3 +92,20 @@ def normal(
     u = uniform(key, rows, 2 * elements, row0, device)
     radius = (-2 * u[:, :elements].log()).sqrt_()
     return radius * torch.cos(2 * math.pi * u[:, elements:])
+
+
+def round_to_bfloat16(values: Tensor, key: Tensor, row0: int = 0) -> Tensor:
+    """Round up or down at random, so that the mean is the value (stochastic rounding: Gupta et al.,
+    2015, arXiv 1502.02551).
+
+    Args:
+        values: finite fp32, ``[O, E]``.
+        key, row0: as for :func:`uniform`.
+
+    Returns:
+        bfloat16 ``[O, E]``.
+    """
+    chance = uniform(key, *values.shape, row0, values.device).mul_(1 << 16).int()
+    # A bfloat16 number is the upper half of an fp32 one: a carry out of the lower half rounds up.
+    bits = chance.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
+    return bits.view(torch.float32).bfloat16()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.effect import Effect
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masker import Draw, FixedMasker, Masker, Masking
@@ -23,17 +24,20 @@ class RunResult(NamedTuple):
     """The result of one forward pass over the micro-batch.
 
     Attributes:
-        loss: what a strategy minimises, nats, 0-d: the task loss; with distillation, its mixture
-            with the divergence from the dense model.
+        loss: what a strategy minimises, nats, 0-d: the task loss; with distillation, what that
+            makes of it.
         task_loss: mean cross-entropy over the next tokens that are targets, nats, 0-d.
         logits: the model's output, ``[B, T, V]``.
         penalty: the sum of the maskers' penalties, 0-d.
+        blocks: if asked for, the outputs of the decoder blocks in order, each ``[B, T, D]``; the
+            last one after the final norm.
     """
 
     loss: Tensor
     task_loss: Tensor
     logits: Tensor
     penalty: Tensor
+    blocks: tuple[Tensor, ...] = ()
 
 
 class Run(Protocol):
@@ -43,8 +47,10 @@ class Run(Protocol):
         """Draw k of ``of``; no other micro-batch or rank is given the same draws."""
         ...
 
-    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
-        """Run the model forward, with or without a graph."""
+    def __call__(self, masking: Masking, grad: bool = True, blocks: bool = False) -> RunResult:
+        """Run the model forward, with or without a graph; ``run("dense", grad=False)`` runs the
+        dense model. ``blocks`` asks for the outputs of the blocks.
+        """
         ...
 
 
@@ -138,6 +144,7 @@ class SparsityStrategy(nn.Module, Generic[M]):
         independent_blocks: whether ``calibrate`` finds the same result for a block if it has not
             seen the blocks before it. If so, a calibration that was stopped continues at its next
             block; if not, it starts again. Not inherited: each class sets it for itself.
+        distillation: how it learns from the dense model, unless the run says otherwise.
         schedules: values that change during the run; the annealing callback writes the current
             ones to ``values``.
         values: the schedules' current values; maskers hold the same dict.
@@ -146,6 +153,7 @@ class SparsityStrategy(nn.Module, Generic[M]):
 
     effect: Effect = Effect()
     independent_blocks: ClassVar[bool] = False
+    distillation: Distillation = Distillation()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -39,7 +39,7 @@ def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | Non
         check_tokenizer(base.model, module.tokenizer)
     teacher = None
     fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
-    if module.distillation.weight and strategy.effect.trains_base and fits:
+    if module.distillation.needs_dense and strategy.effect.trains_base and fits:
         teacher = copy.deepcopy(base.model).requires_grad_(False)
     masked = MaskedModel(base, strategy, module.selection)
     check_dtype(masked)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.calibration import Calibration
 from sparsify.common.ranks import data_parallel
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw
@@ -30,7 +31,6 @@ from sparsify.models.token_batch import TokenBatch
 from sparsify.training import guards, optimizers
 from sparsify.training.build import build, calibrate
 from sparsify.training.checkpoints import hooks
-from sparsify.training.distillation import Distillation
 from sparsify.training.evaluation import Evaluation
 from sparsify.training.parallel.shard_model import shard
 from sparsify.training.step import BatchRun
@@ -53,7 +53,7 @@ class SparseCausalLM(Evaluation):
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text that one-shot masks, or the starting masks of learned ones, are
             computed from.
-        distillation: learn from the dense model's predictions too.
+        distillation: how to learn from the dense model; the default is what the strategy advises.
         optimizer: updates what is learned, unless the strategy brings its own optimizer.
         lr_final: the learning rate at the end, as a share of the one at the start; it falls along
             half a cosine.
@@ -74,7 +74,7 @@ class SparseCausalLM(Evaluation):
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
-        distillation: Distillation = Distillation(),
+        distillation: Distillation | None = None,
         optimizer: OptimizerCallable = optimizers.adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
@@ -92,7 +92,7 @@ class SparseCausalLM(Evaluation):
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
         self.calibrated: dict[str, Any] | None = None
-        self.distillation = distillation
+        self.distillation = strategy.distillation if distillation is None else distillation
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
         self.gather: Literal["plain", "masked"] = gather

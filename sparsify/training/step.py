@@ -4,20 +4,22 @@ Shapes: B windows, T tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sparsify.common.errors import SparsifyError
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import MaskScope
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masking
 from sparsify.masking.strategy import RunResult
 from sparsify.models.perplexity import mean_loss, token_losses
 from sparsify.models.token_batch import TokenBatch, split_batch
-from sparsify.training.distillation import Distillation
 
 
 class BatchRun:
@@ -28,7 +30,7 @@ class BatchRun:
         batch: token ids; with a mask of targets, unless all tokens are targets.
         first: the draw for a strategy that needs one per micro-batch; index = micro-batch x
             data-parallel ranks + rank.
-        distillation: mixes the divergence from the dense model into the loss.
+        distillation: how the loss compares with the dense model.
         teacher: a copy of the dense model, needed if training changes the base weights.
 
     Attributes:
@@ -45,7 +47,7 @@ class BatchRun:
     ) -> None:
         self._model, self._scope = masked.model, masked.scope
         self._distillation, self._teacher = distillation, teacher
-        self._teacher_BTV: Tensor | None = None
+        self._dense: CausalLMOutputWithPast | None = None
         self._tokens_BT, self._targets_BT = split_batch(batch)
         self._first = first
         self.task_loss: Tensor | None = None
@@ -53,25 +55,50 @@ class BatchRun:
     def draw(self, k: int = 0, of: int = 1) -> Draw:
         return Draw(self._first.seed, self._first.step, self._first.index * of + k)
 
-    def __call__(self, masking: Masking, grad: bool = True) -> RunResult:
+    def __call__(self, masking: Masking, grad: bool = True, blocks: bool = False) -> RunResult:
+        distils = self._distillation.needs_dense and masking != "dense"
+        dense = self._run_dense() if distils else None
         with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
-            logits = self._model(input_ids=self._tokens_BT, use_cache=False).logits
-            loss = task_loss = mean_loss(token_losses(logits, self._tokens_BT), self._targets_BT)
-            if self._distillation.weight:
-                teacher_BTV = self._dense_logits()
-                loss = self._distillation.mix(task_loss, logits, teacher_BTV, self._targets_BT)
+            out = self._forward(self._model, blocks or (distils and self._distillation.hidden > 0))
+            # If the divergence is all that counts, the task loss is only looked at.
+            with torch.set_grad_enabled(grad and not (distils and self._distillation.weight == 1)):
+                losses_BT = token_losses(out.logits, self._tokens_BT)
+                loss = task_loss = mean_loss(losses_BT, self._targets_BT)
+            if dense is not None:
+                loss = self._distillation.mix(
+                    task_loss,
+                    out.logits,
+                    dense.logits,
+                    self._targets_BT,
+                    _blocks(out),
+                    _blocks(dense),
+                )
         self.task_loss = task_loss.detach()
         penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
-        return RunResult(loss, task_loss, logits, penalty)
+        return RunResult(loss, task_loss, out.logits, penalty, _blocks(out))
 
     @torch.no_grad()
-    def _dense_logits(self) -> Tensor:
-        """The dense model's logits, ``[B, T, V]``, computed once per micro-batch."""
-        if self._teacher_BTV is None:
+    def _run_dense(self) -> CausalLMOutputWithPast:
+        """What the dense model gives, computed once per micro-batch."""
+        if self._dense is None:
             with self._scope.use("dense"):
                 model = self._teacher or self._model
-                self._teacher_BTV = model(input_ids=self._tokens_BT, use_cache=False).logits
-        return self._teacher_BTV
+                self._dense = self._forward(model, self._distillation.hidden > 0)
+        return self._dense
+
+    def _forward(self, model: PreTrainedModel, blocks: bool) -> CausalLMOutputWithPast:
+        out = model(input_ids=self._tokens_BT, use_cache=False, output_hidden_states=blocks)
+        if blocks and not out.hidden_states:
+            raise SparsifyError(
+                f"{type(model).__name__} does not give the outputs of its blocks; give "
+                "--model.distillation.hidden 0"
+            )
+        return cast(CausalLMOutputWithPast, out)
+
+
+def _blocks(out: CausalLMOutputWithPast) -> tuple[Tensor, ...]:
+    """The outputs of the blocks, if they were asked for; the first hidden state is their input."""
+    return (out.hidden_states or ())[1:]
 
 
 def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:

@@ -11,26 +11,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from torch import Tensor
 from torch.optim import SGD
 
 import sparsify.training.module
 from sparsify import SparseCausalLM, TextDataModule
 from sparsify.callbacks.annealing import Annealing
 from sparsify.common.ranks import leave_process_group
+from sparsify.masking.distillation import Distillation
+from sparsify.masking.in_place import InPlaceMomentum
 from sparsify.masking.inject import hard_masks
-from sparsify.masking.layer import local_rows, masked_layers
-from sparsify.masking.pattern import NMPattern
+from sparsify.masking.layer import masked_layers
 from sparsify.masking.sharded_rows import whole
-from sparsify.strategies.maskllm import CandidateMasker, MaskLLM
+from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
-from sparsify.training.distillation import Distillation
 from sparsify.training.parallel.fsdp import Sharded
 from tests.assets.shard_run import odd_llama
 from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
 
 STEPS = 6
-RATE = 0.01  # of what moves in backward
 #: by name: settings of the module, and of the Trainer
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "simple": ({}, {}),
@@ -41,25 +39,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "odd rows": ({"exclude": "*down_proj"}, {}),
     "mean mask": ({"optimizer": partial(SGD, lr=1.0)}, {}),
     "bf16": ({}, {}),
-    # The masked way moves the logits in backward.
-    "in backward": ({"optimizer": partial(SGD, lr=RATE), "lr_final": 1.0}, {}),
+    "in place": ({"optimizer": partial(InPlaceMomentum, lr=0.01)}, {"accumulate_grad_batches": 2}),
 }
-
-
-class TakingMasker(CandidateMasker):
-    """Moves its logits in backward, by plain gradient descent."""
-
-    def take_gradients(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, grad in grads.items():
-            local_rows(self.get_parameter(name).detach()).sub_(grad, alpha=RATE)
-        return {}
-
-
-class Taking(MaskLLM):
-    """Leaves nothing to an optimizer."""
-
-    def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> TakingMasker:
-        return TakingMasker(name, shape, pattern, self.values, self.hard)
 
 
 class Traffic:
@@ -110,8 +91,6 @@ def run(gather: str, name: str, text: Path, traffic: Traffic) -> dict[str, Any]:
     strategy = MaskLLM(prior="magnitude")
     if name == "mean mask":
         strategy = MaskPro(prior="magnitude", strength=1.0, estimator="mean_gradient")
-    if (gather, name) == ("masked", "in backward"):
-        strategy = Taking(prior="magnitude")
     module = SparseCausalLM.from_model(model, word_tokenizer(), strategy, gather=gather, **options)
     note = Note()
     data = TextDataModule(

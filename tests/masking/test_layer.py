@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsify import Draw, FixedMasker, Masker, NMPattern, SparsifyError
+from sparsify import Draw, FixedMasker, Masker, NMPattern
 from sparsify.masking import noise
 from sparsify.masking.inject import inject
 from sparsify.masking.layer import (
@@ -22,7 +22,6 @@ from sparsify.masking.layer import (
     MaskedLinear,
     MaskScope,
     linear_shape,
-    local_rows,
     masked,
 )
 from sparsify.masking.masker import Masking
@@ -373,64 +372,3 @@ def test_two_draws_in_flight_survive_activation_checkpointing(model: Any) -> Non
         assert torch.equal(loss_found, loss)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
-
-
-class Taking(CandidateMasker):
-    """Moves its logits in backward, by plain gradient descent."""
-
-    rate = 0.1
-
-    def take_gradients(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.taken = set(grads)
-        for name, grad in grads.items():
-            local_rows(self.get_parameter(name).detach()).sub_(grad, alpha=self.rate)
-        return {}
-
-
-def taking_layer() -> tuple[MaskedLinear, MaskedLinear]:
-    """A layer whose masker updates in backward, and its twin, which leaves that to an optimizer."""
-    twin = candidate_layer(plain_layer("linear"))
-    masker = Taking("layer", (ROWS, COLUMNS), NMPattern(2, 4), VALUES, False)
-    masker.load_state_dict(twin.masker.state_dict())
-    return masked(twin.plain(), masker, MaskScope()), twin
-
-
-def test_a_masker_can_update_in_backward() -> None:
-    layer, twin = taking_layer()
-    optimizer = torch.optim.SGD(twin.masker.parameters(), lr=Taking.rate)
-    before = twin.masker.logits_OKG.detach().clone()
-    for _ in range(3):
-        x = inputs()
-        found = gradients(layer, x, run)
-        expected = gradients(twin, x, run)
-        assert expected.keys() - found.keys() == {"masker.logits_OKG"}  # nothing outlives backward
-        assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
-        optimizer.step()
-        assert torch.equal(layer.masker.logits_OKG, twin.masker.logits_OKG)
-    assert layer.masker.taken == {"logits_OKG"}
-    assert float((layer.masker.logits_OKG.detach() - before).abs().max()) > 0.1
-
-
-def test_two_uses_in_one_backward_are_not_moved_apart() -> None:
-    layer, _ = taking_layer()
-    both = run(layer, inputs())[0].sum() + run(layer, inputs())[0].sum()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        both.backward()
-
-
-def test_gradients_that_a_masker_leaves_are_accumulated() -> None:
-    layer, twin = taking_layer()
-    layer.masker.take_gradients = lambda grads: {name: 2 * g for name, g in grads.items()}
-    x = inputs()
-    for _ in range(2):
-        for one in (layer, twin):
-            run(one, x)[0].sin().sum().backward()
-    torch.testing.assert_close(layer.masker.logits_OKG.grad, 2 * twin.masker.logits_OKG.grad)
-
-
-def test_ranks_that_average_gradients_later_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, twin = taking_layer()
-    monkeypatch.setattr("sparsify.masking.layer.processes", lambda: 2)
-    gradients(twin, inputs(), run)
-    with pytest.raises(SparsifyError, match="layer: Taking takes gradients in backward, before 2"):
-        gradients(layer, inputs(), run)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityStrategy
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
@@ -26,7 +27,6 @@ from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.proxsparse import ProxSparse
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
-from sparsify.training.distillation import Distillation
 from sparsify.training.step import BatchRun
 from tests.conftest import quiet_trainer, tiny_llama
 from tests.strategies.training import built, sgd

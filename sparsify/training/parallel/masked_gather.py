@@ -202,9 +202,9 @@ class MaskedGather:
             grads = torch.autograd.grad(
                 outputs, [tensors[name] for name in wanted], seeds, allow_unused=True
             )
-        given = {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
-        for name, grad in self._layer.masker.take_gradients(given).items():
-            _accumulate(named[name], grad)
+        for name, grad in zip(wanted, grads, strict=True):
+            if grad is not None:
+                _accumulate(named[name], grad)
 
     def _weight(self) -> Tensor:
         return cast(DTensor, self._layer.weight.detach()).to_local()
@@ -229,3 +229,6 @@ def _accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
         own.grad = sharded(grad, own)
     else:
         cast(DTensor, own.grad).to_local().add_(grad)
+    # Autograd and FSDP2 call these hooks where they accumulate a gradient.
+    for hook in (cast(Any, parameter)._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)

@@ -88,7 +88,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
-        if module.distillation.weight and strategy.effect.trains_base:
+        if module.distillation.needs_dense and strategy.effect.trains_base:
             teacher = _without_values(second, dtype).requires_grad_(False)
             ledger.label(TEACHER, teacher.parameters())
         masked = _masked(BaseModel(model, module.name_or_path, dtype, ""), strategy, module)

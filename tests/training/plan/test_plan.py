@@ -11,11 +11,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsify.calibration import Calibration
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
-from sparsify.training.distillation import Distillation
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.parallel import Sharded
 from sparsify.training.parallel.ddp import DDP

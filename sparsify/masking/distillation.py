@@ -1,0 +1,130 @@
+"""Learns from the dense model: from its predictions (Hinton et al., 2015, arXiv 1503.02531) and
+from the outputs of its blocks (Romero et al., 2015, arXiv 1412.6550).
+
+Shapes: B windows, T tokens, V vocabulary, D features of a block's output, N tokens of a piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsify.common.errors import SparsifyError
+from sparsify.models.perplexity import mean_loss
+
+# Probabilities are made for so many logits at once: 64 MB in fp32.
+AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a run learns from the dense model; ``--model.distillation.*``.
+
+    The loss is ``(1 - weight) * cross-entropy + weight * temperature**2 * KL(dense || sparse)``,
+    with both distributions at this temperature, plus ``hidden`` times the sum over decoder blocks
+    of ``|h - h_dense|**2 / |h_dense|**2``, where h is a block's output; of the last block it is
+    taken after the final norm. The square keeps the size of the divergence's gradient.
+
+    Args:
+        weight: from 0 (no divergence) to 1 (no cross-entropy).
+        temperature: divides the logits of both models.
+        hidden: the weight of the blocks' outputs; 0 leaves them out.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1 or not self.temperature > 0 or not self.hidden >= 0:
+            raise SparsifyError(
+                f"distillation weight={self.weight}, temperature={self.temperature}, "
+                f"hidden={self.hidden}; the weight must lie between 0 and 1, the temperature above "
+                "0, and hidden must not be negative: --model.distillation.weight 0.5 "
+                "--model.distillation.temperature 1 --model.distillation.hidden 0"
+            )
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model has to run."""
+        return self.weight > 0 or self.hidden > 0
+
+    def mix(
+        self,
+        task_loss: Tensor,
+        logits_BTV: Tensor,
+        dense_BTV: Tensor,
+        targets_BT: Tensor | None,
+        blocks: Sequence[Tensor] = (),
+        dense_blocks: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The loss, 0-d, nats.
+
+        Args:
+            task_loss: mean cross-entropy over the targets.
+            logits_BTV: the sparse model's logits.
+            dense_BTV: the dense model's logits.
+            targets_BT: bool, ``[B, T]``, which tokens are targets; None if all are.
+            blocks: the outputs of the sparse model's blocks, each ``[B, T, D]``.
+            dense_blocks: the outputs of the dense model's blocks.
+        """
+        loss = (1 - self.weight) * task_loss if self.weight < 1 else task_loss.new_zeros(())
+        if self.weight:
+            divergence_BT = divergence(logits_BTV, dense_BTV, self.temperature)
+            loss = loss + self.weight * self.temperature**2 * mean_loss(divergence_BT, targets_BT)
+        if self.hidden:
+            pairs = zip(blocks, dense_blocks, strict=True)
+            errors = [relative_error(block, dense, targets_BT) for block, dense in pairs]
+            loss = loss + self.hidden * torch.stack(errors).sum()
+        return loss
+
+
+def divergence(logits_BTV: Tensor, dense_BTV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(dense || sparse) of every next token, fp32, in nats: ``[B, T - 1]``. The token after the
+    last is not known, so its distribution is left out.
+
+    For backward it keeps one tensor of the logits' size and type; fp32 probabilities are made piece
+    by piece.
+    """
+    return cast(Tensor, cast(Any, _Divergence).apply(logits_BTV, dense_BTV, temperature))
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, dense_BTV: Tensor, temperature: float) -> Tensor:
+        windows, tokens, words = logits_BTV.shape
+        found_BT = logits_BTV.new_empty(windows, tokens - 1, dtype=torch.float32)
+        slope_BTV = torch.zeros_like(logits_BTV)
+        step = max(1, AT_ONCE // words)
+        for window in range(windows):
+            for start in range(0, tokens - 1, step):
+                some = window, slice(start, min(start + step, tokens - 1))
+                sparse_NV, dense_NV = (
+                    F.log_softmax(values[some].float() / temperature, -1)
+                    for values in (logits_BTV, dense_BTV)
+                )
+                wanted_NV = dense_NV.exp()
+                found_BT[some] = (wanted_NV * (dense_NV - sparse_NV)).sum(-1)
+                slope_BTV[some] = sparse_NV.exp_().sub_(wanted_NV).div_(temperature)
+        ctx.save_for_backward(slope_BTV)
+        return found_BT
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Any, ...]:
+        (slope_BTV,) = ctx.saved_tensors
+        return slope_BTV * F.pad(grad_BT, (0, 1)).to(slope_BTV.dtype)[..., None], None, None
+
+
+def relative_error(block_BTD: Tensor, dense_BTD: Tensor, targets_BT: Tensor | None) -> Tensor:
+    """``|h - h_dense|**2 / |h_dense|**2`` over the outputs that predict targets, 0-d, fp32; 0 if
+    there are none.
+    """
+    wanted_BTD, apart_BTD = dense_BTD[:, :-1].float(), (block_BTD - dense_BTD)[:, :-1].float()
+    if targets_BT is not None:
+        others = ~targets_BT[:, 1:, None]
+        wanted_BTD, apart_BTD = (x.masked_fill(others, 0) for x in (wanted_BTD, apart_BTD))
+    tiny = torch.finfo(torch.float32).tiny
+    return apart_BTD.square().sum() / wanted_BTD.square().sum().clamp(min=tiny)

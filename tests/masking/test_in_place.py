@@ -1,0 +1,213 @@
+"""The optimizer that takes gradients in backward: its steps by hand, what it keeps, rounding."""
+
+import copy
+import gc
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify import SparsifyError
+from sparsify.masking import in_place, noise
+from sparsify.masking.in_place import InPlaceMomentum
+
+SHAPES = ((6, 8), (5, 4, 3), (7,))
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
+
+
+def loss(params: list[nn.Parameter], number: int, share: float = 1.0) -> Tensor:
+    """A loss whose gradients are other random numbers for each ``number``, very unlike in size."""
+    generator = torch.Generator().manual_seed(100 + number)
+    terms = [
+        (p.float() * torch.randn(p.shape, generator=generator) * 10.0 ** (3 * k)).sum()
+        for k, p in enumerate(params)
+    ]
+    return share * torch.stack(terms).sum()
+
+
+def by_hand(
+    params: list[nn.Parameter], steps: list[list[Tensor]], lr: float, momentum: float
+) -> list[np.ndarray[Any, Any]]:
+    """The same steps in numpy; ``steps`` holds the gradients of each step."""
+    values = [p.detach().double().numpy().copy() for p in params]
+    moved = [np.zeros_like(v) for v in values]
+    for gradients in steps:
+        for k, gradient in enumerate(gradients):
+            moved[k] = momentum * moved[k] + gradient.double().numpy()
+            values[k] -= lr * moved[k] / np.sqrt((moved[k] ** 2).mean())
+    return values
+
+
+def gradients(params: list[nn.Parameter], numbers: list[int]) -> list[Tensor]:
+    """The mean gradient of some losses, by autograd on copies."""
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    torch.stack([loss(twins, n) for n in numbers]).mean().backward()
+    return [twin.grad for twin in twins]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_are_those_of_the_equations(momentum: float, micro_batches: int) -> None:
+    params = parameters()
+    numbers = [[s * micro_batches + k for k in range(micro_batches)] for s in range(4)]
+    expected = by_hand(params, [gradients(params, n) for n in numbers], 0.02, momentum)
+    optimizer = InPlaceMomentum(params, 0.02, momentum)
+    for step in numbers:
+        for number in step:
+            loss(params, number, 1 / micro_batches).backward()
+            assert all(p.grad is None for p in params)  # taken in backward
+        optimizer.step()
+    for parameter, value in zip(params, expected, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-5, atol=1e-6)
+    assert [list(optimizer.state[p]) for p in params] == [["step", "momentum"]] * 3
+
+
+def test_the_rate_is_the_root_mean_square_of_a_step() -> None:
+    params = parameters()
+    optimizer = InPlaceMomentum(params, 0.02)
+    before = [p.detach().clone() for p in params]
+    loss(params, 0).backward()
+    optimizer.step()
+    for parameter, value in zip(params, before, strict=True):
+        moved = float((parameter.detach() - value).square().mean().sqrt())
+        assert moved == pytest.approx(0.02, rel=1e-5)
+
+
+def test_gradients_are_dropped_one_by_one() -> None:
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer = InPlaceMomentum(params)
+    kept: list[int] = []
+    x = torch.ones(4)
+    for parameter in params:
+        x = x * parameter
+        x.register_hook(lambda _: kept.append(sum(p.grad is not None for p in params)))
+    x.sum().backward()
+    assert kept == [0, 0, 0]
+    assert len(optimizer.state) == 3
+
+
+def test_replicas_keep_gradients_until_they_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "processes", lambda: 2)
+    params = parameters()
+    expected = by_hand(params, [gradients(params, [n]) for n in range(3)], 0.02, 0.9)
+    optimizer = InPlaceMomentum(params, 0.02)
+    for number in range(3):
+        loss(params, number).backward()
+        assert all(p.grad is not None for p in params)
+        optimizer.step()
+        assert all(p.grad is None for p in params)
+    for parameter, value in zip(params, expected, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_got_no_gradient_stays() -> None:
+    params = parameters()
+    first = copy.deepcopy(params)
+    optimizer = InPlaceMomentum(params)
+    params[0].sum().backward()
+    optimizer.step()
+    assert bool((params[0] != first[0]).all())
+    assert torch.equal(params[1], first[1])
+    params[1].sum().mul(0).backward()
+    optimizer.step()
+    assert torch.equal(params[1], first[1])  # and no number became NaN
+
+
+def test_the_newest_optimizer_takes_the_gradients() -> None:
+    params = parameters()
+    first = InPlaceMomentum(params)
+    second = InPlaceMomentum(params)
+    loss(params, 0).backward()
+    assert not first.state
+    assert len(second.state) == 3
+    gone = weakref.ref(second)
+    del second
+    gc.collect()
+    assert gone() is None
+    loss(params, 0).backward()
+    assert all(p.grad is not None for p in params)  # nobody is left to take them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_its_state(dtype: torch.dtype) -> None:
+    whole, half = parameters(dtype), parameters(dtype)
+
+    def steps(params: list[nn.Parameter], optimizer: InPlaceMomentum, which: range) -> None:
+        for number in which:
+            loss(params, number).backward()
+            optimizer.step()
+
+    steps(whole, InPlaceMomentum(whole, seed=3), range(6))
+    optimizer = InPlaceMomentum(half, seed=3)
+    steps(half, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(state["momentum"].dtype == dtype for state in saved["state"].values())
+    resumed = InPlaceMomentum(half, seed=3)
+    resumed.load_state_dict(saved)
+    steps(half, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, half, strict=True))
+
+
+def test_bf16_moves_on_average_by_less_than_its_last_place() -> None:
+    parameter = nn.Parameter(torch.full((64, 256), 1.0, dtype=torch.bfloat16))
+    optimizer = InPlaceMomentum([parameter], lr=1e-4, momentum=0.0)
+    for _ in range(10):  # half of the last place of 1 is 0.002 below it
+        parameter.float().sum().backward()
+        optimizer.step()
+    assert float(parameter.detach().float().mean()) == pytest.approx(1 - 1e-3, abs=1e-4)
+    assert len(parameter.unique()) > 1
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_bf16_does_not_depend_on_the_size_of_pieces(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for count in (at_once, in_place.AT_ONCE):
+        monkeypatch.setattr(in_place, "AT_ONCE", count)
+        params = parameters(torch.bfloat16)
+        optimizer = InPlaceMomentum(params)
+        loss(params, 0).backward()
+        optimizer.step()
+        found.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_rounding_is_to_a_neighbour_and_right_on_average() -> None:
+    values = torch.tensor([1.0, 1 + 2**-9, -1 - 2**-10, 3e-5, -7.7, 0.0])
+    counts = [
+        noise.round_to_bfloat16(values[None].repeat(1000, 1), noise.fold("test", n)).float()
+        for n in range(20)
+    ]
+    found = torch.cat(counts)
+    low = (values.view(torch.int32) & -65536).view(torch.float32)
+    high = ((values.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    exact = values == low
+    assert bool(((found == low) | (found == high)).all())
+    assert bool((found[:, exact] == values[exact]).all())
+    spread = (high - low).abs() / math.sqrt(len(found))
+    assert bool(((found.double().mean(0) - values).abs() <= 2.5 * spread).all())
+    # 1 + 2**-9 is a quarter of the way up, and is rounded up so often.
+    assert float((found[:, 1] > 1).double().mean()) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0.*must not be negative"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"momentum": 1.0}, r"momentum=1.0.*\[0, 1\)"),
+        ({"momentum": -0.1}, "momentum=-0.1"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, float], message: str) -> None:
+    with pytest.raises(SparsifyError, match=message):
+        InPlaceMomentum(parameters(), **options)
