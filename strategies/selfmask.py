@@ -4,7 +4,7 @@ The dense model, which is the same frozen weights without the masks, is the teac
     start      s = scale (|w| / mean |w|)^2 within the prior's choice; kept ones get a margin more
     forward    m = the N largest scores of each group; y = (w o m) x. No noise and no temperature
     backward   ds = w g - mean over the group of w g, where g is the gradient at the masked weight
-    loss       KL(dense || sparse) + hidden sum over blocks |h - h_dense|^2 / |h_dense|^2
+    loss       KL(dense || sparse) + 0.2 sum over blocks of |h - h_dense|^2 / |h_dense|^2
     step       v = momentum v + ds;  s = s - lr v / (root mean square of the layer's v)
 
 The gradient is straight-through (Bengio et al., 2013, arXiv 1308.3432): to first order, ``w g`` is
@@ -69,6 +69,7 @@ class ScoreMasker(Masker):
         self, name: str, shape: tuple[int, int], pattern: NMPattern, dtype: torch.dtype
     ) -> None:
         super().__init__(name, shape, pattern)
+        self.learned_dtype = dtype
         self.scores_OI = nn.Parameter(torch.zeros(shape, dtype=dtype))
         kept_OJ = torch.zeros(shape[0], -(-shape[1] // 8), dtype=torch.uint8)
         self.kept_OJ = nn.Parameter(kept_OJ, requires_grad=False)

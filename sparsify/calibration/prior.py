@@ -69,6 +69,7 @@ def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> Sparsity
     """
     if isinstance(prior, str):
         prior = SavedMasks(prior) if _is_path(prior) else make_strategy(prior)
+        prior = prior if weights else prior.as_prior()
     if isinstance(prior, StartsFromPrior):
         raise SparsifyError(
             f"prior {type(prior).__name__}: it learns its masks, which takes a run of its own; "

@@ -5,7 +5,7 @@ Shapes: B windows, T tokens, V vocabulary, D features of a block's output, N tok
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -25,32 +25,49 @@ class Distillation:
 
     The loss is ``(1 - weight) * cross-entropy + weight * temperature**2 * KL(dense || sparse)``,
     with both distributions at this temperature, plus ``hidden`` times the sum over decoder blocks
-    of ``|h - h_dense|**2 / |h_dense|**2``, where h is a block's output; of the last block it is
-    taken after the final norm. The square keeps the size of the divergence's gradient.
+    of ``|h - h_dense|**2 / |h_dense|**2``, where h is a block's output for a token; the last
+    block's is taken after the final norm. Both terms are means over the tokens that predict
+    targets. The square of the temperature keeps the size of the divergence's gradient.
 
     Args:
-        weight: from 0 (no divergence) to 1 (no cross-entropy).
-        temperature: divides the logits of both models.
-        hidden: the weight of the blocks' outputs; 0 leaves them out.
+        weight: from 0 (no divergence) to 1 (no cross-entropy). What is not given is as the strategy
+            advises, or else 0.
+        temperature: divides the logits of both models; if not given, as the strategy advises, or 1.
+        hidden: the weight of the blocks' outputs, if not given, as the strategy advises, or 0.
     """
 
-    weight: float = 0.0
-    temperature: float = 1.0
-    hidden: float = 0.0
+    weight: float | None = None
+    temperature: float | None = None
+    hidden: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1 or not self.temperature > 0 or not self.hidden >= 0:
+        weight, temperature, hidden = self.numbers
+        if not 0 <= weight <= 1 or not temperature > 0 or not hidden >= 0:
             raise SparsifyError(
-                f"distillation weight={self.weight}, temperature={self.temperature}, "
-                f"hidden={self.hidden}; the weight must lie between 0 and 1, the temperature above "
-                "0, and hidden must not be negative: --model.distillation.weight 0.5 "
-                "--model.distillation.temperature 1 --model.distillation.hidden 0"
+                f"distillation weight={weight}, temperature={temperature}, hidden={hidden}; the "
+                "weight must lie between 0 and 1, the temperature above 0, and hidden must not be "
+                "negative: --model.distillation.weight 0.5 --model.distillation.temperature 1 "
+                "--model.distillation.hidden 0"
             )
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Weight, temperature and hidden; 0, 1 and 0 where they are not given."""
+        given = self.weight, self.temperature, self.hidden
+        found = [0.0 if value is None else value for value in given]
+        return found[0], 1.0 if self.temperature is None else self.temperature, found[2]
+
+    def over(self, advice: "Distillation") -> "Distillation":
+        """These settings, and where there are none, those of ``advice``; all are given then."""
+        pairs = zip(astuple(self), astuple(advice), strict=True)
+        return Distillation(
+            *Distillation(*(own if own is not None else other for own, other in pairs)).numbers
+        )
 
     @property
     def needs_dense(self) -> bool:
         """Whether the dense model has to run."""
-        return self.weight > 0 or self.hidden > 0
+        return bool(self.weight or self.hidden)
 
     def mix(
         self,
@@ -71,14 +88,15 @@ class Distillation:
             blocks: the outputs of the sparse model's blocks, each ``[B, T, D]``.
             dense_blocks: the outputs of the dense model's blocks.
         """
-        loss = (1 - self.weight) * task_loss if self.weight < 1 else task_loss.new_zeros(())
-        if self.weight:
-            divergence_BT = divergence(logits_BTV, dense_BTV, self.temperature)
-            loss = loss + self.weight * self.temperature**2 * mean_loss(divergence_BT, targets_BT)
-        if self.hidden:
+        weight, temperature, hidden = self.numbers
+        loss = (1 - weight) * task_loss if weight < 1 else task_loss.new_zeros(())
+        if weight:
+            divergence_BT = divergence(logits_BTV, dense_BTV, temperature)
+            loss = loss + weight * temperature**2 * mean_loss(divergence_BT, targets_BT)
+        if hidden:
             pairs = zip(blocks, dense_blocks, strict=True)
             errors = [relative_error(block, dense, targets_BT) for block, dense in pairs]
-            loss = loss + self.hidden * torch.stack(errors).sum()
+            loss = loss + hidden * torch.stack(errors).sum()
         return loss
 
 
@@ -119,12 +137,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def relative_error(block_BTD: Tensor, dense_BTD: Tensor, targets_BT: Tensor | None) -> Tensor:
-    """``|h - h_dense|**2 / |h_dense|**2`` over the outputs that predict targets, 0-d, fp32; 0 if
-    there are none.
+    """``|h - h_dense|**2 / |h_dense|**2``, its mean over the outputs that predict targets, 0-d.
+
+    Each token's error is divided by that token's own size: in large models a few tokens have
+    outputs a thousand times as large as all others (Sun et al., 2024, arXiv 2402.17762), and would
+    be all that counts in a sum.
     """
-    wanted_BTD, apart_BTD = dense_BTD[:, :-1].float(), (block_BTD - dense_BTD)[:, :-1].float()
-    if targets_BT is not None:
-        others = ~targets_BT[:, 1:, None]
-        wanted_BTD, apart_BTD = (x.masked_fill(others, 0) for x in (wanted_BTD, apart_BTD))
-    tiny = torch.finfo(torch.float32).tiny
-    return apart_BTD.square().sum() / wanted_BTD.square().sum().clamp(min=tiny)
+    apart_BT = (block_BTD - dense_BTD)[:, :-1].float().square().sum(-1)
+    size_BT = dense_BTD[:, :-1].float().square().sum(-1)
+    return mean_loss(apart_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny), targets_BT)

@@ -1,7 +1,7 @@
 """The object that masks one layer: its interface, and one for a mask that never changes."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Masker(nn.Module):
             smaller than half the last place of a bf16 number, and ordinary rounding then loses it.
     """
 
-    learned_dtype: ClassVar[torch.dtype] = torch.float32
+    learned_dtype: torch.dtype = torch.float32
 
     def __init__(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> None:
         super().__init__()

@@ -193,6 +193,12 @@ class SparsityStrategy(nn.Module, Generic[M]):
         """
         return self
 
+    def as_prior(self) -> "SparsityStrategy":
+        """What runs where this strategy is named, without settings, as the prior of another: the
+        settings that find the best masks for the base weights.
+        """
+        return self
+
     def init_masker(
         self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
     ) -> None:

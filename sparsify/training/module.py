@@ -53,7 +53,7 @@ class SparseCausalLM(Evaluation):
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
         calibration: the text that one-shot masks, or the starting masks of learned ones, are
             computed from.
-        distillation: how to learn from the dense model; the default is what the strategy advises.
+        distillation: how to learn from the dense model.
         optimizer: updates what is learned, unless the strategy brings its own optimizer.
         lr_final: the learning rate at the end, as a share of the one at the start; it falls along
             half a cosine.
@@ -74,7 +74,7 @@ class SparseCausalLM(Evaluation):
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
-        distillation: Distillation | None = None,
+        distillation: Distillation = Distillation(),
         optimizer: OptimizerCallable = optimizers.adamw,
         lr_final: float = 0.1,
         warmup_steps: int = 0,
@@ -92,7 +92,7 @@ class SparseCausalLM(Evaluation):
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
         self.calibrated: dict[str, Any] | None = None
-        self.distillation = strategy.distillation if distillation is None else distillation
+        self.distillation = distillation.over(strategy.distillation)
         self.make_optimizer = optimizer
         self.lr_final, self.warmup_steps = lr_final, warmup_steps
         self.gather: Literal["plain", "masked"] = gather

@@ -59,7 +59,7 @@ class BatchRun:
         distils = self._distillation.needs_dense and masking != "dense"
         dense = self._run_dense() if distils else None
         with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
-            out = self._forward(self._model, blocks or (distils and self._distillation.hidden > 0))
+            out = self._forward(self._model, blocks or bool(distils and self._distillation.hidden))
             # If the divergence is all that counts, the task loss is only looked at.
             with torch.set_grad_enabled(grad and not (distils and self._distillation.weight == 1)):
                 losses_BT = token_losses(out.logits, self._tokens_BT)
@@ -83,7 +83,7 @@ class BatchRun:
         if self._dense is None:
             with self._scope.use("dense"):
                 model = self._teacher or self._model
-                self._dense = self._forward(model, self._distillation.hidden > 0)
+                self._dense = self._forward(model, bool(self._distillation.hidden))
         return self._dense
 
     def _forward(self, model: PreTrainedModel, blocks: bool) -> CausalLMOutputWithPast:

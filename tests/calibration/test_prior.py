@@ -104,6 +104,15 @@ def test_a_prior_brings_weights_only_where_they_are_wanted() -> None:
     assert make_prior(plain) is make_prior(plain, weights=True) is plain
 
 
+def test_a_strategy_that_is_only_named_runs_as_the_prior_that_it_advises() -> None:
+    named = make_prior("sparsegpt")
+    assert isinstance(named, MasksOnly)
+    assert named.describe()["settings"]["strategy"]["settings"]["update_weights"] is True
+    # Where its weights would be taken over too, it runs as it is.
+    assert make_prior("sparsegpt", weights=True).effect.weights == "frozen"
+    assert type(make_prior("magnitude")).__name__ == "Magnitude"
+
+
 @pytest.mark.parametrize("learner", ["maskllm", "MaskPro", "sr_ste"])
 def test_a_prior_that_would_have_to_learn_is_refused(learner: str) -> None:
     with pytest.raises(SparsifyError, match="learns its masks, which takes a run of its own; name"):

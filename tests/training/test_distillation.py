@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityStrategy
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
-from sparsify.masking.distillation import Distillation
+from sparsify.masking import distillation
+from sparsify.masking.distillation import Distillation, divergence
 from sparsify.masking.layer import base_parameters
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
@@ -98,6 +100,96 @@ def test_its_gradient_keeps_its_size_at_any_temperature() -> None:
     assert norms[1] == pytest.approx(norms[2], rel=0.1)
     assert 0.2 < norms[1] / norms[0] < 5
     assert not bool(gradients[0][:, -1].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 100, 1 << 24])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_pieces_change_neither_the_divergence_nor_its_gradient(
+    temperature: float, at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "AT_ONCE", at_once)
+    student, teacher = (logits.to(dtype) for logits in random_logits())
+    upstream = torch.randn(3, 15, generator=torch.Generator().manual_seed(2))
+    student.requires_grad_()
+    found = divergence(student, teacher, temperature)
+    assert found.dtype == torch.float32
+    found.backward(upstream)
+    twin = student.detach().double().requires_grad_()
+    p, q = (torch.log_softmax(x[:, :-1].double() / temperature, -1) for x in (teacher, twin))
+    expected = (p.exp() * (p - q)).sum(-1)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    wanted = twin.grad.to(dtype)
+    rtol = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(student.grad, wanted, rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.parametrize("targets", [None, TARGETS])
+def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
+    student, teacher = random_logits()
+    generator = torch.Generator().manual_seed(3)
+    blocks, dense = (
+        [torch.randn(3, 16, 5, generator=generator) for _ in range(2)] for _ in range(2)
+    )
+    total = 0.0
+    for h, h_dense in zip(blocks, dense, strict=True):
+        errors = []
+        for b in range(3):
+            for t in range(15):
+                if targets is None or targets[b, t + 1]:
+                    x, y = h[b, t].tolist(), h_dense[b, t].tolist()
+                    apart = sum((i - j) ** 2 for i, j in zip(x, y, strict=True))
+                    errors.append(apart / sum(j**2 for j in y))
+        total += sum(errors) / len(errors)
+    args = torch.tensor(2.5), student, teacher, targets
+    for weight in (0.0, 0.4):
+        without = Distillation(weight).mix(*args).item()
+        found = Distillation(weight, hidden=0.3).mix(*args, blocks, dense).item()
+        assert found == pytest.approx(without + 0.3 * total, rel=1e-5)
+    nothing = torch.zeros(3, 16, dtype=torch.bool)
+    assert Distillation(1.0, hidden=1.0).mix(*args[:3], nothing, blocks, dense).item() == 0
+
+
+def test_a_run_gives_the_outputs_of_the_blocks(tokenizer: PreTrainedTokenizerFast) -> None:
+    module = built(MAKE["frozen"](), tokenizer)
+    run = BatchRun(module.masked, TOKENS, DRAW)
+    assert run(DRAW).blocks == ()
+    found = run("dense", grad=False, blocks=True)
+    expected = tiny_llama()(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    assert len(found.blocks) == len(expected) - 1 == 2
+    assert all(torch.equal(a, b) for a, b in zip(found.blocks, expected[1:], strict=True))
+    sparse = run(DRAW, blocks=True)
+    assert all(h.requires_grad for h in sparse.blocks)
+    assert not torch.equal(sparse.blocks[0], found.blocks[0])
+    module.lm.forward = lambda **_: CausalLMOutputWithPast(logits=found.logits)
+    with pytest.raises(SparsifyError, match="does not give the outputs.*distillation.hidden 0"):
+        run(DRAW, blocks=True)
+
+
+def test_a_strategy_advises_and_the_run_decides(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Advising(MaskLLM):
+        distillation = Distillation(0.7, hidden=0.1)
+
+    def found(**options: Any) -> Distillation:
+        return built(Advising(prior="magnitude"), tokenizer, **options).distillation
+
+    assert found() == Distillation(0.7, 1.0, 0.1)
+    assert found(distillation=Distillation(hidden=0.0)) == Distillation(0.7, 1.0, 0.0)
+    assert found(distillation=Distillation(0.0, 2.0)) == Distillation(0.0, 2.0, 0.1)
+    assert built(MAKE["frozen"](), tokenizer).distillation == Distillation(0.0, 1.0, 0.0)
+    module = built(Advising(prior="magnitude"), tokenizer)
+    counter = Counter(module)
+    BatchRun(module.masked, TOKENS, DRAW, module.distillation)(DRAW)
+    assert counter.maskings == ["dense", DRAW]
+
+
+def test_a_task_loss_that_does_not_count_has_no_graph(tokenizer: PreTrainedTokenizerFast) -> None:
+    module = built(MAKE["frozen"](), tokenizer)
+    for weight in (0.5, 1.0):
+        result = BatchRun(module.masked, TOKENS, DRAW, Distillation(weight))(DRAW)
+        assert result.loss.requires_grad
+        assert result.task_loss.requires_grad == (weight < 1)
 
 
 def test_no_target_is_no_loss() -> None:
@@ -255,6 +347,8 @@ def test_checkpoints_hold_no_teacher_and_go_on_bit_for_bit(
         ({"weight": math.nan}, "weight=nan"),
         ({"temperature": 0.0}, "temperature=0.0.*above 0"),
         ({"temperature": -1.0}, "temperature=-1.0.*--model.distillation.temperature"),
+        ({"hidden": -1.0}, "hidden=-1.0.*must not be negative"),
+        ({"hidden": math.nan}, "hidden=nan"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, float], message: str) -> None:

@@ -1,0 +1,220 @@
+"""Selfmask: its start, its gradient and its steps, each by another way.
+
+Shapes: O out, I in, M group size.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from sparsify import Draw, LayerResult, NMPattern, SparseCausalLM, SparsifyError
+from sparsify.masking.distillation import Distillation
+from sparsify.masking.inject import hard_masks
+from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
+from sparsify.masking.mask_bits import unpack
+from sparsify.strategies.selfmask import ScoreMasker, SelfMask
+from tests.conftest import tiny_llama
+from tests.strategies.training import built, largest, rate, train
+
+PATTERNS = ("2:4", "1:4", "4:8", "8:16", "1:2", "3:5")
+DRAW = Draw(0, 0, 0)
+DTYPES = ("float32", "bfloat16")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def started(
+    weight_OI: Tensor, text: str, prior_OI: Tensor | None = None, **options: Any
+) -> ScoreMasker:
+    """A masker after its start."""
+    strategy = SelfMask(prior=None if prior_OI is None else "magnitude", **options)
+    masker = strategy.make_masker("layer", tuple(weight_OI.shape), NMPattern.parse(text))  # type: ignore[arg-type]
+    result = None if prior_OI is None else LayerResult(prior_OI)
+    strategy.init_masker(masker, weight_OI, result)
+    return masker
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_it_starts_from_the_priors_mask(text: str, dtype: Any, margin: float) -> None:
+    pattern = NMPattern.parse(text)
+    weight_OI = (random(16, 240) * 8).round() / 8  # ties, and zeros
+    prior_OI = pattern.top(random(16, 240, seed=1))
+    for chosen in (prior_OI, None):
+        masker = started(weight_OI, text, chosen, dtype=dtype, margin=margin)
+        expected = pattern.top(weight_OI.abs()) if chosen is None else chosen
+        assert masker.scores_OI.dtype == getattr(torch, dtype)
+        assert torch.equal(masker.hard_mask(weight_OI), expected)
+        assert torch.equal(pattern.top(masker.scores_OI.detach()), expected)
+
+
+def test_first_scores_are_those_of_the_equations() -> None:
+    weight_OI, prior_OI = random(6, 16), NMPattern(2, 4).top(random(6, 16, seed=1))
+    masker = started(weight_OI, "2:4", prior_OI, scale=0.3, margin=0.05)
+    size = weight_OI.double().abs().numpy()
+    score = 0.3 * (size / size.mean()) ** 2
+    for row in range(6):
+        for start in range(0, 16, 4):
+            group = range(start, start + 4)
+            kept = [i for i in group if prior_OI[row, i]]
+            least = min(score[row, i] for i in kept)
+            for i in group:
+                if i in kept:
+                    score[row, i] += 0.05
+                elif score[row, i] > least:  # it is pressed down to the smallest kept one
+                    score[row, i] = least
+    np.testing.assert_allclose(masker.scores_OI.detach().numpy(), score, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_the_gradient_is_that_of_the_mask_less_the_groups_mean(text: str) -> None:
+    pattern = NMPattern.parse(text)
+    weight_OI, x_BI, upstream_BO = random(8, 240), random(5, 240, seed=1), random(5, 8, seed=2)
+    masker = started(weight_OI, text)
+    linear = nn.Linear(240, 8, bias=False)
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+    layer = MaskedLinear(linear, masker, MaskScope())
+    with layer.scope.use(DRAW):
+        y_BO = layer(x_BI)
+        y_BO.backward(upstream_BO)
+    # The same product with the mask as a tensor that autograd differentiates.
+    mask_OI = torch.from_numpy(largest(weight_OI.numpy(), pattern.n, pattern.m))
+    mask_OI = mask_OI.float().requires_grad_()
+    expected_BO = F.linear(x_BI, weight_OI * mask_OI)
+    expected_BO.backward(upstream_BO)
+    torch.testing.assert_close(y_BO, expected_BO)
+    slope_OGM = mask_OI.grad.view(8, -1, pattern.m)  # type: ignore[union-attr]
+    expected = (slope_OGM - slope_OGM.mean(-1, keepdim=True)).view(8, 240)
+    torch.testing.assert_close(masker.scores_OI.grad, expected, rtol=1e-4, atol=1e-5)
+    assert masker.kept_OJ.grad is None
+
+
+class Hand:
+    """Steps on the tiny model that are taken with plain autograd and numpy."""
+
+    def __init__(self, module: SparseCausalLM) -> None:
+        self.weight, _, self.hidden = module.distillation.numbers
+        self.scores = {
+            name: layer.masker.scores_OI.detach().double().numpy().copy()
+            for name, layer in masked_layers(module.lm).items()
+        }
+        self.moved = {name: np.zeros_like(score) for name, score in self.scores.items()}
+
+    def slopes(self, tokens: Tensor) -> dict[str, Any]:
+        """What backward gives each score, from the masked weights' gradients."""
+        sparse, dense = tiny_llama(), tiny_llama()
+        weights = {name: sparse.get_submodule(name).weight for name in self.scores}
+        for name, weight in weights.items():
+            weight.data *= torch.from_numpy(largest_of(self.scores[name]))
+        out, wanted = (
+            model(input_ids=tokens, output_hidden_states=True) for model in (sparse, dense)
+        )
+        p = torch.softmax(wanted.logits[:, :-1].detach(), -1)
+        log_q = torch.log_softmax(out.logits[:, :-1], -1)
+        loss = self.weight * (p * (p.log() - log_q)).sum(-1).mean()
+        for h, h_dense in zip(out.hidden_states[1:], wanted.hidden_states[1:], strict=True):
+            apart, size = (h - h_dense.detach())[:, :-1], h_dense[:, :-1].detach()
+            loss = loss + self.hidden * (apart.norm(dim=-1) / size.norm(dim=-1)).square().mean()
+        if self.weight < 1:
+            shifted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            loss = loss + (1 - self.weight) * F.cross_entropy(*shifted)
+        loss.backward()
+        found = {}
+        for name, weight in weights.items():
+            plain = tiny_llama().get_submodule(name).weight.detach()
+            product = (weight.grad * plain).double().numpy()  # type: ignore[operator]
+            groups = product.reshape(len(product), -1, 4)
+            found[name] = (groups - groups.mean(-1, keepdims=True)).reshape(product.shape)
+        return found
+
+    def step(self, tokens: Tensor, lr: float) -> None:
+        for name, slope in self.slopes(tokens).items():
+            self.moved[name] = 0.9 * self.moved[name] + slope
+            size = np.sqrt((self.moved[name] ** 2).mean())
+            self.scores[name] -= lr * self.moved[name] / size
+
+
+def largest_of(score: Any) -> Any:
+    """The mask of the two largest scores of each group of four (scores may be negative)."""
+    return largest(score - score.min())
+
+
+@pytest.mark.parametrize(
+    "distillation",
+    [Distillation(), Distillation(0.0, hidden=0.0), Distillation(0.5, hidden=0.7)],
+    ids=["as advised", "no teacher", "other weights"],
+)
+def test_steps_are_those_of_the_equations(
+    distillation: Distillation,
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    strategy = SelfMask("magnitude", lr=0.02)
+    module = built(strategy, tokenizer, distillation=distillation)
+    if distillation == Distillation():
+        assert module.distillation == Distillation(1.0, 1.0, 0.2)
+    hand = Hand(module)
+    first = dict(hard_masks(module.lm))
+    steps = train(module, text, tmp_path)
+    for number, tokens in enumerate(steps.batches):
+        hand.step(tokens, rate(0.02, number))
+    for name, layer in masked_layers(module.lm).items():
+        found = layer.masker.scores_OI.detach().numpy()
+        np.testing.assert_allclose(found, hand.scores[name], atol=2e-4, err_msg=name)
+        mask = unpack(layer.masker.kept_OJ.detach(), found.shape[1])
+        assert torch.equal(mask, NMPattern(2, 4).top(layer.masker.scores_OI.detach()))
+    masks = dict(hard_masks(module.lm))
+    flipped = [float((masks[name] != first[name]).float().mean()) for name in masks]
+    assert min(flipped) > 0.01  # enough for a mistake to show
+
+
+def test_bf16_takes_four_bytes_and_a_bit_a_weight_and_no_gradient(
+    tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
+) -> None:
+    module = built(SelfMask("magnitude", dtype="bfloat16"), tokenizer)
+    first = dict(hard_masks(module.lm))
+    steps = train(module, text, tmp_path)
+    assert steps.gradients == [{}] * 4
+    optimizer = module.trainer.optimizers[0]
+    layers = masked_layers(module.lm).values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    held = sum(p.nbytes for layer in layers for p in layer.masker.parameters())
+    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    assert held + sum(state.nbytes for state in states) == (4 + 1 / 8) * weights
+    masks = dict(hard_masks(module.lm))
+    assert any(not torch.equal(masks[name], first[name]) for name in masks)
+
+
+def test_metrics_say_how_far_groups_are_from_a_flip() -> None:
+    weight_OI = random(6, 16)
+    masker = started(weight_OI, "2:4", margin=0.0)
+    scores = masker.scores_OI.detach().double().numpy()
+    margins = [
+        sorted(group)[2] - sorted(group)[1] for row in scores for group in row.reshape(-1, 4)
+    ]
+    expected = np.mean(margins) / np.sqrt((scores**2).mean())
+    assert float(masker.metrics()["margin"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "scale=0.0.*must be positive"),
+        ({"margin": -0.1}, "margin=-0.1.*not negative"),
+        ({"dtype": "float16"}, "dtype='float16'.*'float32' or 'bfloat16'"),
+        ({"prior": "maskllm"}, "prior MaskLLM: it learns its masks"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsifyError, match=message):
+        SelfMask(**options)
