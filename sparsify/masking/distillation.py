@@ -143,6 +143,21 @@ def relative_error(block_BTD: Tensor, dense_BTD: Tensor, targets_BT: Tensor | No
     outputs a thousand times as large as all others (Sun et al., 2024, arXiv 2402.17762), and would
     be all that counts in a sum.
     """
-    apart_BT = (block_BTD - dense_BTD)[:, :-1].float().square().sum(-1)
-    size_BT = dense_BTD[:, :-1].float().square().sum(-1)
-    return mean_loss(apart_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny), targets_BT)
+    errors_BT = cast(Any, _RelativeError).apply(block_BTD[:, :-1], dense_BTD[:, :-1])
+    return mean_loss(errors_BT, targets_BT)
+
+
+class _RelativeError(torch.autograd.Function):
+    """By token; for backward it keeps nothing but what it is given, which others keep anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, block_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+        size_BT = dense_BTD.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(block_BTD, dense_BTD, size_BT)
+        return (block_BTD.float() - dense_BTD).square().sum(-1) / size_BT
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Any, ...]:
+        block_BTD, dense_BTD, size_BT = ctx.saved_tensors
+        slope_BTD = (block_BTD.float() - dense_BTD).mul_((2 * grad_BT / size_BT)[..., None])
+        return slope_BTD.to(block_BTD.dtype), None

@@ -69,6 +69,8 @@ class InPlaceMomentum(Optimizer):
         self._seed = seed
         self._begun: set[nn.Parameter] = set()  # those whose momentum is that of the coming step
         for parameter in self._parameters():
+            momentum = torch.zeros_like(parameter, requires_grad=False)
+            self.state[parameter] = {"step": 0, "momentum": momentum}
             if handle := _HOOKS.pop(parameter, None):
                 handle.remove()
             if isinstance(parameter, DTensor) or processes() == 1:
@@ -79,10 +81,7 @@ class InPlaceMomentum(Optimizer):
         """Add a gradient, if there is one, to the momentum, and drop it."""
         if parameter.grad is None:
             return
-        state = self.state[parameter]
-        if not state:
-            state |= {"step": 0, "momentum": torch.zeros_like(parameter, requires_grad=False)}
-        momentum = local_rows(state["momentum"])
+        momentum = local_rows(self.state[parameter]["momentum"])
         if parameter not in self._begun:
             self._begun.add(parameter)
             momentum.mul_(self._group_of(parameter)["momentum"])

@@ -20,7 +20,7 @@ from sparsify import Calibration, Draw, SparseCausalLM, SparsifyError, SparsityS
 from sparsify import TextDataModule as Data
 from sparsify.callbacks.annealing import Annealing
 from sparsify.masking import distillation
-from sparsify.masking.distillation import Distillation, divergence
+from sparsify.masking.distillation import Distillation, divergence, relative_error
 from sparsify.masking.layer import base_parameters
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
@@ -147,6 +147,13 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
         without = Distillation(weight).mix(*args).item()
         found = Distillation(weight, hidden=0.3).mix(*args, blocks, dense).item()
         assert found == pytest.approx(without + 0.3 * total, rel=1e-5)
+    block = blocks[0].requires_grad_()
+    relative_error(block, dense[0], targets).backward()
+    twin = block.detach().requires_grad_()
+    by_token = (twin - dense[0]).square().sum(-1) / dense[0].square().sum(-1)
+    counts = torch.ones(3, 15) if targets is None else targets[:, 1:].float()
+    ((by_token[:, :-1] * counts).sum() / counts.sum()).backward()
+    torch.testing.assert_close(block.grad, twin.grad)
     nothing = torch.zeros(3, 16, dtype=torch.bool)
     assert Distillation(1.0, hidden=1.0).mix(*args[:3], nothing, blocks, dense).item() == 0
 
