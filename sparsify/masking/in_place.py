@@ -96,23 +96,23 @@ class InPlaceMomentum(Optimizer):
             self.take(parameter)
         begun = {n: p for n, p in enumerate(self._parameters()) if p in self._begun}
         self._begun.clear()
-        if begun:
-            sizes = self._sizes(list(begun.values()))
-            for (number, parameter), size in zip(begun.items(), sizes.unbind(), strict=True):
-                self._move(parameter, self._group_of(parameter)["lr"] / size, number)
+        sizes = self._sizes(list(begun.values()))
+        for (number, parameter), size in zip(begun.items(), sizes, strict=True):
+            self._move(parameter, self._group_of(parameter)["lr"] / size, number)
         return loss
 
-    def _sizes(self, parameters: list[nn.Parameter]) -> Tensor:
-        """The root mean square of each momentum, over all ranks' rows; fp32, never zero."""
-        squares = [
+    def _sizes(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The root mean square of each momentum, over all ranks' rows; 0-d fp32, never zero."""
+        norms = [
             torch.linalg.vector_norm(local_rows(self.state[p]["momentum"]), dtype=torch.float64)
             for p in parameters
         ]
-        sums = torch.stack(squares).square()
-        if isinstance(first := parameters[0], DTensor):
-            dist.all_reduce(sums, group=first.device_mesh.get_group())
-        counts = sums.new_tensor([parameter.numel() for parameter in parameters])
-        return (sums / counts).sqrt().clamp(min=torch.finfo(torch.float32).tiny).float()
+        squares = torch.stack(norms).square() if norms else torch.zeros(0)
+        if norms and isinstance(first := parameters[0], DTensor):
+            dist.all_reduce(squares, group=first.device_mesh.get_group())
+        tiny = torch.finfo(torch.float32).tiny
+        means = (s / p.numel() for s, p in zip(squares.unbind(), parameters, strict=True))
+        return [mean.sqrt().clamp(min=tiny).float() for mean in means]
 
     def _move(self, parameter: nn.Parameter, rate: Tensor, number: int) -> None:
         """Subtract the momentum times a rate, 0-d; ``number`` tells Parameters apart."""

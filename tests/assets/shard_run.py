@@ -118,6 +118,7 @@ CLIP = {"gradient_clip_val": 1e-3, "steps": 20}  # norms are some hundred times 
 MODELS = {"odd": {"model": odd_llama, "options": {"exclude": "*down_proj"}}}
 CASES: dict[str, dict[str, Any]] = {
     "maskllm": {"strategy": lambda: MaskLLM("sparsegpt")},
+    "selfmask": {"strategy": lambda: make_strategy("selfmask", prior="magnitude")},
     "sr_ste": {"strategy": lambda: make_strategy("sr_ste")},
     "magnitude": {"strategy": lambda: make_strategy("magnitude")},
     "clipped": {"strategy": lambda: MaskLLM("magnitude"), **CLIP},
@@ -129,8 +130,18 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"strategy": lambda: MaskLLM("magnitude"), "model": tiny_gpt2},
 }
 UNDER = {
-    "ddp": ["maskllm", "sr_ste", "magnitude"],
-    "fsdp": ["maskllm", "sr_ste", "magnitude", "clipped", "proxsparse", "lora", "odd", "updated"]
+    "ddp": ["maskllm", "selfmask", "sr_ste", "magnitude"],
+    "fsdp": [
+        "maskllm",
+        "selfmask",
+        "sr_ste",
+        "magnitude",
+        "clipped",
+        "proxsparse",
+        "lora",
+        "odd",
+        "updated",
+    ]
     + ["gpt2"],
 }
 

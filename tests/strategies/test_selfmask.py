@@ -11,16 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, SparseCausalLM, SparsifyError
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.inject import hard_masks
 from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
 from sparsify.masking.mask_bits import unpack
+from sparsify.masking.masked_model import MaskedModel
+from sparsify.models.base import BaseModel
 from sparsify.strategies.selfmask import ScoreMasker, SelfMask
-from tests.conftest import tiny_llama
-from tests.strategies.training import built, largest, rate, train
+from sparsify.training.step import BatchRun
+from tests.conftest import SIZES, tiny_llama
+from tests.strategies.training import built, largest, rate, sgd, train
 
 PATTERNS = ("2:4", "1:4", "4:8", "8:16", "1:2", "3:5")
 DRAW = Draw(0, 0, 0)
@@ -193,6 +196,34 @@ def test_bf16_takes_four_bytes_and_a_bit_a_weight_and_no_gradient(
     assert held + sum(state.nbytes for state in states) == (4 + 1 / 8) * weights
     masks = dict(hard_masks(module.lm))
     assert any(not torch.equal(masks[name], first[name]) for name in masks)
+
+
+def test_one_rate_flips_as_many_groups_at_any_width() -> None:
+    shares = {}
+    for width in (32, 64, 128):
+        config = LlamaConfig(**SIZES | {"hidden_size": width, "intermediate_size": 2 * width})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = BaseModel(LlamaForCausalLM(config).eval(), "random", torch.float32, "")
+        strategy = SelfMask(None, lr=0.004)
+        masked = MaskedModel(base, strategy)
+        masked.calibrate()
+        learned = [p for p in base.model.parameters() if p.requires_grad]
+        optimizer = strategy.optimizer(learned, masked.maskers, sgd(0.1))
+        shares[width] = []
+        for step in range(5):
+            tokens = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(step))
+            before = masked.hard_masks()
+            run = BatchRun(masked, tokens, Draw(0, step, 0), strategy.distillation)
+            strategy.loss(run).backward()
+            optimizer.step()
+            strategy.after_step(masked.maskers, 0.004)
+            flips = [mask != before[name] for name, mask in masked.hard_masks().items()]
+            share = [float(f.view(len(f), -1, 4).any(-1).float().mean()) for f in flips]
+            shares[width].append(sum(share) / len(share))
+    assert 0.005 < shares[32][-1] < 0.05
+    for width in (64, 128):  # with four and sixteen times as many weights
+        assert shares[width][-1] == pytest.approx(shares[32][-1], rel=0.3)
 
 
 def test_metrics_say_how_far_groups_are_from_a_flip() -> None:

@@ -71,7 +71,8 @@ def check_equal(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 0.0) -
 @pytest.mark.parametrize(("how", "name"), PAIRS)
 def test_two_ranks_learn_what_one_process_learns(runs: Path, how: str, name: str) -> None:
     one, (first, second) = single(runs, name), (found(runs, f"{how} {name}", r) for r in (0, 1))
-    rtol = 0.0 if how == "ddp" else 1e-6
+    # The in-place optimizer adds micro-batches to its momentum one by one, and ranks' mean at once.
+    rtol = 1e-5 if name == "selfmask" else 0.0 if how == "ddp" else 1e-6
     check_equal(one["masks"], first["masks"])
     check_equal(one["masks"], second["masks"])
     check_equal(one["learned"], first["learned"], rtol)

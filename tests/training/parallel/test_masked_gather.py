@@ -46,8 +46,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, text: Path) -> list[dict[str
 @pytest.mark.parametrize("name", CASES)
 def test_it_learns_what_the_plain_way_learns(name: str, ranks: list[dict[str, Any]]) -> None:
     plain, masked = (ranks[0][f"{gather} {name}"] for gather in ("plain", "masked"))
-    # Sums in another order; Adam divides by gradients that are close to zero.
-    share = 3e-2 if name == "bf16" else 2e-5
+    # Sums in another order; optimizers divide by gradients that are close to zero.
+    share = 3e-2 if name == "bf16" else 5e-5
     for key, value in plain["learned"].items():
         error = (masked["learned"][key] - value).abs().max() / value.abs().max()
         assert error < share, key
