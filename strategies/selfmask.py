@@ -97,12 +97,11 @@ class ScoreMasker(Masker):
 
     def metrics(self) -> dict[str, Tensor]:
         """``margin``: by how much a group's smallest kept score exceeds its largest dropped one, on
-        average, as a share of the root mean square of all scores.
+        average.
         """
         scores_OI, n = self.scores_OI.detach().float(), self.pattern.n
         groups = self.pattern.groups(scores_OI).sort(-1, descending=True).values
-        margin = (groups[..., n - 1] - groups[..., n]).mean()
-        return {"margin": margin / scores_OI.square().mean().sqrt()}
+        return {"margin": (groups[..., n - 1] - groups[..., n]).mean()}
 
 
 class SelfMask(StartsFromPrior[ScoreMasker]):
