@@ -10,7 +10,8 @@ Bytes that an operation takes and gives back inside itself are not seen.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -66,6 +67,7 @@ class Ledger(TorchDispatchMode):
         self._labels: dict[int, str] = {}
         self._numbers: dict[int, int] = {}  # a live storage's, by its id
         self._sizes: dict[int, int] = {}
+        self._looks = True
         # Some real tensors meet the fake ones: token ids, and tables that code keeps between runs.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -106,11 +108,20 @@ class Ledger(TorchDispatchMode):
         if func.overloadpacket is _ATEN.all:
             out.reads_true = True
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+            if isinstance(tensor, Tensor) and self._looks:
+                self.note(tensor)
         return out
 
-    def _note(self, tensor: Tensor) -> int:
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Note nothing that is made inside."""
+        before, self._looks = self._looks, False
+        try:
+            yield
+        finally:
+            self._looks = before
+
+    def note(self, tensor: Tensor) -> int:
         """The number of the tensor's storage, which may be new."""
         storage = tensor.untyped_storage()
         key = id(storage)
@@ -130,7 +141,7 @@ class Ledger(TorchDispatchMode):
         """Say what tensors are; the first label of a storage holds."""
         for tensor in tensors:
             if tensor is not None:
-                self._labels.setdefault(self._note(tensor), label)
+                self._labels.setdefault(self.note(tensor), label)
 
     def label_living(self, label: str) -> None:
         """Say what all tensors are that live now and have no label."""
