@@ -8,9 +8,8 @@ Shapes: B windows of a batch, S of calibration, T tokens, V vocabulary.
 """
 
 import copy
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +21,6 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration, Layerwise, layerwise
 from sparsify.calibration.activations import Activations
-from sparsify.masking import noise, plackett_luce
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
@@ -36,6 +34,7 @@ from sparsify.training.guards import check_dtype
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.parallel.shard_model import check_sharding
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
+from sparsify.training.plan.replay import replayed
 from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.plan.work import Work, WorkCounter
 from sparsify.training.step import BatchRun, checkpoint_activations
@@ -90,7 +89,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
     selection = module.selection
     for pattern in filter(None, (selection.pattern, *selection.overrides.patterns.values())):
         pattern.rank(pattern.table())  # fills its cached tables with real values first
-    with Ledger() as ledger, _work(ledger) as work, _without_pieces(ledger, settings.device):
+    with Ledger() as ledger, _work(ledger) as work, replayed(ledger, work, settings.device):
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
@@ -254,29 +253,3 @@ def _work(ledger: Ledger) -> Iterator[WorkCounter]:
             patch.object(layerwise, "gradient_norms", window_norms),
         ):
             yield work
-
-
-@contextmanager
-def _without_pieces(ledger: Ledger, device: str) -> Iterator[None]:
-    """Leave out the loops over what a CPU's cache holds, which would cost a plan minutes.
-
-    On a CPU the temporary tensors of a piece are too small to count; a GPU makes all at once.
-    """
-
-    def unseen(make: Callable[..., Tensor], keep: bool) -> Callable[..., Tensor]:
-        def made(*args: Any, **options: Any) -> Tensor:
-            with ledger.unseen():
-                tensor = make(*args, **options)
-            if keep:
-                ledger.note(tensor)
-            return tensor
-
-        return made
-
-    with ExitStack() as stack:
-        for module, name, keep in ((noise, "uniform", True), (plackett_luce, "_score", False)):
-            stack.enter_context(patch.object(module, "_IN_CACHE", sys.maxsize))
-            if device == "cpu":
-                replaced = unseen(getattr(module, name), keep)
-                stack.enter_context(patch.object(module, name, replaced))
-        yield

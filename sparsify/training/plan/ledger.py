@@ -67,7 +67,6 @@ class Ledger(TorchDispatchMode):
         self._labels: dict[int, str] = {}
         self._numbers: dict[int, int] = {}  # a live storage's, by its id
         self._sizes: dict[int, int] = {}
-        self._looks = True
         # Some real tensors meet the fake ones: token ids, and tables that code keeps between runs.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -108,20 +107,20 @@ class Ledger(TorchDispatchMode):
         if func.overloadpacket is _ATEN.all:
             out.reads_true = True
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and self._looks:
-                self.note(tensor)
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
         return out
 
     @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """Note nothing that is made inside."""
-        before, self._looks = self._looks, False
+    def aside(self) -> Iterator[list[_Event]]:
+        """Note what is made and dropped inside apart from all else, and yield these events."""
+        before, self._events = self._events, []
         try:
-            yield
+            yield self._events
         finally:
-            self._looks = before
+            self._events = before
 
-    def note(self, tensor: Tensor) -> int:
+    def _note(self, tensor: Tensor) -> int:
         """The number of the tensor's storage, which may be new."""
         storage = tensor.untyped_storage()
         key = id(storage)
@@ -141,7 +140,7 @@ class Ledger(TorchDispatchMode):
         """Say what tensors are; the first label of a storage holds."""
         for tensor in tensors:
             if tensor is not None:
-                self._labels.setdefault(self.note(tensor), label)
+                self._labels.setdefault(self._note(tensor), label)
 
     def label_living(self, label: str) -> None:
         """Say what all tensors are that live now and have no label."""

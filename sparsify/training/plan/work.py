@@ -70,6 +70,20 @@ class WorkCounter(TorchDispatchMode):
         finally:
             self._instead = before
 
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, Work]]:
+        """Count what runs inside apart from all else, and yield it."""
+        before, self.found = self.found, {}
+        try:
+            yield self.found
+        finally:
+            self.found = before
+
+    def add(self, work: Work) -> None:
+        """Count work as if it were done now."""
+        phase = self._instead or self._phase()
+        self.found[phase] = self.found.get(phase, Work()) + work
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -1,5 +1,6 @@
 """The work of a dry run, held to products that are counted by hand."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,15 @@ import pytest
 import torch
 
 from sparsify.calibration import Calibration
+from sparsify.masking import noise
+from sparsify.masking.pattern import NMPattern
+from sparsify.masking.plackett_luce import score
 from sparsify.masking.registry import make_strategy
 from sparsify.training.distillation import Distillation
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.plan import PlanSettings, dry_run, estimate
 from sparsify.training.plan.ledger import Ledger
+from sparsify.training.plan.replay import replayed
 from sparsify.training.plan.work import Work, WorkCounter
 
 B, T = 4, 16
@@ -169,3 +174,28 @@ def test_products_in_place_and_of_experts_are_counted() -> None:
         (lambda: torch._grouped_mm(a, b[0], offs=offsets), one),
     ):
         assert work_of(run).flops == {"float32": expected}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_replay_takes_what_the_function_took(device: str) -> None:
+    """Three calls with one shape and one with another, each under a phase of its own."""
+
+    def run(replays: bool) -> tuple[Any, dict[str, Work]]:
+        with Ledger() as ledger, WorkCounter(lambda: ledger.phase) as work, ExitStack() as stack:
+            if replays:
+                stack.enter_context(replayed(ledger, work, device))
+            kept = []
+            for phase, rows in (("a", 8), ("b", 8), ("c", 4), ("d", 8)):
+                ledger.phase = phase
+                x = noise.gumbel(torch.tensor(1), rows, 16)
+                kept.append(score(x, x, NMPattern(2, 4)))
+                assert (kept[-1].shape, kept[-1].dtype) == ((rows, 16), torch.float32)
+            peaks = {name: peak.total for name, peak in ledger.peaks().items()}
+        return peaks, work.found
+
+    real, replay = run(False), run(True)
+    assert replay[1] == real[1]
+    if device == "cuda":
+        assert replay[0] == real[0]
+    else:  # whose temporary tensors are left out
+        assert all(replay[0][phase] < real[0][phase] for phase in "abcd")
