@@ -56,7 +56,7 @@ TOOLS: dict[str, Tool | Group] = {
         loads_models=True,
     ),
     "plan": Tool(
-        "Predict the memory of a run, and find settings that fit.",
+        "Predict the memory and the GPU-hours of a run, and find settings that fit.",
         "sparsify.cli.commands.plan:plan_run",
         loads_models=True,
         reads_words=True,

@@ -16,12 +16,12 @@ from sparsify.training.plan import PlanSettings, make_plan, of_trainer, to_dict,
 _HELP = {
     "prog": "sparsify plan",
     "description": f"{TOOLS['plan'].about} It takes the options of sparsify fit "
-    "and predicts the peak memory of that run, by part, without loading the model, reading text "
-    "or writing anything; exit status 1 if nothing fits. --trainer.accelerator says whose rules "
-    "are applied: cuda or cpu; auto is what this machine has." + SHORT_FORMS,
+    "and predicts the peak memory of that run, by part, and its GPU-hours, without loading the "
+    "model, reading text or writing anything; exit status 1 if nothing fits. --trainer.accelerator "
+    "says whose rules are applied: cuda or cpu; auto is what this machine has." + SHORT_FORMS,
     "usage": (
-        "sparsify plan --strategy NAME [--memory GIB] [--format table|json] [--devices N] "
-        "[--shard] [--config FILE] [options]"
+        "sparsify plan --strategy NAME [--memory GIB] [--utilisation SHARE] "
+        "[--format table|json] [--devices N] [--shard] [--config FILE] [options]"
     ),
 }
 # Options of version 0.1.0, and the options of fit that replace them.
@@ -58,6 +58,12 @@ class PlanCLI(SparsifyCLI):
             type=float | None,
             help="GiB of a device; if the settings do not fit, others are tried",
         )
+        parser.add_argument(
+            "--utilisation",
+            type=float,
+            default=PlanSettings.utilisation,
+            help="the share of a GPU's peak at which matrix products run, above 0 and at most 1",
+        )
         parser.add_argument("--format", type=Format, default="table", help="of what is printed")
         # A run's config.yaml holds ckpt_path; short forms replace a value by the run's settings.
         parser.add_argument(
@@ -85,8 +91,8 @@ class PlanCLI(SparsifyCLI):
     def settings(self) -> PlanSettings:
         """The settings that the user asked for."""
         trainer = {**vars(self.asked.trainer), "strategy": self.config_init.trainer.strategy}
-        data = self.datamodule
-        return PlanSettings(self.model, data.batch_size, data.block_size, **of_trainer(trainer))
+        data, found = self.datamodule, of_trainer(trainer) | {"utilisation": self.asked.utilisation}
+        return PlanSettings(self.model, data.batch_size, data.block_size, **found)
 
 
 def read(words: list[str]) -> PlanCLI:

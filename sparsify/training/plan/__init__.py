@@ -1,4 +1,4 @@
-"""How much memory a run will take, part by part, before anything is loaded."""
+"""How much memory and time a run will take, part by part, before anything is loaded."""
 
 from sparsify.training.plan.dry_run import DryRun, dry_run
 from sparsify.training.plan.estimate import Estimate, estimate

@@ -8,10 +8,10 @@ Shapes: B windows of a batch, S of calibration, T tokens, V vocabulary.
 """
 
 import copy
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration, Layerwise, layerwise
-from sparsify.masking import noise, plackett_luce
+from sparsify.calibration.activations import Activations
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
@@ -34,7 +34,9 @@ from sparsify.training.guards import check_dtype
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.parallel.shard_model import check_sharding
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
+from sparsify.training.plan.replay import replayed
 from sparsify.training.plan.settings import PlanSettings
+from sparsify.training.plan.work import Work, WorkCounter
 from sparsify.training.step import BatchRun, checkpoint_activations
 
 WINDOWS = 1  # calibration windows that are run; the memory of the others' inputs is added
@@ -43,6 +45,7 @@ GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer states", "activation
 LOGGED = "mask logging"
 CALIBRATION, FORWARD, BACKWARD = "calibration", "forward", "backward"
 STEP = "optimizer step"
+WINDOW = "a window of calibration"  # its work; that of CALIBRATION is done once
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class DryRun:
         learned: bytes of what has a gradient in the largest block.
         window: of one calibration window's hidden states; 0 if no text is read.
         masked: the model, whose tensors hold no values.
+        work: of every phase; of forward and backward that of one micro-batch.
     """
 
     peaks: dict[str, Peak]
@@ -70,6 +74,7 @@ class DryRun:
     learned: int
     window: int
     masked: MaskedModel
+    work: dict[str, Work]
 
 
 def dry_run(settings: PlanSettings) -> DryRun:
@@ -84,7 +89,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
     selection = module.selection
     for pattern in filter(None, (selection.pattern, *selection.overrides.patterns.values())):
         pattern.rank(pattern.table())  # fills its cached tables with real values first
-    with Ledger() as ledger, _without_pieces(settings.device):
+    with Ledger() as ledger, _work(ledger) as work, replayed(ledger, work, settings.device):
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])
         teacher = None
@@ -117,6 +122,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
             learned=max(live_bytes(p for p in b.parameters() if p.requires_grad) for b in blocks),
             window=settings.block_size * hidden * dtype.itemsize if reads_text else 0,
             masked=masked,
+            work=work.found,
         )
 
 
@@ -229,27 +235,21 @@ def _train(
 
 
 @contextmanager
-def _without_pieces(device: str) -> Iterator[None]:
-    """Leave out the loops over what a CPU's cache holds, which would cost a plan minutes.
+def _work(ledger: Ledger) -> Iterator[WorkCounter]:
+    """Count work, and apart from the rest of calibration what it does for every window."""
+    run, norms = Activations.run, layerwise.gradient_norms
+    with WorkCounter(lambda: ledger.phase) as work:
 
-    On a CPU the temporary tensors of a piece are too small to count; a GPU makes all at once.
-    """
+        def run_window(*args: Any) -> Iterator[Tensor]:
+            with work.count_as(WINDOW):
+                yield from run(*args)
 
-    def uniform(
-        key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return torch.empty(rows, elements, device=device)
+        def window_norms(*args: Any) -> dict[str, Tensor]:
+            with work.count_as(WINDOW):
+                return norms(*args)
 
-    def score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
-        return torch.empty_like(logits_OI)
-
-    with ExitStack() as stack:
-        for module, name, piecewise in (
-            (noise, "uniform", uniform),
-            (plackett_luce, "_score", score),
+        with (
+            patch.object(Activations, "run", run_window),
+            patch.object(layerwise, "gradient_norms", window_norms),
         ):
-            if device == "cpu":
-                stack.enter_context(patch.object(module, name, piecewise))
-            else:
-                stack.enter_context(patch.object(module, "_IN_CACHE", sys.maxsize))
-        yield
+            yield work

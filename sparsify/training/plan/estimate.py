@@ -1,6 +1,6 @@
-"""Computes the peak memory of each device, by part, from what a dry run showed."""
+"""Computes the peak memory of each device, by part, and its work, from what a dry run showed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsify.training.plan.dry_run import (
     CALIBRATION,
@@ -13,8 +13,10 @@ from sparsify.training.plan.dry_run import (
     WINDOWS,
     DryRun,
 )
+from sparsify.training.plan.hours import device_work
 from sparsify.training.plan.ledger import TEMPORARY
 from sparsify.training.plan.settings import PlanSettings
+from sparsify.training.plan.work import Work
 
 # Resident memory of a process that has imported Python's, torch's, Transformers' and Lightning's
 # modules and read the embedded text, measured on Linux, torch 2.13 for CPU
@@ -26,15 +28,17 @@ BASE, BUCKETS = "process", "gradient buckets"
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one device.
+    """The memory and the work of one device.
 
     Attributes:
         settings: what was planned for.
         phases: bytes by part at the peak of every phase of the run.
+        work: of all of calibration, and of each phase of one optimizer step.
     """
 
     settings: PlanSettings
     phases: dict[str, dict[str, int]]
+    work: dict[str, Work] = field(default_factory=dict)
 
     @property
     def phase(self) -> str:
@@ -52,7 +56,7 @@ class Estimate:
 
 
 def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
-    """The peak of every phase on one device."""
+    """The peak and the work of every phase on one device."""
     phases = {}
     for phase, peak in seen.peaks.items():
         parts = {name: size for name, size in peak.parts.items() if size}
@@ -64,7 +68,7 @@ def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
             # DistributedDataParallel sums gradients in buffers of their size.
             parts[BUCKETS] = parts[GRADIENTS]
         phases[phase] = {BASE: CPU_BASE if settings.device == "cpu" else 0} | parts
-    return Estimate(settings, phases)
+    return Estimate(settings, phases, device_work(settings, seen.work))
 
 
 def _calibration(parts: dict[str, int], settings: PlanSettings, seen: DryRun) -> dict[str, int]:

@@ -10,7 +10,8 @@ Bytes that an operation takes and gives back inside itself are not seen.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -109,6 +110,15 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         return out
+
+    @contextmanager
+    def aside(self) -> Iterator[list[_Event]]:
+        """Note what is made and dropped inside apart from all else, and yield these events."""
+        before, self._events = self._events, []
+        try:
+            yield self._events
+        finally:
+            self._events = before
 
     def _note(self, tensor: Tensor) -> int:
         """The number of the tensor's storage, which may be new."""

@@ -1,11 +1,14 @@
 """A plan as a table or as JSON."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from sparsify.masking.registry import strategy_name
+from sparsify.training.plan.estimate import Estimate
+from sparsify.training.plan.hours import GPUS, hours, step_work, total_flops
 from sparsify.training.plan.search import Plan, as_words
 from sparsify.training.plan.settings import PlanSettings
 
@@ -29,9 +32,27 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "phase": found.phase,
                 "parts": found.parts,
                 "phases": found.phases,
+                "time": _time(found),
             }
             for change, found in plan.tries
         ],
+    }
+
+
+def _time(found: Estimate) -> dict[str, Any]:
+    """Operations and bytes of one device: of all of calibration, and of a step by phase. Peaks in
+    TFLOP/s and TB/s; hours are of all devices.
+    """
+    settings, times = found.settings, {}
+    for name, gpu in GPUS.items():
+        took = hours(settings, found.work, gpu)
+        times[name] = {"peaks": gpu._asdict(), **took._asdict(), "hours": took.total}
+    return {
+        "utilisation": settings.utilisation,
+        "tokens_a_step": settings.tokens if step_work(found.work).moved else None,
+        "work": {k: {"flops": dict(w.flops), "moved": w.moved} for k, w in found.work.items()},
+        "flops": total_flops(settings, found.work),
+        "gpus": times,
     }
 
 
@@ -54,6 +75,8 @@ def _settings(settings: PlanSettings) -> dict[str, Any]:
         "trainer.accelerator": settings.device,
         "trainer.devices": settings.devices,
         "trainer.num_nodes": settings.nodes,
+        "trainer.accumulate_grad_batches": settings.accumulate,
+        "trainer.max_steps": -1 if settings.steps is None else settings.steps,
         "shard": settings.shard,
     }
 
@@ -79,7 +102,49 @@ def to_table(plan: Plan) -> Group:
         fits = "" if plan.memory is None else "yes" if plan.short(found) <= 0 else "no"
         row = f"{found.total / GIB:.2f}", found.phase, fits
         tries.add_row(as_words(change) or AS_ASKED, *row)
-    return Group(parts, tries, verdict(plan))
+    return Group(parts, tries, *_time_tables(best), verdict(plan))
+
+
+def _time_tables(found: Estimate) -> Iterator[Table]:
+    """The work of a device, and the hours on every GPU."""
+    settings, total = found.settings, total_flops(found.settings, found.work)
+    learns = bool(step_work(found.work).moved)
+    types = list(dict.fromkeys(t for work in found.work.values() for t in work.flops))
+    work = Table(title="work of a device" + ", one step" * learns)
+    work.add_column("phase")
+    for column in (*(f"TFLOP in {t}" for t in types), "GB moved"):
+        work.add_column(column, justify="right")
+    for phase, done in found.work.items():
+        flops = (_short(done.flops[t] / 1e12) if t in done.flops else "" for t in types)
+        work.add_row(phase, *flops, _short(done.moved / 1e9))
+    yield work
+    run = f"{settings.module.calibration.samples} windows of {settings.block_size:,} tokens"
+    if learns:
+        steps = "each step" if settings.steps is None else f"{settings.steps:,} steps"
+        run = f"{steps} of {settings.tokens:,} tokens"
+    share = f"products at {settings.utilisation:.0%} of peak"
+    spent = "" if total is None else f", {total:.2e} FLOP"
+    table = Table(title=f"GPU-hours: {run}{spent}, {share}")
+    table.add_column("GPU")
+    peaks = [*(f"TFLOP/s in {t}" for t in types), "TB/s"]
+    columns = ["s a step", "learning"] if learns else []
+    for column in (*peaks, *columns, "calibration", "sum", "of it moving bytes"):
+        table.add_column(column, justify="right")
+    for name, gpu in GPUS.items():
+        took = hours(settings, found.work, gpu)
+        row = [*(gpu.peak(t) for t in types), gpu.memory]
+        row += [took.step, took.learning] if learns else []
+        row += [took.calibration, took.total]
+        moving = "" if not took.total else f"{(took.moving or 0) / took.total:.0%}"
+        table.add_row(name, *map(_short, row), moving)
+    yield table
+
+
+def _short(number: float | None) -> str:
+    """Three digits, or all before the point; nothing if it is not known."""
+    if number is None:
+        return ""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def verdict(plan: Plan) -> str:

@@ -19,8 +19,8 @@ from sparsify.training.trainer import own_strategy
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The module of a run, and what its data and its Trainer are told, as far as memory depends on
-    it.
+    """The module of a run, and what its data and its Trainer are told, as far as memory and
+    time depend on it.
 
     Args:
         module: holds the settings of the model; it is not built, and stays so.
@@ -31,9 +31,12 @@ class PlanSettings:
         devices: of one node, each with a process of its own.
         nodes: how many there are.
         shard: divide what is held among all devices (FSDP2), instead of a copy on each (DDP).
+        accumulate: micro-batches of an optimizer step on each device.
+        steps: optimizer steps of the run; None if it has no number of them.
+        utilisation: the share of a GPU's peak at which it multiplies.
 
     Raises:
-        SparsifyError: there is no device, or none to share with.
+        SparsifyError: there is no device, or none to share with, or a number is out of range.
     """
 
     module: SparseCausalLM
@@ -44,9 +47,21 @@ class PlanSettings:
     devices: int = 1
     nodes: int = 1
     shard: bool = False
+    accumulate: int = 1
+    steps: int | None = None
+    utilisation: float = 0.4
 
     def __post_init__(self) -> None:
-        for name, count in (("devices", self.devices), ("num_nodes", self.nodes)):
+        if not 0 < self.utilisation <= 1:
+            raise SparsifyError(
+                f"utilisation={self.utilisation}; it must be above 0 and at most 1, a share of a "
+                "GPU's peak: give --utilisation 0.4"
+            )
+        for name, count in (
+            ("devices", self.devices),
+            ("num_nodes", self.nodes),
+            ("accumulate_grad_batches", self.accumulate),
+        ):
             if count < 1:
                 raise SparsifyError(
                     f"{name}={count}; it must be at least 1: give --trainer.{name} 1 or more"
@@ -60,6 +75,11 @@ class PlanSettings:
     def ranks(self) -> int:
         """The devices of all nodes."""
         return self.devices * self.nodes
+
+    @property
+    def tokens(self) -> int:
+        """Those of an optimizer step, on all devices."""
+        return self.batch_size * self.block_size * self.accumulate * self.ranks
 
     def with_model(self, **attributes: Any) -> "PlanSettings":
         """The same with other attributes of the module; the given module keeps its own."""
@@ -87,6 +107,8 @@ def of_trainer(options: Mapping[str, Any]) -> dict[str, Any]:
         "devices": _count(options["devices"], device),
         "nodes": options["num_nodes"],
         "shard": _shards(options["strategy"]),
+        "accumulate": options["accumulate_grad_batches"],
+        "steps": options["max_steps"] if options["max_steps"] >= 0 else None,
     }
 
 

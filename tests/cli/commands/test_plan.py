@@ -92,6 +92,7 @@ def test_options_of_every_group_are_those_of_fit(plan: Plan, small: list[str]) -
     words += ["--model.optimizer.lr=0.1", "--model.distillation.weight=0.5"]
     words += ["--model.strategy.decay=2", "--trainer.precision=bf16-mixed", "--devices=2"]
     words += ["--trainer.num_nodes=2", "--shard", "--data.batch_size=3"]
+    words += ["--trainer.accumulate_grad_batches=4", "--trainer.max_steps=50"]
     [one] = found(plan, *words)["tries"]
     assert one["settings"] | {"model.name_or_path": ""} == {
         "model.strategy": "sr_ste",
@@ -109,11 +110,37 @@ def test_options_of_every_group_are_those_of_fit(plan: Plan, small: list[str]) -
         "trainer.accelerator": "cpu",
         "trainer.devices": 2,
         "trainer.num_nodes": 2,
+        "trainer.accumulate_grad_batches": 4,
+        "trainer.max_steps": 50,
         "shard": True,
     }
     parts = one["phases"]["forward"]
     assert parts["teacher"] > 0
     assert "optimizer states" not in parts
+    assert one["time"]["tokens_a_step"] == 3 * 16 * 4 * 4
+
+
+def test_the_time_of_a_run(plan: Plan, small: list[str]) -> None:
+    words = ["--strategy=maskllm", *small, "--model.strategy.prior=magnitude"]
+    [one] = found(plan, *words, "--trainer.max_steps=3600", "--utilisation=0.5")["tries"]
+    time, gpu = one["time"], one["time"]["gpus"]["RTX A6000"]
+    assert (time["utilisation"], time["tokens_a_step"]) == (0.5, 8 * 16)
+    work = [time["work"][phase] for phase in ("forward", "backward", "optimizer step")]
+    flops = sum(done["flops"].get("float32", 0) for done in work)
+    assert gpu["peaks"] == {"half": 155, "single": 38.7, "memory": 0.768}
+    seconds = flops / (0.5 * 38.7e12) + sum(done["moved"] for done in work) / 0.768e12
+    assert gpu["step"] == pytest.approx(seconds)
+    assert gpu["hours"] == pytest.approx(seconds + gpu["calibration"])  # an hour has 3600 of them
+    status, text, _ = plan(*words)
+    assert status == 0
+    assert "work of a device, one step" in text
+    assert "GPU-hours: 2,000 steps of 128 tokens, " in text
+    assert "FLOP, products at 40% of peak" in text
+    status, text, _ = plan(*words, "--trainer.max_steps=-1", "--trainer.max_epochs=1")
+    assert "GPU-hours: each step of 128 tokens, products at 40% of peak" in text
+    status, text, _ = plan("--strategy=wanda", *small)
+    assert "work of a device  " in text
+    assert "GPU-hours: 128 windows of 16 tokens, " in text
 
 
 def test_a_recipe_is_planned_as_it_is(plan: Plan, cli: Cli, nothing_is_loaded: None) -> None:
@@ -145,7 +172,14 @@ def test_the_settings_of_a_run_are_planned(
 def test_the_help_and_the_settings_are_shown(plan: Plan) -> None:
     status, out, _ = plan("--help")
     assert status == 0
-    for name in ("--memory", "--format", "--model.exclude", "--data.block_size", "--output.folder"):
+    for name in (
+        "--memory",
+        "--utilisation",
+        "--format",
+        "--model.exclude",
+        "--data.block_size",
+        "--output.folder",
+    ):
         assert f"{name} " in out
     assert "usage: sparsify plan --strategy NAME [--memory GIB]" in out
     status, out, _ = plan("--strategy=wanda", "--memory=3", "--print_config")
@@ -187,6 +221,7 @@ def test_a_file_of_the_models_settings(plan: Plan, small: list[str], tmp_path_fa
         (["--strategy=wanda", "--model.exclude=*x"], "'*x' matches no linear layer"),
         (["--strategy=wanda", "--data.batch_size=0"], "batch_size is 0; it must be at least 1"),
         (["--strategy=wanda", "--memory=lots"], 'Parser key "memory"'),
+        (["--strategy=wanda", "--utilisation=40"], "at most 1, a share of a GPU's peak: give "),
         (["--strategy=wanda", "--model.nome=x"], "model.nome"),
         (["--config=gone.yaml"], "File does not exist: '"),
         (

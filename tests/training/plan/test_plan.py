@@ -1,5 +1,6 @@
 """Plans, held to what real modules hold."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[PlanSettings]:
         activations = asked.batch_size * (100 if asked.module.gradient_checkpointing else 400)
         parts = {"weights": weights, "activations": activations}
         masked = masked_model(tiny_llama(), asked.module.strategy)
-        return DryRun({"forward": Peak(parts)}, weights, 20, 10, 0, 0, 0, 0, masked)
+        return DryRun({"forward": Peak(parts)}, weights, 20, 10, 0, 0, 0, 0, masked, {})
 
     monkeypatch.setattr("sparsify.training.plan.search.dry_run", run)
     return ran
@@ -344,6 +345,11 @@ def test_what_cannot_be_gathered_is_refused(name: str, message: str, model_folde
 def test_settings_out_of_range(model_folder: Path) -> None:
     with pytest.raises(SparsifyError, match="devices=0; it must be at least 1"):
         settings(model_folder, run={"devices": 0})
+    with pytest.raises(SparsifyError, match="accumulate_grad_batches=0; it must be at least 1"):
+        settings(model_folder, run={"accumulate": 0})
+    for share in (0, -0.1, 1.01, math.nan, math.inf):
+        with pytest.raises(SparsifyError, match=f"utilisation={share}; .*give --utilisation 0.4"):
+            settings(model_folder, run={"utilisation": share})
     with pytest.raises(SparsifyError, match="nobody to share with; give --devices 2"):
         settings(model_folder, run={"shard": True})
     with pytest.raises(SparsifyError, match="trains weights and needs them in float32"):
@@ -356,6 +362,8 @@ TRAINER: dict[str, Any] = {
     "num_nodes": 1,
     "strategy": "auto",
     "precision": None,
+    "accumulate_grad_batches": 1,
+    "max_steps": 2000,
 }
 
 
@@ -374,6 +382,8 @@ TRAINER: dict[str, Any] = {
         ({"strategy": DDP()}, {"shard": False}),
         ({"precision": "bf16-mixed"}, {"precision": "bf16-mixed"}),
         ({"precision": 32}, {"precision": "32-true"}),
+        ({"accumulate_grad_batches": 4}, {"accumulate": 4, "steps": 2000}),
+        ({"max_steps": -1}, {"accumulate": 1, "steps": None}),
     ],
 )
 def test_what_the_trainers_options_mean(options: Any, found: dict[str, Any]) -> None:
