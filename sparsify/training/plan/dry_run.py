@@ -235,17 +235,23 @@ def _without_pieces(device: str) -> Iterator[None]:
     On a CPU the temporary tensors of a piece are too small to count; a GPU makes all at once.
     """
 
-    def uniform(
-        key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return torch.empty(rows, elements, device=device)
+    def numbers(
+        key: Tensor,
+        rows: int,
+        elements: int,
+        row0: int,
+        device: torch.device | str,
+        out: Tensor | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        made = torch.empty(rows, elements, device=device) if out is None else out
+        yield slice(0, rows), made, made
 
     def score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
         return torch.empty_like(logits_OI)
 
     with ExitStack() as stack:
         for module, name, piecewise in (
-            (noise, "uniform", uniform),
+            (noise, "_pieces", numbers),
             (plackett_luce, "_score", score),
         ):
             if device == "cpu":
