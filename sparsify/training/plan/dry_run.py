@@ -212,7 +212,12 @@ def _train(
             found = strategy.loss(run)
         return found.detach().requires_grad_() if strategy.effect.without_gradients else found
 
+    def states() -> Iterator[Tensor]:
+        values = (v for state in optimizer.state.values() for v in state.values())
+        return (value for value in values if isinstance(value, Tensor))
+
     optimizer = optimizers.make(masked, params, make_optimizer)
+    ledger.label(OPTIMIZER, states())  # those that exist before the first step
     # The masks at the start, which the callback that logs their changes keeps.
     layers = masked.layers.values()
     first = [x.masker.pattern.rank(x.masker.hard_mask(x.weight_OI), True) for x in layers]
@@ -229,8 +234,7 @@ def _train(
     nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step(lambda: 0.0)  # as Lightning gives a closure, and some need one
     strategy.after_step(masked.maskers, optimizer.param_groups[0]["lr"])
-    state = optimizer.state.values()
-    ledger.label(OPTIMIZER, (v for s in state for v in s.values() if isinstance(v, Tensor)))
+    ledger.label(OPTIMIZER, states())
     return ledger.living()
 
 

@@ -26,11 +26,13 @@ def replayed(ledger: Ledger, work: WorkCounter, device: str) -> Iterator[None]:
     """
     whole = device != "cpu"
     with ExitStack() as stack:
-        for module, name in ((noise, "uniform"), (plackett_luce, "_score")):
+        for module, name in ((noise, "uniform"), (noise, "gumbel"), (plackett_luce, "_score")):
             once = _Once(getattr(module, name), ledger, work, temporary=whole)
             stack.enter_context(patch.object(module, name, once))
-            if whole or module is noise:  # whose pieces are made inside the function
-                stack.enter_context(patch.object(module, "_IN_CACHE", sys.maxsize))
+        # What is not replayed takes pieces that are few, and still small.
+        stack.enter_context(patch.object(noise, "_IN_CACHE", sys.maxsize if whole else 1 << 22))
+        if whole:
+            stack.enter_context(patch.object(plackett_luce, "_IN_CACHE", sys.maxsize))
         yield
 
 

@@ -9,10 +9,10 @@ import torch
 
 from sparsify.calibration import Calibration
 from sparsify.masking import noise
+from sparsify.masking.distillation import Distillation
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import score
 from sparsify.masking.registry import make_strategy
-from sparsify.training.distillation import Distillation
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.plan import PlanSettings, dry_run, estimate
 from sparsify.training.plan.ledger import Ledger
