@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration, Layerwise, layerwise
 from sparsify.calibration.activations import Activations
+from sparsify.calibration.gradients import gradient_norms
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
@@ -241,7 +242,7 @@ def _train(
 @contextmanager
 def _work(ledger: Ledger) -> Iterator[WorkCounter]:
     """Count work, and apart from the rest of calibration what it does for every window."""
-    run, norms = Activations.run, layerwise.gradient_norms
+    run, norms = Activations.run, gradient_norms
     with WorkCounter(lambda: ledger.phase) as work:
 
         def run_window(*args: Any) -> Iterator[Tensor]:

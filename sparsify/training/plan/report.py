@@ -132,7 +132,7 @@ def _time_tables(found: Estimate) -> Iterator[Table]:
         table.add_column(column, justify="right")
     for name, gpu in GPUS.items():
         took = hours(settings, found.work, gpu)
-        row = [*(gpu.peak(t) for t in types), gpu.memory]
+        row: list[float | None] = [*(gpu.peak(t) for t in types), gpu.memory]
         row += [took.step, took.learning] if learns else []
         row += [took.calibration, took.total]
         moving = "" if not took.total else f"{(took.moving or 0) / took.total:.0%}"
