@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from sparsify.masking.effect import Effect
     from sparsify.masking.masker import Draw, FixedMasker, Masker
     from sparsify.masking.pattern import NMPattern
+    from sparsify.masking.run import Run, RunResult
     from sparsify.masking.schedule import Schedule
-    from sparsify.masking.strategy import Block, LayerResult, Run, RunResult, SparsityStrategy
+    from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
     from sparsify.training.module import SparseCausalLM
 else:
     __getattr__, __dir__ = lazy(
@@ -33,8 +34,8 @@ else:
             "Masker": "sparsify.masking.masker",
             "Moments": "sparsify.calibration",
             "NMPattern": "sparsify.masking.pattern",
-            "Run": "sparsify.masking.strategy",
-            "RunResult": "sparsify.masking.strategy",
+            "Run": "sparsify.masking.run",
+            "RunResult": "sparsify.masking.run",
             "Schedule": "sparsify.masking.schedule",
             "Source": "sparsify.data",
             "SparseCausalLM": "sparsify.training.module",

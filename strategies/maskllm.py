@@ -17,8 +17,9 @@ from sparsify.masking import noise
 from sparsify.masking.certainty import describe_distribution
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
+from sparsify.masking.run import Run
 from sparsify.masking.schedule import Schedule
-from sparsify.masking.strategy import Run, SparsityStrategy
+from sparsify.masking.strategy import SparsityStrategy
 
 MAX_CANDIDATES = 128
 

@@ -24,7 +24,8 @@ from sparsify.masking.effect import Effect
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import mean_mask
-from sparsify.masking.strategy import Run, SparsityStrategy
+from sparsify.masking.run import Run
+from sparsify.masking.strategy import SparsityStrategy
 from sparsify.strategies.logit_masker import InitialMask, LogitMasker, MeanMask
 from sparsify.strategies.policy_gradient import MovingAverage, PolicyGradient, Term, coefficients
 

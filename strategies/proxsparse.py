@@ -21,7 +21,8 @@ from sparsify.masking.effect import Effect
 from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
-from sparsify.masking.strategy import Run, SparsityStrategy
+from sparsify.masking.run import Run
+from sparsify.masking.strategy import SparsityStrategy
 
 SWEEPS = 100
 TOLERANCE = 1e-8  # absolute change of a weight that counts as converged

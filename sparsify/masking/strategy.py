@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 import typing_extensions
@@ -15,44 +15,10 @@ from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.effect import Effect
 from sparsify.masking.layer import MaskedLinear
-from sparsify.masking.masker import Draw, FixedMasker, Masker, Masking
+from sparsify.masking.masker import FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
+from sparsify.masking.run import Run
 from sparsify.masking.schedule import Schedule
-
-
-class RunResult(NamedTuple):
-    """The result of one forward pass over the micro-batch.
-
-    Attributes:
-        loss: what a strategy minimises, nats, 0-d: the task loss; with distillation, what that
-            makes of it.
-        task_loss: mean cross-entropy over the next tokens that are targets, nats, 0-d.
-        logits: the model's output, ``[B, T, V]``.
-        penalty: the sum of the maskers' penalties, 0-d.
-        blocks: if asked for, the outputs of the decoder blocks in order, each ``[B, T, D]``; the
-            last one after the final norm.
-    """
-
-    loss: Tensor
-    task_loss: Tensor
-    logits: Tensor
-    penalty: Tensor
-    blocks: tuple[Tensor, ...] = ()
-
-
-class Run(Protocol):
-    """One micro-batch, ready to be run any number of times, under any draw."""
-
-    def draw(self, k: int = 0, of: int = 1) -> Draw:
-        """Draw k of ``of``; no other micro-batch or rank is given the same draws."""
-        ...
-
-    def __call__(self, masking: Masking, grad: bool = True, blocks: bool = False) -> RunResult:
-        """Run the model forward, with or without a graph; ``run("dense", grad=False)`` runs the
-        dense model. ``blocks`` asks for the outputs of the blocks.
-        """
-        ...
-
 
 S = TypeVar("S")
 #: The class of a strategy's maskers; Any for a strategy that does not name it.

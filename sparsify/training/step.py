@@ -17,7 +17,7 @@ from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import MaskScope
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masking
-from sparsify.masking.strategy import RunResult
+from sparsify.masking.run import RunResult
 from sparsify.models.perplexity import mean_loss, token_losses
 from sparsify.models.token_batch import TokenBatch, split_batch
 

@@ -10,7 +10,7 @@ import torch
 
 from sparsify.cli.main import main
 from sparsify.common.files import write_json
-from sparsify.masking.strategy import Run
+from sparsify.masking.run import Run
 from sparsify.strategies.maskllm import MaskLLM
 from tests.conftest import Cli, tiny_llama
 
