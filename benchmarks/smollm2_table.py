@@ -8,7 +8,7 @@ WikiText-2's validation text::
     python benchmarks/smollm2_table.py --folder work --c4 c4.jsonl --wikitext wiki.valid.txt
 
 Without files both texts come from the Hugging Face hub. Results are kept in the folder: a strategy
-that has one is not run again, and a run of MaskLLM that was stopped goes on from its checkpoint.
+that has one is not run again, and a learned run that was stopped goes on from its checkpoint.
 """
 
 import argparse
@@ -41,8 +41,9 @@ RUNS: dict[str, list[str]] = {
     "admm": ["--strategy=admm"],
     "maskpro": [f"--config={RECIPES / 'smollm2_maskpro.yaml'}"],
     "maskllm": [f"--config={RECIPE}"],
+    "selfmask": [f"--config={RECIPES / 'smollm2_selfmask.yaml'}"],
 }
-LEARNED = ("maskpro", "maskllm")
+LEARNED = ("maskpro", "maskllm", "selfmask")
 
 
 def fetch_model(folder: Path) -> Path:

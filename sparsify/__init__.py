@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsify.calibration import Calibration, Hessian, Moments
     from sparsify.common.errors import SparsifyError
     from sparsify.data import Source, TextDataModule
+    from sparsify.masking.distillation import Distillation
     from sparsify.masking.effect import Effect
     from sparsify.masking.masker import Draw, FixedMasker, Masker
     from sparsify.masking.pattern import NMPattern
@@ -26,6 +27,7 @@ else:
         {
             "Block": "sparsify.masking.strategy",
             "Calibration": "sparsify.calibration",
+            "Distillation": "sparsify.masking.distillation",
             "Draw": "sparsify.masking.masker",
             "Effect": "sparsify.masking.effect",
             "FixedMasker": "sparsify.masking.masker",
@@ -50,6 +52,7 @@ else:
 __all__ = [
     "Block",
     "Calibration",
+    "Distillation",
     "Draw",
     "Effect",
     "FixedMasker",

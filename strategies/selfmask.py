@@ -128,8 +128,8 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         self,
         prior: SparsityStrategy | str | None = "sparsegpt",
         scale: float = 0.1,
-        margin: float = 0.01,
-        lr: float = 0.004,
+        margin: float = 0.02,
+        lr: float = 0.0005,
         momentum: float = 0.9,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsify.calibration import Hessian
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.by_shape import by_shape
 from sparsify.masking.effect import Effect
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
@@ -111,6 +112,7 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     )
 
 
+@by_shape
 def prune_and_update(
     weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern
 ) -> tuple[Tensor, Tensor]:

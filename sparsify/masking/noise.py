@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsify.masking.by_shape import by_shape
+
 _BITS = 23  # those of a fp32 number's fraction
 # A CPU makes this many numbers at once, so that they stay in its cache for all steps of the hash.
 _IN_CACHE = 1 << 17
@@ -106,6 +108,7 @@ def _pieces(
         yield some, made.sub_(1 - 0.5 * 2.0**-_BITS), scratch.view(torch.float32)
 
 
+@by_shape
 def uniform(
     key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -126,6 +129,7 @@ def uniform(
     return out
 
 
+@by_shape
 def gumbel(
     key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:

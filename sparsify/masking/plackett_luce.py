@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.by_shape import by_shape
 from sparsify.masking.pattern import NMPattern
 
 MAX_SETS = 128
@@ -133,6 +134,7 @@ def _draws(
         level = next_level
 
 
+@by_shape
 def _score(logits_OI: Tensor, keys_OI: Tensor, pattern: NMPattern) -> Tensor:
     weights = _weights(logits_OI, pattern)
     if pattern.n <= 2:

@@ -184,7 +184,7 @@ def test_steps_are_those_of_the_equations(
 def test_bf16_takes_four_bytes_and_a_bit_a_weight_and_no_gradient(
     tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
-    module = built(SelfMask("magnitude", dtype="bfloat16"), tokenizer)
+    module = built(SelfMask("magnitude", lr=0.02, dtype="bfloat16"), tokenizer)
     first = dict(hard_masks(module.lm))
     steps = train(module, text, tmp_path)
     assert steps.gradients == [{}] * 4
