@@ -69,8 +69,8 @@ class InPlaceMomentum(Optimizer):
         self._seed = seed
         self._begun: set[nn.Parameter] = set()  # those whose momentum is that of the coming step
         for parameter in self._parameters():
-            momentum = torch.zeros_like(parameter, requires_grad=False)
-            self.state[parameter] = {"step": 0, "momentum": momentum}
+            start = torch.zeros_like(parameter, requires_grad=False)
+            self.state[parameter] = {"step": 0, "momentum": start}
             if handle := _HOOKS.pop(parameter, None):
                 handle.remove()
             if isinstance(parameter, DTensor) or processes() == 1:

@@ -174,7 +174,8 @@ def round_to_bfloat16(values: Tensor, key: Tensor, row0: int = 0) -> Tensor:
     Returns:
         bfloat16 ``[O, E]``.
     """
-    chance = uniform(key, *values.shape, row0, values.device).mul_(1 << 16).int()
+    rows, elements = values.shape
+    chance = uniform(key, rows, elements, row0, values.device).mul_(1 << 16).int()
     # A bfloat16 number is the upper half of an fp32 one: a carry out of the lower half rounds up.
     bits = chance.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).bfloat16()

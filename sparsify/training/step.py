@@ -4,13 +4,12 @@ Shapes: B windows, T tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
@@ -47,7 +46,7 @@ class BatchRun:
     ) -> None:
         self._model, self._scope = masked.model, masked.scope
         self._distillation, self._teacher = distillation, teacher
-        self._dense: CausalLMOutputWithPast | None = None
+        self._dense: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._tokens_BT, self._targets_BT = split_batch(batch)
         self._first = first
         self.task_loss: Tensor | None = None
@@ -57,48 +56,40 @@ class BatchRun:
 
     def __call__(self, masking: Masking, grad: bool = True, blocks: bool = False) -> RunResult:
         distils = self._distillation.needs_dense and masking != "dense"
-        dense = self._run_dense() if distils else None
+        dense_BTV, dense_blocks = self._run_dense() if distils else (None, ())
         with torch.set_grad_enabled(grad), self._scope.use(masking) as penalties:
-            out = self._forward(self._model, blocks or bool(distils and self._distillation.hidden))
+            wanted = blocks or bool(distils and self._distillation.hidden)
+            logits_BTV, outputs = self._forward(self._model, wanted)
             # If the divergence is all that counts, the task loss is only looked at.
             with torch.set_grad_enabled(grad and not (distils and self._distillation.weight == 1)):
-                losses_BT = token_losses(out.logits, self._tokens_BT)
+                losses_BT = token_losses(logits_BTV, self._tokens_BT)
                 loss = task_loss = mean_loss(losses_BT, self._targets_BT)
-            if dense is not None:
+            if dense_BTV is not None:
                 loss = self._distillation.mix(
-                    task_loss,
-                    out.logits,
-                    dense.logits,
-                    self._targets_BT,
-                    _blocks(out),
-                    _blocks(dense),
+                    task_loss, logits_BTV, dense_BTV, self._targets_BT, outputs, dense_blocks
                 )
         self.task_loss = task_loss.detach()
         penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
-        return RunResult(loss, task_loss, out.logits, penalty, _blocks(out))
+        return RunResult(loss, task_loss, logits_BTV, penalty, outputs)
 
     @torch.no_grad()
-    def _run_dense(self) -> CausalLMOutputWithPast:
-        """What the dense model gives, computed once per micro-batch."""
+    def _run_dense(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The dense model's logits and block outputs, computed once per micro-batch."""
         if self._dense is None:
             with self._scope.use("dense"):
                 model = self._teacher or self._model
                 self._dense = self._forward(model, bool(self._distillation.hidden))
         return self._dense
 
-    def _forward(self, model: PreTrainedModel, blocks: bool) -> CausalLMOutputWithPast:
+    def _forward(self, model: PreTrainedModel, blocks: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The logits, and if they are asked for the outputs of the blocks."""
         out = model(input_ids=self._tokens_BT, use_cache=False, output_hidden_states=blocks)
         if blocks and not out.hidden_states:
             raise SparsifyError(
                 f"{type(model).__name__} does not give the outputs of its blocks; give "
                 "--model.distillation.hidden 0"
             )
-        return cast(CausalLMOutputWithPast, out)
-
-
-def _blocks(out: CausalLMOutputWithPast) -> tuple[Tensor, ...]:
-    """The outputs of the blocks, if they were asked for; the first hidden state is their input."""
-    return (out.hidden_states or ())[1:]
+        return out.logits, (out.hidden_states or ())[1:]  # the first is the blocks' input
 
 
 def checkpoint_activations(model: PreTrainedModel, scope: MaskScope) -> None:

@@ -24,6 +24,7 @@ from sparsify.masking.layer import masked_layers
 from sparsify.masking.sharded_rows import whole
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.maskpro import MaskPro
+from sparsify.strategies.selfmask import SelfMask
 from sparsify.training.parallel.fsdp import Sharded
 from tests.assets.shard_run import odd_llama
 from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "odd rows": ({"exclude": "*down_proj"}, {}),
     "mean mask": ({"optimizer": partial(SGD, lr=1.0)}, {}),
     "bf16": ({}, {}),
+    "own": ({}, {"accumulate_grad_batches": 2}),
     "in place": ({"optimizer": partial(InPlaceMomentum, lr=0.01)}, {"accumulate_grad_batches": 2}),
 }
 
@@ -89,6 +91,8 @@ def run(gather: str, name: str, text: Path, traffic: Traffic) -> dict[str, Any]:
     if name == "bf16":
         model = model.bfloat16()
     strategy = MaskLLM(prior="magnitude")
+    if name == "own":
+        strategy = SelfMask("magnitude", lr=0.02)
     if name == "mean mask":
         strategy = MaskPro(prior="magnitude", strength=1.0, estimator="mean_gradient")
     module = SparseCausalLM.from_model(model, word_tokenizer(), strategy, gather=gather, **options)
