@@ -30,7 +30,7 @@ from sparsify.common.ranks import from_rank_zero
 from sparsify.masking.layer import MaskedLinear, layer_patterns
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import decoder_blocks
-from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
+from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy, goes_on_by_block
 
 log = logging.getLogger("sparsify")
 
@@ -205,8 +205,7 @@ class Layerwise:
             "model": Path(config.get("_name_or_path") or type(self._model).__name__).name,
             "samples": len(cast(Tensor, self._windows_ST)),
         }
-        # Only if the class itself declares it: a derived class may depend on earlier blocks.
-        goes_on = bool(vars(type(strategy)).get("independent_blocks"))
+        goes_on = goes_on_by_block(strategy)
         self._writer = ResultWriter(folder, self._patterns, about, goes_on)
 
     def _blocks(self) -> Iterator[Block]:

@@ -14,7 +14,13 @@ from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import SUFFIX, find_file
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import STRATEGIES, make_strategy, plugins
-from sparsify.masking.strategy import Block, LayerResult, M, SparsityStrategy
+from sparsify.masking.strategy import (
+    Block,
+    LayerResult,
+    M,
+    SparsityStrategy,
+    goes_on_by_block,
+)
 
 
 class SavedMasks(SparsityStrategy):
@@ -51,6 +57,7 @@ class MasksOnly(SparsityStrategy):
     def __init__(self, strategy: SparsityStrategy) -> None:
         super().__init__()
         self.strategy = strategy
+        self.independent_blocks = goes_on_by_block(strategy)
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for name, result in self.strategy.calibrate(blocks):

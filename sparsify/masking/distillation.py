@@ -5,7 +5,7 @@ Shapes: B windows, T tokens, V vocabulary, D features of a block's output, N tok
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -30,10 +30,10 @@ class Distillation:
     targets. The square of the temperature keeps the size of the divergence's gradient.
 
     Args:
-        weight: from 0 (no divergence) to 1 (no cross-entropy). What is not given is as the strategy
+        weight: from 0 (no divergence) to 1 (no cross-entropy). The default is what the strategy
             advises, or else 0.
-        temperature: divides the logits of both models; if not given, as the strategy advises, or 1.
-        hidden: the weight of the blocks' outputs, if not given, as the strategy advises, or 0.
+        temperature: divides the logits of both models; by default as the strategy advises, or 1.
+        hidden: the weight of the blocks' outputs; by default as the strategy advises, or 0.
     """
 
     weight: float | None = None
@@ -53,16 +53,13 @@ class Distillation:
     @property
     def numbers(self) -> tuple[float, float, float]:
         """Weight, temperature and hidden; 0, 1 and 0 where they are not given."""
-        given = self.weight, self.temperature, self.hidden
-        found = [0.0 if value is None else value for value in given]
-        return found[0], 1.0 if self.temperature is None else self.temperature, found[2]
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return self.weight or 0.0, temperature, self.hidden or 0.0
 
     def over(self, advice: "Distillation") -> "Distillation":
         """These settings, and where there are none, those of ``advice``; all are given then."""
-        pairs = zip(astuple(self), astuple(advice), strict=True)
-        return Distillation(
-            *Distillation(*(own if own is not None else other for own, other in pairs)).numbers
-        )
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return Distillation(*replace(advice, **given).numbers)
 
     @property
     def needs_dense(self) -> bool:

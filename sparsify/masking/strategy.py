@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import typing_extensions
@@ -24,7 +24,7 @@ S = TypeVar("S")
 #: The class of a strategy's maskers; Any for a strategy that does not name it.
 M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
 FORMER_ATTRIBUTES = {"weights", "prunes", "changes_base", "without_gradients", "exchanges_draws"}
-NOT_SETTINGS = ("training", "schedules", "values")
+NOT_SETTINGS = ("training", "schedules", "values", "independent_blocks")
 
 
 class BlockStatistics(Protocol):
@@ -109,7 +109,8 @@ class SparsityStrategy(nn.Module, Generic[M]):
         effect: what the strategy does to the model.
         independent_blocks: whether ``calibrate`` finds the same result for a block if it has not
             seen the blocks before it. If so, a calibration that was stopped continues at its next
-            block; if not, it starts again. Not inherited: each class sets it for itself.
+            block; if not, it starts again. Not inherited: each class sets it for itself, or each
+            object.
         distillation: how it learns from the dense model, unless the run says otherwise.
         schedules: values that change during the run; the annealing callback writes the current
             ones to ``values``.
@@ -118,7 +119,7 @@ class SparsityStrategy(nn.Module, Generic[M]):
     """
 
     effect: Effect = Effect()
-    independent_blocks: ClassVar[bool] = False
+    independent_blocks: bool = False
     distillation: Distillation = Distillation()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -234,6 +235,14 @@ class SparsityStrategy(nn.Module, Generic[M]):
         }
         path = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": path, "weights": self.effect.weights, "settings": settings}
+
+
+def goes_on_by_block(strategy: SparsityStrategy) -> bool:
+    """Whether a strategy's stopped calibration continues at its next block. Only what the object or
+    its own class declares counts: a derived class may depend on earlier blocks.
+    """
+    declared = vars(type(strategy)) | vars(strategy)
+    return bool(declared.get("independent_blocks"))
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from sparsify.models.hashes import hash_parameters
 from sparsify.strategies.admm import ADMM
 from sparsify.strategies.dsnot import DSnoT
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategies.selfmask import SelfMask
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.build import calibrate
@@ -234,11 +235,16 @@ def test_the_code_that_a_strategy_builds_on_counts(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_prior_is_found_whatever_is_learned_from_it() -> None:
-    first, _ = run(SparseGPT())
-    for strategy in (MaskLLM(), MaskLLM(alpha=5.0), MaskLLM(prior=SparseGPT(), hard=True)):
-        found, computed = run(strategy)
-        assert not computed
-        assert_same(found, first)
+    updating = SparseGPT(update_weights=True)
+    for first, others in (
+        (SparseGPT(), (MaskLLM(prior=SparseGPT()),)),
+        (MaskLLM(), (MaskLLM(alpha=5.0), MaskLLM(prior=updating, hard=True), SelfMask())),
+    ):
+        expected, _ = run(first)
+        for strategy in others:
+            found, computed = run(strategy)
+            assert not computed
+            assert_same(found, expected)
     assert run(MaskLLM(prior=SparseGPT(damping=0.1)))[1]
     assert run(MaskLLM(prior="wanda"))[1]
     assert not run(Wanda())[1]

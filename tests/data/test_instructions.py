@@ -239,7 +239,7 @@ def test_the_loss_is_the_mean_over_targets(batch: TokenBatch) -> None:
     model = tiny_llama()
     masked = masked_model(model, Dense())
     run = BatchRun(masked, batch, Draw(0, 0, 0))
-    loss, task_loss, logits, _ = run("dense")
+    loss, task_loss, logits, *_ = run("dense")
     assert torch.equal(loss, task_loss)
     losses = [value for window in by_hand(logits, batch) for value in window]
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify import Draw, LayerResult, NMPattern, Schedule, SparseCausalLM, SparsifyError
 from sparsify.calibration import Calibration
+from sparsify.calibration.prior import MasksOnly
 from sparsify.export.folder import export
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
@@ -357,10 +358,11 @@ def test_a_prior_is_a_strategy_a_file_or_a_folder(
 
 
 @pytest.mark.parametrize("strategy", [MaskLLM(), MaskLLM(prior="sparsegpt")])
-def test_the_default_prior_is_sparsegpts_mask(
+def test_the_default_prior_is_an_updating_sparsegpts_mask(
     strategy: MaskLLM, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    expected = dict(hard_masks(built(SparseGPT(), tiny_llama(), tokenizer).lm))
+    updating = MasksOnly(SparseGPT(update_weights=True))
+    expected = dict(hard_masks(built(updating, tiny_llama(), tokenizer).lm))
     found = logits(built(strategy, model, tokenizer))
     uniform = logits(built(MaskLLM(prior=None), tiny_llama(), tokenizer))
     assert len(expected) == 14

@@ -253,7 +253,7 @@ def test_the_anchor_is_added_to_the_loss(tokenizer: PreTrainedTokenizerFast) -> 
 
 def test_a_prior_is_the_first_mask(tokenizer: PreTrainedTokenizerFast) -> None:
     expected = dict(hard_masks(built(SparseGPT(), tokenizer).lm))
-    module = built(ProxSparse(prior="sparsegpt"), tokenizer)
+    module = built(ProxSparse(prior=SparseGPT()), tokenizer)
     assert hash_parameters(base_parameters(module.lm)) == module.masked.base.hash
     for name, layer in masked_layers(module.lm).items():
         assert torch.equal(layer.masker.hard_mask(layer.weight_OI), expected[name]), name

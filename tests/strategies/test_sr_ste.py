@@ -165,7 +165,7 @@ def test_a_weight_under_two_names_decays_once(model: LlamaForCausalLM) -> None:
 def test_a_prior_is_the_first_mask(make: type, tokenizer: PreTrainedTokenizerFast) -> None:
     expected = dict(hard_masks(built(SparseGPT(), tokenizer, make()).lm))
     dense = masked_layers(built(Magnitude(), tokenizer, make()).lm)
-    module = built(SRSTE(prior="sparsegpt"), tokenizer, make())
+    module = built(SRSTE(prior=SparseGPT()), tokenizer, make())
     assert len(expected) >= 8
     for name, layer in masked_layers(module.lm).items():
         weight, old = layer.weight_OI.detach(), dense[name].weight_OI.detach()
@@ -174,7 +174,7 @@ def test_a_prior_is_the_first_mask(make: type, tokenizer: PreTrainedTokenizerFas
         assert torch.equal(weight[mask], old[mask]), name
         assert not torch.equal(weight, old), name
         assert bool((weight.abs() <= old.abs()).all()), name
-    kept = built(SRSTE(prior="sparsegpt", refresh="never"), tokenizer, make())
+    kept = built(SRSTE(prior=SparseGPT(), refresh="never"), tokenizer, make())
     for name, layer in masked_layers(kept.lm).items():
         assert torch.equal(layer.masker.hard_mask(layer.weight_OI), expected[name]), name
         assert torch.equal(layer.weight_OI, dense[name].weight_OI), name
