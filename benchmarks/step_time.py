@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from kept_runs import save
 from rich.console import Console
 from rich.table import Table
@@ -153,7 +154,7 @@ def strategy_of(name: str) -> Any:
     options = {}
     if setting:
         argument, _, value = setting.partition("=")
-        options[argument] = value == "True" if value in ("True", "False") else float(value)
+        options[argument] = yaml.safe_load(value)
     return make_strategy(short, **options)
 
 

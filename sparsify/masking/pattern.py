@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.by_shape import by_shape
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,7 @@ class NMPattern:
         """View ``[O, I]`` as ``[O, G, M]``."""
         return values_OI.unflatten(-1, (-1, self.m))
 
+    @by_shape
     def top(self, scores_OI: Tensor) -> Tensor:
         """Keep the ``n`` largest scores of every group. Of equal scores the lower index is kept;
         NaN counts as the largest.

@@ -44,7 +44,7 @@ WINDOWS = 1  # calibration windows that are run; the memory of the others' input
 WEIGHTS, MASKERS, TEACHER = "weights", "masker tensors", "teacher"
 GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer states", "activations"
 LOGGED = "mask logging"
-CALIBRATION, FORWARD, BACKWARD = "calibration", "forward", "backward"
+START, CALIBRATION, FORWARD, BACKWARD = "start", "calibration", "forward", "backward"
 STEP = "optimizer step"
 WINDOW = "a window of calibration"  # its work; that of CALIBRATION is done once
 
@@ -217,6 +217,7 @@ def _train(
         values = (v for state in optimizer.state.values() for v in state.values())
         return (value for value in values if isinstance(value, Tensor))
 
+    ledger.phase = START  # again: calibration is over
     optimizer = optimizers.make(masked, params, make_optimizer)
     ledger.label(OPTIMIZER, states())  # those that exist before the first step
     # The masks at the start, which the callback that logs their changes keeps.
