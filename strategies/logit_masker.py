@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sparsify.masking import noise
 from sparsify.masking.certainty import describe_distribution
@@ -22,6 +20,7 @@ from sparsify.masking.layer import local_rows
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.plackett_luce import MAX_SETS, mask_probabilities, mean_mask, score, sets_of
+from sparsify.masking.sharded_rows import first_row
 
 # Make masks and scores for this many weights at once: some 40 MB of temporary tensors.
 AT_ONCE = 1 << 20
@@ -156,14 +155,6 @@ class LogitMasker(Masker):
                 )
             found = {name: found.get(name, 0) + share * value for name, value in part.items()}
         return found
-
-
-def first_row(values_OI: Tensor) -> int:
-    """The index, in the whole tensor, of the first row that this process holds."""
-    if not isinstance(values_OI, DTensor):
-        return 0
-    mesh, placements = values_OI.device_mesh, values_OI.placements
-    return int(compute_local_shape_and_global_offset(values_OI.shape, mesh, placements)[1][0])
 
 
 def _chunks(tensor_OI: Tensor) -> Iterator[slice]:

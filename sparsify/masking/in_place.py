@@ -27,7 +27,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import processes
 from sparsify.masking import noise
 from sparsify.masking.layer import local_rows
-from sparsify.masking.sharded_rows import rows_of
+from sparsify.masking.sharded_rows import first_row
 
 # Round this many numbers at once: some 200 MB of temporary tensors.
 AT_ONCE = 1 << 24
@@ -121,7 +121,7 @@ class InPlaceMomentum(Optimizer):
         if values.dtype != torch.bfloat16:
             values.addcmul_(momentum, rate.to(values.dtype), value=-1)
         elif values.numel():
-            row0 = rows_of(parameter)[0] if isinstance(parameter, DTensor) else 0
+            row0 = first_row(parameter)
             key = noise.fold("rounding", self._seed, state["step"], number)
             values, momentum = (x.view(len(x), -1) for x in (values, momentum))
             count = max(1, AT_ONCE // values.shape[1])

@@ -36,6 +36,11 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
     return start[0], shape[0]
 
 
+def first_row(tensor: Tensor) -> int:
+    """The index, in the whole tensor, of the first row that this process holds."""
+    return rows_of(tensor)[0] if isinstance(tensor, DTensor) else 0
+
+
 def sharded(rows: Tensor, like: DTensor) -> DTensor:
     """A DTensor sharded as ``like`` is, of which each rank gives its own ``rows``."""
     return DTensor.from_local(

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sparsify import Draw, NMPattern
-from sparsify.strategies.logit_masker import LogitMasker, first_row
+from sparsify.masking.sharded_rows import first_row
+from sparsify.strategies.logit_masker import LogitMasker
 
 RANKS = 3
 ROWS = [slice(0, 4), slice(4, 8), slice(8, 10)]
