@@ -1,11 +1,12 @@
 """Selfmask: learn one score a weight, and keep the weights with the N largest scores of each group.
 The dense model, which is the same frozen weights without the masks, is the teacher.
 
-    start      s = scale (|w| / mean |w|)^2 within the prior's choice; kept ones get a margin more
+    start      s = scale (|w x| / mean |w x|)^2 within the prior's choice, x the norm of the input;
+               kept ones get a margin more
     forward    m = the N largest scores of each group; y = (w o m) x. No noise and no temperature
     backward   ds = w g - mean over the group of w g, where g is the gradient at the masked weight
     loss       KL(dense || sparse) + 0.2 sum over blocks of |h - h_dense|^2 / |h_dense|^2
-    step       v = momentum v + ds;  s = s - lr v / (root mean square of the layer's v)
+    step       Adam, whose second moment is one number a layer: the mean of ds^2
 
 The gradient is straight-through (Bengio et al., 2013, arXiv 1308.3432): to first order, ``w g`` is
 what keeping a weight adds to the loss, of dropped weights too. A group's scores count only relative
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsify.calibration.prior import StartsFromPrior, favour
+from sparsify.calibration.prior import StartsFromPrior, WithInputs, favour
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.in_place import InPlaceMomentum
@@ -31,7 +32,7 @@ from sparsify.masking.layer import local_rows
 from sparsify.masking.mask_bits import pack, unpack
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
-from sparsify.masking.strategy import SparsityStrategy
+from sparsify.masking.strategy import LayerResult, SparsityStrategy
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -116,8 +117,10 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         scale: the first score of a weight of its layer's mean size.
         margin: what is added to the first scores of the weights that the prior keeps. Where it
             keeps a smaller weight instead of a larger one, only this tells their scores apart.
-        lr: the root mean square of a layer's change in a step, in the scores' unit.
-        momentum: the share of past gradients that is left after a step.
+        lr: the learning rate, in the scores' unit: the root mean square of a layer's first step,
+            and of later ones where the gradients of all steps agree.
+        momentum: the share of the mean gradient that is left after a step; beta_1 of Adam.
+        decay: the share of the mean square that is left after a step; beta_2 of Adam.
         dtype: of the scores and of their momentum; in bfloat16 both together take four bytes a
             weight.
     """
@@ -129,21 +132,35 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         prior: SparsityStrategy | str | None = "sparsegpt",
         scale: float = 0.1,
         margin: float = 0.02,
-        lr: float = 0.0005,
+        lr: float = 0.002,
         momentum: float = 0.9,
+        decay: float = 0.99,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__(prior)
+        if self.prior is not None:
+            self.prior = WithInputs(self.prior)
         if not scale > 0 or not margin >= 0 or dtype not in ("float32", "bfloat16"):
             raise SparsifyError(
                 f"scale={scale}, margin={margin}, dtype={dtype!r}; the scale must be positive, the "
                 "margin not negative, and scores are held in 'float32' or 'bfloat16'"
             )
-        self.scale, self.margin, self.lr, self.momentum = scale, margin, lr, momentum
-        self.dtype = dtype
+        self.scale, self.margin, self.dtype = scale, margin, dtype
+        self.lr, self.momentum, self.decay = lr, momentum, decay
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> ScoreMasker:
         return ScoreMasker(name, shape, pattern, getattr(torch, self.dtype))
+
+    def init_masker(
+        self, masker: ScoreMasker, weight_OI: Tensor, result: LayerResult | None, row0: int = 0
+    ) -> None:
+        """Start from what a weight adds to its layer's output instead of from its own size. The
+        noise of its score's gradient has that size too, so that no weight is nearer to a flip by
+        chance than others.
+        """
+        if result is not None and result.inputs is not None:
+            weight_OI = weight_OI * result.inputs
+        super().init_masker(masker, weight_OI, result, row0)
 
     def start(
         self, masker: ScoreMasker, weight_OI: Tensor, prior_OI: Tensor, row0: int = 0
@@ -162,7 +179,7 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         maskers: Mapping[ScoreMasker, Tensor],
         default: Callable[[list[nn.Parameter]], Optimizer],
     ) -> Optimizer:
-        return InPlaceMomentum(params, self.lr, self.momentum, self.seed)
+        return InPlaceMomentum(params, self.lr, self.momentum, self.decay, self.seed)
 
     def after_step(self, maskers: Mapping[ScoreMasker, Tensor], lr: float) -> None:
         for masker in maskers:

@@ -4,11 +4,13 @@ Shapes: O out, I in, G groups, M group size.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparsify.calibration.statistics import Moments
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import SUFFIX, find_file
@@ -61,7 +63,32 @@ class MasksOnly(SparsityStrategy):
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for name, result in self.strategy.calibrate(blocks):
-            yield name, LayerResult(result.mask)
+            yield name, replace(result, weight=None)
+
+
+class WithInputs(SparsityStrategy):
+    """A strategy's results, and with each layer's how large its inputs are. For learners whose
+    start depends on what a weight adds to its layer's output.
+
+    Args:
+        strategy: the strategy that makes the results.
+    """
+
+    def __init__(self, strategy: SparsityStrategy) -> None:
+        super().__init__()
+        self.strategy = strategy
+        self.independent_blocks = goes_on_by_block(strategy)
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        norms: dict[str, Tensor] = {}
+
+        def measured() -> Iterator[Block]:
+            for block in blocks:
+                norms.update((n, m.norm_I) for n, m in block.collect(Moments).items())
+                yield block
+
+        for name, result in self.strategy.calibrate(measured()):
+            yield name, replace(result, inputs=norms[name])
 
 
 def make_prior(prior: SparsityStrategy | str, weights: bool = False) -> SparsityStrategy:

@@ -127,6 +127,8 @@ class ResultWriter:
         tensors = {"rank_OG": rank_OG.cpu().contiguous()}
         if result.weight is not None:
             tensors["weight_OI"] = result.weight.cpu().contiguous()
+        if result.inputs is not None:
+            tensors["inputs_I"] = result.inputs.cpu().contiguous()
         path = self._partial / f"{len(self._hashes):05}.safetensors"
         with self._guard():
             save_file(tensors, path, {"layer": name})
@@ -246,5 +248,8 @@ def _read(path: Path, patterns: Mapping[str, NMPattern]) -> tuple[str, LayerResu
     with safe_open(path, framework="pt") as file:
         name = file.metadata()["layer"]
         mask_OI: Tensor = patterns[name].unrank(file.get_tensor("rank_OG"))
-        updated = "weight_OI" in file.keys()  # noqa: SIM118  # not a mapping
-        return name, LayerResult(mask_OI, file.get_tensor("weight_OI") if updated else None)
+        held = set(file.keys())
+        weight_OI, inputs_I = (
+            file.get_tensor(part) if part in held else None for part in ("weight_OI", "inputs_I")
+        )
+        return name, LayerResult(mask_OI, weight_OI, inputs_I)

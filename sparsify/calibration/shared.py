@@ -24,6 +24,7 @@ class _Packed(NamedTuple):
     shape: tuple[int, ...]
     bits: bytes
     weight: Tensor | None
+    inputs: Tensor | None
 
 
 def on_rank_zero(
@@ -47,10 +48,13 @@ def on_rank_zero(
 
 def _pack(name: str, result: LayerResult) -> _Packed:
     mask = result.mask.cpu().numpy()
-    weight = None if result.weight is None else result.weight.detach().cpu()
-    return _Packed(name, mask.shape, np.packbits(mask).tobytes(), weight)
+    weight, inputs = (
+        None if part is None else part.detach().cpu() for part in (result.weight, result.inputs)
+    )
+    return _Packed(name, mask.shape, np.packbits(mask).tobytes(), weight, inputs)
 
 
 def _unpack(packed: _Packed) -> LayerResult:
     bits = np.unpackbits(np.frombuffer(packed.bits, np.uint8), count=int(np.prod(packed.shape)))
-    return LayerResult(torch.from_numpy(bits.astype(bool)).view(packed.shape), packed.weight)
+    mask_OI = torch.from_numpy(bits.astype(bool)).view(packed.shape)
+    return LayerResult(mask_OI, packed.weight, packed.inputs)

@@ -12,6 +12,7 @@ they are kept until ``step``. Sharded ranks (FSDP2) have averaged a gradient bef
 Shapes: O rows of a tensor, E elements of a row.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,17 +32,28 @@ from sparsify.masking.sharded_rows import first_row
 
 # Round this many numbers at once: some 200 MB of temporary tensors.
 AT_ONCE = 1 << 24
+SAMPLE = 1 << 16  # gradients of a tensor whose squares tell their size
+TINY = torch.finfo(torch.float32).tiny  # what divides by zero divides by this
 # The hooks of the newest optimizer of each Parameter; an older one must not take its gradients.
 _HOOKS: Any = WeakTensorKeyDictionary()
 
 
 class InPlaceMomentum(Optimizer):
-    """Moves each tensor along its momentum v, divided by the root mean square of v over the tensor:
-    ``v = momentum v + gradient``, then ``x = x - lr v / rms(v)``.
+    """Adam (Kingma and Ba, 2015, arXiv 1412.6980), with one second moment for a whole tensor.
 
-    So ``lr`` is how far the numbers of a tensor move in a step, as a root mean square, whatever the
-    size of its gradients; to clip them would change nothing. Numbers with large gradients move
-    first, unlike under Adam, which gives all of them steps of about one size.
+    With both averages corrected for their start at zero, as Adam's are::
+
+        v = momentum v + (1 - momentum) gradient
+        s = decay s + (1 - decay) mean(gradient**2)      one number a tensor
+        x = x - lr v / sqrt(s)
+
+    So the first step is ``lr``, as a root mean square over the tensor, whatever the size of its
+    gradients: to clip them would change nothing. Later steps are as large as the steps' gradients
+    agree: ``lr`` if they are equal, a quarter of it if they are noise and the momentum is 0.9.
+    Numbers with large gradients move first; under Adam all move by about one size.
+
+    Micro-batches of a step cannot be squared one by one, and their sum is not held. So that of a
+    fixed sample is: the mean square of a large tensor is that of some 65,000 of its numbers.
 
     Parameters in bfloat16 are rounded up or down at random, by chances that keep the mean: a step
     is often smaller than half of such a number's last place, and would be lost in rounding to the
@@ -51,6 +63,7 @@ class InPlaceMomentum(Optimizer):
         params: Parameters of one dimension or more, or groups of them.
         lr: the learning rate, in the Parameters' unit.
         momentum: the share of v that is left after a step.
+        decay: the share of s that is left after a step.
         seed: of the random rounding.
 
     Raises:
@@ -58,19 +71,26 @@ class InPlaceMomentum(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.01, momentum: float = 0.9, seed: int = 0
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        decay: float = 0.99,
+        seed: int = 0,
     ) -> None:
-        if not lr >= 0 or not 0 <= momentum < 1:
+        if not lr >= 0 or not 0 <= momentum < 1 or not 0 <= decay < 1:
             raise SparsifyError(
-                f"lr={lr}, momentum={momentum}; the rate must not be negative, and the momentum "
-                "lies in [0, 1): 0.9 is usual"
+                f"lr={lr}, momentum={momentum}, decay={decay}; the rate must not be negative, "
+                "momentum and decay lie in [0, 1): 0.9 and 0.99 are usual"
             )
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
         self._seed = seed
-        self._begun: set[nn.Parameter] = set()  # those whose momentum is that of the coming step
+        # The samples of the coming step's gradients, fp32, of those that have got some.
+        self._samples: dict[nn.Parameter, Tensor] = {}
         for parameter in self._parameters():
-            start = torch.zeros_like(parameter, requires_grad=False)
-            self.state[parameter] = {"step": 0, "momentum": start}
+            momentum_like = torch.zeros_like(parameter, requires_grad=False)
+            square = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            self.state[parameter] = {"step": 0, "momentum": momentum_like, "square": square}
             if handle := _HOOKS.pop(parameter, None):
                 handle.remove()
             if isinstance(parameter, DTensor) or processes() == 1:
@@ -81,11 +101,15 @@ class InPlaceMomentum(Optimizer):
         """Add a gradient, if there is one, to the momentum, and drop it."""
         if parameter.grad is None:
             return
+        gradient = local_rows(parameter.grad)
         momentum = local_rows(self.state[parameter]["momentum"])
-        if parameter not in self._begun:
-            self._begun.add(parameter)
+        sample = gradient.flatten()[_sampled(parameter)]
+        if parameter in self._samples:
+            self._samples[parameter] += sample
+        else:
+            self._samples[parameter] = sample.to(torch.float32, copy=True)
             momentum.mul_(self._group_of(parameter)["momentum"])
-        momentum.add_(local_rows(parameter.grad))
+        momentum.add_(gradient)
         parameter.grad = None
 
     @torch.no_grad()
@@ -94,25 +118,22 @@ class InPlaceMomentum(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for parameter in self._parameters():
             self.take(parameter)
-        begun = {n: p for n, p in enumerate(self._parameters()) if p in self._begun}
-        self._begun.clear()
-        sizes = self._sizes(list(begun.values()))
-        for (number, parameter), size in zip(begun.items(), sizes, strict=True):
-            self._move(parameter, self._group_of(parameter)["lr"] / size, number)
+        moving = {n: p for n, p in enumerate(self._parameters()) if p in self._samples}
+        squares = _mean_squares({p: self._samples[p] for p in moving.values()})
+        self._samples.clear()
+        for (number, parameter), square in zip(moving.items(), squares, strict=True):
+            self._move(parameter, self._rate(parameter, square), number)
         return loss
 
-    def _sizes(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """The root mean square of each momentum, over all ranks' rows; 0-d fp32, never zero."""
-        norms = [
-            torch.linalg.vector_norm(local_rows(self.state[p]["momentum"]), dtype=torch.float64)
-            for p in parameters
-        ]
-        squares = torch.stack(norms).square() if norms else torch.zeros(0)
-        if norms and isinstance(first := parameters[0], DTensor):
-            dist.all_reduce(squares, group=first.device_mesh.get_group())
-        tiny = torch.finfo(torch.float32).tiny
-        means = (s / p.numel() for s, p in zip(squares.unbind(), parameters, strict=True))
-        return [mean.sqrt().clamp(min=tiny).float() for mean in means]
+    def _rate(self, parameter: nn.Parameter, square: Tensor) -> Tensor:
+        """Count a step and its mean square; by what to multiply the momentum, 0-d fp32."""
+        state, group = self.state[parameter], self._group_of(parameter)
+        state["step"] += 1
+        # In place of v the sum v / (1 - momentum) is held, to which gradients add as they are.
+        share = (1 - group["momentum"]) / (1 - group["momentum"] ** state["step"])
+        state["square"].lerp_(square, 1 - group["decay"])
+        found = state["square"] / (1 - group["decay"] ** state["step"])
+        return (group["lr"] * share / found.sqrt().clamp(min=TINY)).float()
 
     def _move(self, parameter: nn.Parameter, rate: Tensor, number: int) -> None:
         """Subtract the momentum times a rate, 0-d; ``number`` tells Parameters apart."""
@@ -129,13 +150,40 @@ class InPlaceMomentum(Optimizer):
                 rows = slice(start, start + count)
                 moved = values[rows].float().addcmul_(momentum[rows], rate, value=-1)
                 values[rows] = noise.round_to_bfloat16(moved, key, row0 + start)
-        state["step"] += 1
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimizer; but mean squares keep their type, not that of the Parameter."""
+        super().load_state_dict(state_dict)
+        for number, parameter in enumerate(self._parameters()):
+            held = state_dict["state"][number]["square"]
+            self.state[parameter]["square"] = held.to(parameter.device, torch.float64, copy=True)
+
+
+def _sampled(parameter: nn.Parameter) -> slice:
+    """Which numbers of a tensor, flat, are in its sample: every k-th; here those that a process
+    holds.
+    """
+    columns, stride = math.prod(parameter.shape[1:]), max(1, parameter.numel() // SAMPLE)
+    while math.gcd(stride, columns) > 1:  # a common divisor would leave out whole columns
+        stride += 1
+    return slice(-first_row(parameter) * columns % stride, None, stride)
+
+
+def _mean_squares(samples: dict[nn.Parameter, Tensor]) -> list[Tensor]:
+    """The mean squares of the gradients of whole tensors, 0-d fp64, from all ranks' samples."""
+    if not samples:
+        return []
+    sums = torch.stack([s.double().square().sum() for s in samples.values()])
+    if isinstance(first := next(iter(samples)), DTensor):
+        dist.all_reduce(sums, group=first.device_mesh.get_group())
+    counts = [len(range(0, p.numel(), _sampled(p).step)) for p in samples]
+    return [total / count for total, count in zip(sums.unbind(), counts, strict=True)]
 
 
 def _take(optimizer: InPlaceMomentum) -> Callable[[Tensor], None]:

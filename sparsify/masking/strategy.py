@@ -83,15 +83,20 @@ class LayerResult:
     Attributes:
         mask: bool ``[O, I]``, True = kept.
         weight: the new weight ``[O, I]`` where the method updates it.
+        inputs: the l2 norm of each input over the calibration text, fp32 ``[I]``, where a learner
+            asked for it (:class:`~sparsify.calibration.prior.WithInputs`).
     """
 
     mask: Tensor
     weight: Tensor | None = None
+    inputs: Tensor | None = None
 
     def to(self, device: torch.device) -> "LayerResult":
         """The same result on a device."""
-        weight = None if self.weight is None else self.weight.to(device)
-        return LayerResult(self.mask.to(device), weight)
+        weight, inputs = (
+            None if part is None else part.to(device) for part in (self.weight, self.inputs)
+        )
+        return LayerResult(self.mask.to(device), weight, inputs)
 
 
 class SparsityStrategy(nn.Module, Generic[M]):

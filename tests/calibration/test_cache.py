@@ -80,9 +80,10 @@ def assert_same(found: Results, expected: Results) -> None:
     assert list(found) == list(expected)
     for name, result in expected.items():
         assert torch.equal(found[name].mask, result.mask), name
-        assert (found[name].weight is None) == (result.weight is None), name
-        if result.weight is not None:
-            assert torch.equal(found[name].weight, result.weight), name  # type: ignore[arg-type]
+        for part in ("weight", "inputs"):
+            values = [getattr(r, part) for r in (found[name], result)]
+            assert (values[0] is None) == (values[1] is None), (name, part)
+            assert values[0] is None or torch.equal(*values), (name, part)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,8 @@ def test_a_prior_is_found_whatever_is_learned_from_it() -> None:
     updating = SparseGPT(update_weights=True)
     for first, others in (
         (SparseGPT(), (MaskLLM(prior=SparseGPT()),)),
-        (MaskLLM(), (MaskLLM(alpha=5.0), MaskLLM(prior=updating, hard=True), SelfMask())),
+        (MaskLLM(), (MaskLLM(alpha=5.0), MaskLLM(prior=updating, hard=True))),
+        (SelfMask(), (SelfMask(lr=0.1), SelfMask(prior=updating))),  # its inputs are measured too
     ):
         expected, _ = run(first)
         for strategy in others:

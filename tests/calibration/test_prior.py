@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import Block, NMPattern, SparsifyError
-from sparsify.calibration.prior import MasksOnly, SavedMasks, favour, make_prior
+from sparsify import Block, NMPattern, SparsifyError, SparsityStrategy
+from sparsify.calibration import Calibration
+from sparsify.calibration.prior import MasksOnly, SavedMasks, WithInputs, favour, make_prior
 from sparsify.export.mask_file.file import read_masks, write_masks
+from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.sparsegpt import SparseGPT
+from tests.calibration.engine import TEXT, masked
+from tests.conftest import tiny_llama
 
 
 def random_case(pattern: NMPattern, seed: int = 0, columns: int = 64) -> tuple[Tensor, Tensor]:
@@ -102,6 +106,30 @@ def test_a_prior_brings_weights_only_where_they_are_wanted() -> None:
     assert isinstance(make_prior(updating), MasksOnly)
     assert make_prior(updating, weights=True) is updating
     assert make_prior(plain) is make_prior(plain, weights=True) is plain
+
+
+@pytest.mark.parametrize("strategy", [Magnitude(), SparseGPT()])
+def test_results_can_tell_how_large_inputs_are(strategy: SparsityStrategy) -> None:
+    found = dict(masked(tiny_llama(), Calibration(cache=False)).run(WithInputs(strategy)))
+    plain = dict(masked(tiny_llama(), Calibration(cache=False)).run(strategy))
+    assert list(found) == list(plain)
+    assert all(torch.equal(found[name].mask, plain[name].mask) for name in found)
+    assert all(result.inputs is None for result in plain.values())
+    # The first block sees the dense model's inputs.
+    model, squares = tiny_llama(), dict[str, Tensor]()
+    for name in (first := [name for name in found if ".layers.0." in name]):
+
+        def hook(_: object, inputs: tuple[Tensor], name: str = name) -> None:
+            squares[name] = squares.get(name, torch.zeros(())) + inputs[0].square().sum((0, 1))
+
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    for window in TEXT:
+        model(input_ids=window[None])
+    assert len(first) == 7
+    for name in first:
+        inputs = found[name].inputs
+        assert inputs is not None
+        torch.testing.assert_close(inputs, squares[name].sqrt(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_strategy_that_is_only_named_runs_as_the_prior_that_it_advises() -> None:

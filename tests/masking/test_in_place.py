@@ -34,15 +34,23 @@ def loss(params: list[nn.Parameter], number: int, share: float = 1.0) -> Tensor:
 
 
 def by_hand(
-    params: list[nn.Parameter], steps: list[list[Tensor]], lr: float, momentum: float
+    params: list[nn.Parameter],
+    steps: list[list[list[Tensor]]],
+    lr: float,
+    beta: float,
+    decay: float,
 ) -> list[np.ndarray[Any, Any]]:
     """The same steps in numpy; ``steps`` holds the gradients of each step."""
     values = [p.detach().double().numpy().copy() for p in params]
-    moved = [np.zeros_like(v) for v in values]
-    for gradients in steps:
+    v = [np.zeros_like(value) for value in values]
+    s = [0.0 for _ in values]
+    for t, gradients in enumerate(steps, start=1):
         for k, gradient in enumerate(gradients):
-            moved[k] = momentum * moved[k] + gradient.double().numpy()
-            values[k] -= lr * moved[k] / np.sqrt((moved[k] ** 2).mean())
+            g = gradient.double().numpy()
+            v[k] = beta * v[k] + (1 - beta) * g
+            s[k] = decay * s[k] + (1 - decay) * (g**2).mean()
+            mean, square = v[k] / (1 - beta**t), s[k] / (1 - decay**t)
+            values[k] -= lr * mean / np.sqrt(square)
     return values
 
 
@@ -63,8 +71,8 @@ def taken(optimizer: InPlaceMomentum) -> list[bool]:
 def test_steps_are_those_of_the_equations(momentum: float, micro_batches: int) -> None:
     params = parameters()
     numbers = [[s * micro_batches + k for k in range(micro_batches)] for s in range(4)]
-    expected = by_hand(params, [gradients(params, n) for n in numbers], 0.02, momentum)
-    optimizer = InPlaceMomentum(params, 0.02, momentum)
+    expected = by_hand(params, [gradients(params, n) for n in numbers], 0.02, momentum, 0.7)
+    optimizer = InPlaceMomentum(params, 0.02, momentum, 0.7)
     for step in numbers:
         for number in step:
             loss(params, number, 1 / micro_batches).backward()
@@ -72,18 +80,47 @@ def test_steps_are_those_of_the_equations(momentum: float, micro_batches: int) -
         optimizer.step()
     for parameter, value in zip(params, expected, strict=True):
         np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-5, atol=1e-6)
-    assert [list(optimizer.state[p]) for p in params] == [["step", "momentum"]] * 3
+    assert [list(optimizer.state[p]) for p in params] == [["step", "momentum", "square"]] * 3
 
 
-def test_the_rate_is_the_root_mean_square_of_a_step() -> None:
-    params = parameters()
-    optimizer = InPlaceMomentum(params, 0.02)
-    before = [p.detach().clone() for p in params]
-    loss(params, 0).backward()
+def test_steps_are_as_large_as_gradients_agree() -> None:
+    moved: dict[str, list[float]] = {"equal": [], "random": []}
+    for kind, sizes in moved.items():
+        parameter = nn.Parameter(torch.zeros(64, 64))
+        optimizer = InPlaceMomentum([parameter], 0.02)
+        for number in range(100):
+            before = parameter.detach().clone()
+            loss([parameter], 0 if kind == "equal" else number).backward()
+            optimizer.step()
+            sizes.append(float((parameter.detach() - before).square().mean().sqrt()))
+    assert moved["equal"] == pytest.approx([0.02] * 100, rel=1e-4)
+    assert moved["random"][0] == pytest.approx(0.02, rel=1e-4)
+    noise_share = math.sqrt((1 - 0.9) / (1 + 0.9))  # of a mean with these weights
+    assert moved["random"][-1] == pytest.approx(0.02 * noise_share, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (90, 60), (13, 7), (4096,), (64, 16, 6)])
+def test_a_sample_tells_the_size_of_gradients(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_place, "SAMPLE", 1 << 10)
+    parameter = nn.Parameter(torch.zeros(shape))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradient[..., -1:] *= 10  # as one large input of a layer makes it
+    optimizer = InPlaceMomentum([parameter])
+    (parameter * gradient).sum().backward()
     optimizer.step()
-    for parameter, value in zip(params, before, strict=True):
-        moved = float((parameter.detach() - value).square().mean().sqrt())
-        assert moved == pytest.approx(0.02, rel=1e-5)
+    # The first step's mean square is the second moment, corrected for its start at zero.
+    found = float(optimizer.state[parameter]["square"]) / (1 - 0.99)
+    assert found == pytest.approx(float(gradient.square().mean()), rel=0.15)
+    # Processes that hold some rows have the same sample between them.
+    chosen = gradient.flatten()[in_place._sampled(parameter)]
+    parts = []
+    for rows in (slice(0, 3), slice(3, 4), slice(4, None)):
+        monkeypatch.setattr(in_place, "first_row", lambda _, start=rows.start: start)
+        parts.append(gradient[rows].flatten()[in_place._sampled(parameter)])
+    assert torch.equal(torch.cat(parts), chosen)
+    assert len(chosen) > min(parameter.numel() - 1, 700)
 
 
 def test_gradients_are_dropped_one_by_one() -> None:
@@ -102,7 +139,7 @@ def test_gradients_are_dropped_one_by_one() -> None:
 def test_replicas_keep_gradients_until_they_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_place, "processes", lambda: 2)
     params = parameters()
-    expected = by_hand(params, [gradients(params, [n]) for n in range(3)], 0.02, 0.9)
+    expected = by_hand(params, [gradients(params, [n]) for n in range(3)], 0.02, 0.9, 0.99)
     optimizer = InPlaceMomentum(params, 0.02)
     for number in range(3):
         loss(params, number).backward()
@@ -210,6 +247,8 @@ def test_rounding_is_to_a_neighbour_and_right_on_average() -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"momentum": 1.0}, r"momentum=1.0.*\[0, 1\)"),
         ({"momentum": -0.1}, "momentum=-0.1"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"decay": -0.1}, "decay=-0.1"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, float], message: str) -> None:

@@ -134,14 +134,14 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
     )
     total = 0.0
     for h, h_dense in zip(blocks, dense, strict=True):
-        errors = []
+        error = size = 0.0
         for b in range(3):
             for t in range(15):
                 if targets is None or targets[b, t + 1]:
                     x, y = h[b, t].tolist(), h_dense[b, t].tolist()
-                    apart = sum((i - j) ** 2 for i, j in zip(x, y, strict=True))
-                    errors.append(apart / sum(j**2 for j in y))
-        total += sum(errors) / len(errors)
+                    error += sum((i - j) ** 2 for i, j in zip(x, y, strict=True))
+                    size += sum(j**2 for j in y)
+        total += error / size
     args = torch.tensor(2.5), student, teacher, targets
     for weight in (0.0, 0.4):
         without = Distillation(weight).mix(*args).item()
@@ -150,9 +150,9 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
     block = blocks[0].requires_grad_()
     relative_error(block, dense[0], targets).backward()
     twin = block.detach().requires_grad_()
-    by_token = (twin - dense[0]).square().sum(-1) / dense[0].square().sum(-1)
     counts = torch.ones(3, 15) if targets is None else targets[:, 1:].float()
-    ((by_token[:, :-1] * counts).sum() / counts.sum()).backward()
+    error, size = ((h.square().sum(-1)[:, :-1] * counts).sum() for h in (twin - dense[0], dense[0]))
+    (error / size).backward()
     torch.testing.assert_close(block.grad, twin.grad)
     nothing = torch.zeros(3, 16, dtype=torch.bool)
     assert Distillation(1.0, hidden=1.0).mix(*args[:3], nothing, blocks, dense).item() == 0
