@@ -5,7 +5,7 @@ Shapes: B windows, T tokens, V vocabulary, D features of a block's output, N tok
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.schedule import Schedule
 from sparsify.models.perplexity import mean_loss
 
 # Probabilities are made for so many logits at once: 64 MB in fp32.
@@ -34,33 +35,49 @@ class Distillation:
         weight: from 0 (no divergence) to 1 (no cross-entropy). The default is what the strategy
             advises, or else 0.
         temperature: divides the logits of both models; by default as the strategy advises, or 1.
-        hidden: the weight of the blocks' outputs; by default as the strategy advises, or 0.
+        hidden: the weight of the blocks' outputs, or a schedule of it over the run; by default as
+            the strategy advises, or 0.
     """
 
     weight: float | None = None
     temperature: float | None = None
-    hidden: float | None = None
+    hidden: float | Schedule | None = None
 
     def __post_init__(self) -> None:
-        weight, temperature, hidden = self.numbers
-        if not 0 <= weight <= 1 or not temperature > 0 or not hidden >= 0:
+        weight, temperature, hidden = self.weight or 0, self._temperature, self.hidden
+        ends = (hidden.start, hidden.end) if isinstance(hidden, Schedule) else (hidden or 0,)
+        if not (0 <= weight <= 1 and temperature > 0 and all(end >= 0 for end in ends)):
             raise SparsifyError(
-                f"distillation weight={weight}, temperature={temperature}, hidden={hidden}; the "
-                "weight must lie between 0 and 1, the temperature above 0, and hidden must not be "
-                "negative: --model.distillation.weight 0.5 --model.distillation.temperature 1 "
+                f"distillation weight={weight}, temperature={temperature}, hidden={hidden}; "
+                "the weight must lie between 0 and 1, the temperature above 0, and hidden must not "
+                "be negative: --model.distillation.weight 0.5 --model.distillation.temperature 1 "
                 "--model.distillation.hidden 0"
             )
 
     @property
     def numbers(self) -> tuple[float, float, float]:
-        """Weight, temperature and hidden; 0, 1 and 0 where they are not given."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return self.weight or 0.0, temperature, self.hidden or 0.0
+        """Weight, temperature and hidden at one time (:meth:`at`); 0, 1 and 0 if not given."""
+        if isinstance(self.hidden, Schedule):
+            raise RuntimeError("hidden is a schedule: ask at() for its value")
+        return self.weight or 0.0, self._temperature, self.hidden or 0.0
+
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self.temperature is None else self.temperature
+
+    def at(self, progress: float) -> "Distillation":
+        """The settings when this share of the steps is over, from 0 to 1."""
+        if isinstance(self.hidden, Schedule):
+            return Distillation(self.weight, self.temperature, self.hidden.at(progress))
+        return self
 
     def over(self, advice: "Distillation") -> "Distillation":
         """These settings, and where there are none, those of ``advice``; all are given then."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return Distillation(*replace(advice, **given).numbers)
+        settings = Distillation(0.0, 1.0, 0.0)
+        for part in (advice, self):
+            given = {name: value for name, value in vars(part).items() if value is not None}
+            settings = replace(settings, **given)
+        return settings
 
     @property
     def needs_dense(self) -> bool:

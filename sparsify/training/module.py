@@ -203,7 +203,9 @@ class SparseCausalLM(Evaluation):
         rank, ranks = (0, 1) if self.gathers_masked else data_parallel(self.trainer)
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         first = Draw(self.seed, self.trainer.global_step, micro_batch * ranks + rank)
-        run = BatchRun(self.masked, batch, first, self.distillation, self.teacher)
+        progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        distillation = self.distillation.at(progress)
+        run = BatchRun(self.masked, batch, first, distillation, self.teacher)
         loss = self.strategy.loss(run)
         if self.strategy.effect.without_gradients:  # Lightning calls backward on every loss
             loss = loss.detach().requires_grad_()

@@ -19,6 +19,7 @@ from sparsify.masking.inject import hard_masks
 from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
 from sparsify.masking.mask_bits import unpack
 from sparsify.masking.masked_model import MaskedModel
+from sparsify.masking.schedule import Schedule
 from sparsify.models.base import BaseModel
 from sparsify.strategies.selfmask import ScoreMasker, SelfMask
 from sparsify.training.step import BatchRun
@@ -113,7 +114,7 @@ class Hand:
     """Steps on the tiny model that are taken with plain autograd and numpy."""
 
     def __init__(self, module: SparseCausalLM) -> None:
-        self.weight, _, self.hidden = module.distillation.numbers
+        self.distillation = module.distillation
         self.scores = {
             name: layer.masker.scores_OI.detach().double().numpy().copy()
             for name, layer in masked_layers(module.lm).items()
@@ -121,8 +122,9 @@ class Hand:
         self.mean = {name: np.zeros_like(score) for name, score in self.scores.items()}
         self.square = dict.fromkeys(self.scores, 0.0)
 
-    def slopes(self, tokens: Tensor) -> dict[str, Any]:
+    def slopes(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """What backward gives each score, from the masked weights' gradients."""
+        share, _, hidden = self.distillation.at(progress).numbers
         sparse, dense = tiny_llama(), tiny_llama()
         weights = {name: sparse.get_submodule(name).weight for name in self.scores}
         for name, weight in weights.items():
@@ -132,13 +134,13 @@ class Hand:
         )
         p = torch.softmax(wanted.logits[:, :-1].detach(), -1)
         log_q = torch.log_softmax(out.logits[:, :-1], -1)
-        loss = self.weight * (p * (p.log() - log_q)).sum(-1).mean()
+        loss = share * (p * (p.log() - log_q)).sum(-1).mean()
         for h, h_dense in zip(out.hidden_states[1:], wanted.hidden_states[1:], strict=True):
             apart, size = (h - h_dense.detach())[:, :-1], h_dense[:, :-1].detach()
-            loss = loss + self.hidden * (apart.norm() / size.norm()).square()
-        if self.weight < 1:
+            loss = loss + hidden * (apart.norm() / size.norm()).square()
+        if share < 1:
             shifted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-            loss = loss + (1 - self.weight) * F.cross_entropy(*shifted)
+            loss = loss + (1 - share) * F.cross_entropy(*shifted)
         loss.backward()
         found = {}
         for name, weight in weights.items():
@@ -149,7 +151,7 @@ class Hand:
         return found
 
     def step(self, tokens: Tensor, lr: float, number: int) -> None:
-        for name, slope in self.slopes(tokens).items():
+        for name, slope in self.slopes(tokens, number / 4).items():
             self.mean[name] = 0.9 * self.mean[name] + 0.1 * slope
             self.square[name] = 0.99 * self.square[name] + 0.01 * (slope**2).mean()
             size = np.sqrt(self.square[name] / (1 - 0.99 ** (number + 1)))
@@ -163,8 +165,13 @@ def largest_of(score: Any) -> Any:
 
 @pytest.mark.parametrize(
     "distillation",
-    [Distillation(), Distillation(0.0, hidden=0.0), Distillation(0.5, hidden=0.7)],
-    ids=["as advised", "no teacher", "other weights"],
+    [
+        Distillation(),
+        Distillation(0.0, hidden=0.0),
+        Distillation(0.5, hidden=0.7),
+        Distillation(hidden=Schedule(2.0, 0.0)),
+    ],
+    ids=["as advised", "no teacher", "other weights", "falling"],
 )
 def test_steps_are_those_of_the_equations(
     distillation: Distillation,

@@ -22,6 +22,7 @@ from sparsify.callbacks.annealing import Annealing
 from sparsify.masking import distillation
 from sparsify.masking.distillation import Distillation, divergence, relative_error
 from sparsify.masking.layer import base_parameters
+from sparsify.masking.schedule import Schedule
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.token_batch import TokenBatch
 from sparsify.strategies.fixed_mask import FixedMask
@@ -185,6 +186,10 @@ def test_a_strategy_advises_and_the_run_decides(tokenizer: PreTrainedTokenizerFa
     assert found(distillation=Distillation(hidden=0.0)) == Distillation(0.7, 1.0, 0.0)
     assert found(distillation=Distillation(0.0, 2.0)) == Distillation(0.0, 2.0, 0.1)
     assert built(MAKE["frozen"](), tokenizer).distillation == Distillation(0.0, 1.0, 0.0)
+    falling = Distillation(hidden=Schedule(0.5, 0.0))
+    advised = falling.over(Distillation(0.7))
+    assert advised == Distillation(0.7, 1.0, Schedule(0.5, 0.0))
+    assert [advised.at(share).numbers for share in (0, 0.4)] == [(0.7, 1.0, 0.5), (0.7, 1.0, 0.3)]
     module = built(Advising(prior="magnitude"), tokenizer)
     counter = Counter(module)
     BatchRun(module.masked, TOKENS, DRAW, module.distillation)(DRAW)
@@ -356,8 +361,10 @@ def test_checkpoints_hold_no_teacher_and_go_on_bit_for_bit(
         ({"temperature": -1.0}, "temperature=-1.0.*--model.distillation.temperature"),
         ({"hidden": -1.0}, "hidden=-1.0.*must not be negative"),
         ({"hidden": math.nan}, "hidden=nan"),
+        ({"hidden": Schedule(1.0, -0.5)}, r"hidden=Schedule.*-0.5.*must not be negative"),
+        ({"hidden": Schedule(0.0, math.nan)}, r"hidden=Schedule.*nan"),
     ],
 )
-def test_settings_that_cannot_be(options: dict[str, float], message: str) -> None:
+def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsifyError, match=message):
         Distillation(**options)
