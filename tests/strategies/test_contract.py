@@ -100,7 +100,7 @@ CASES = [
     Case("maskllm, no prior", lambda: MaskLLM(prior=None), draws=True),
     Case("selfmask", SelfMask, ANY, in_place=True, follows="kept_OJ"),
     Case(
-        "selfmask in bf16, magnitude prior",
+        "selfmask in bf16 from magnitude on",
         lambda: SelfMask("magnitude", dtype="bfloat16"),
         ANY,
         in_place=True,
