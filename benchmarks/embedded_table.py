@@ -20,7 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 # The weight of block outputs that is best for selfmask is given to other distilled runs too.
-HIDDEN = 0.2
+DISTILLED = [
+    "--model.distillation.weight=1",
+    "--model.distillation.hidden.start=0.5",
+    "--model.distillation.hidden.end=0",
+]
 # In the order in which they are shown.
 RUNS: dict[str, list[str]] = {
     "dense": ["--strategy=dense"],
@@ -34,11 +38,7 @@ RUNS: dict[str, list[str]] = {
     "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
     "admm": ["--strategy=admm"],
     "maskllm": ["--strategy=maskllm"],
-    "maskllm, distilled": [
-        "--strategy=maskllm",
-        "--model.distillation.weight=1",
-        f"--model.distillation.hidden={HIDDEN}",
-    ],
+    "maskllm, distilled": ["--strategy=maskllm", *DISTILLED],
     "selfmask": ["--strategy=selfmask"],
     "selfmask, no teacher": [
         "--strategy=selfmask",
