@@ -132,7 +132,7 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         prior: SparsityStrategy | str | None = "sparsegpt",
         scale: float = 0.1,
         margin: float = 0.02,
-        lr: float = 0.002,
+        lr: float = 0.004,
         momentum: float = 0.9,
         decay: float = 0.99,
         dtype: Literal["float32", "bfloat16"] = "float32",
