@@ -25,7 +25,7 @@ from sparsify.cli.commands.plan import read
 from sparsify.common.version import version
 from sparsify.training.plan import make_plan
 
-STRATEGIES = ("maskllm", "maskpro", "sparsegpt")
+STRATEGIES = ("selfmask", "maskllm", "maskpro", "sparsegpt")
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),

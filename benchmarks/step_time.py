@@ -181,13 +181,14 @@ def measure(
 
     Args:
         names: the strategies.
-        weights: of the divergence from a teacher; 0 is without one.
+        weights: of the divergence from a teacher, whose blocks' outputs count 0.2; 0 is without.
     """
     tokens = torch.randint(0, 64, (shapes.windows, shapes.window))
     steps: dict[str, Any] = {"dense": DenseStep(shapes)}
     for weight in weights:
         label, teacher = (", teacher" if weight else ""), Distillation(weight)
-        steps |= {name + label: LearningStep(name, shapes, teacher) for name in names}
+        blocks = Distillation(weight, hidden=0.2 if weight else 0.0)
+        steps |= {name + label: LearningStep(name, shapes, blocks) for name in names}
         steps["head" + label] = HeadStep(shapes, teacher)
     several = {name for name, step in steps.items() if getattr(step, "several", False)}
     times: dict[str, list[list[float]]] = {name: [] for name in steps}
