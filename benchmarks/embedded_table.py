@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, fit, save, spread
+from kept_runs import check_protocol, exported, fit, save, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +49,13 @@ RUNS: dict[str, list[str]] = {
     "maskpro": ["--strategy=maskpro"],
     "fixed_mask": ["--strategy=fixed_mask"],
     "sr_ste": ["--strategy=sr_ste"],
-    "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
+    "sr_ste, distilled": ["--strategy=sr_ste", *DISTILLED],
+    # The weights that selfmask's mask keeps learn on.
+    "selfmask, then fixed_mask": [
+        "--strategy=fixed_mask",
+        "--model.strategy.prior={selfmask}",
+        *DISTILLED,
+    ],
     "maskpro, leave-one-out": [
         "--strategy=maskpro",
         "--model.strategy.estimator=leave_one_out",
@@ -143,6 +149,9 @@ def main() -> None:
                 if name in WITHOUT_SEED and seed != args.seeds[0]:
                     continue
                 options = [*RUNS[name], "--logger=csv", *(watched(name) if args.all else [])]
+                if any("{selfmask}" in option for option in options):
+                    mask = exported(f"selfmask, seed {seed}", folder)
+                    options = [option.replace("{selfmask}", str(mask)) for option in options]
                 options += [f"--{part}.seed={seed}" for part in SEEDED]
                 result = fit(f"{name}, seed {seed}", options, folder)
                 results.setdefault(name, []).append(result)
