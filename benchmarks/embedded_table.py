@@ -49,7 +49,8 @@ RUNS: dict[str, list[str]] = {
     "maskpro": ["--strategy=maskpro"],
     "fixed_mask": ["--strategy=fixed_mask"],
     "sr_ste": ["--strategy=sr_ste"],
-    "sr_ste, distilled": ["--strategy=sr_ste", *DISTILLED],
+    "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
+    "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
     # The weights that selfmask's mask keeps learn on.
     "selfmask, then fixed_mask": [
         "--strategy=fixed_mask",
