@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import data_parallel
@@ -289,5 +289,6 @@ class TextDataModule(LightningDataModule):
         if self.eval_batch_size is not None:
             return self.eval_batch_size
         model = getattr(self.trainer and self.trainer.lightning_module, "model", None)
-        words = len(self._tokenizer()) if model is None else windows.vocabulary_of(model)
+        built = isinstance(model, PreTrainedModel)  # another's module may have any attributes
+        words = windows.vocabulary_of(model) if built else len(self._tokenizer())
         return windows.fitting_windows(self.block_size, words)
