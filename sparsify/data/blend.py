@@ -5,11 +5,13 @@ resumed at any batch, or split over ranks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from sparsify.common.errors import SparsifyError
@@ -37,6 +39,34 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: total - sum(quotas)]:
         quotas[i] += 1
     return quotas
+
+
+def draw(blocks: Mapping[str, Tensor], shares: Mapping[str, int], seed: int) -> Tensor:
+    """Draws different blocks from each source, and shuffles them.
+
+    Args:
+        blocks: The blocks of each source, [blocks, T].
+        shares: How many to draw from each.
+        seed: Not negative.
+
+    Returns:
+        Their blocks, [sum of shares, T].
+
+    Raises:
+        SparsifyError: A source has fewer blocks than its share.
+    """
+    rng = np.random.default_rng(seed)
+    samples = sum(shares.values())
+    chosen = []
+    for name, share in shares.items():
+        if share > len(blocks[name]):
+            raise SparsifyError(
+                f"calibration asks for {share} of {samples} blocks from train source {name}, "
+                f"which has {len(blocks[name])}; each block is used once: ask for fewer with "
+                "--model.calibration.samples, or add text"
+            )
+        chosen.append(blocks[name][rng.permutation(len(blocks[name]))[:share]])
+    return torch.cat(chosen)[rng.permutation(samples)]
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list[float] | None:

@@ -1,17 +1,19 @@
 """Training loaders that can save their position in a checkpoint and go back to it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sparsify.common.errors import SparsifyError, restoring
 from sparsify.data.blend import (
     PLACE,
+    BatchesOfRank,
     check_same_data,
 )
 from sparsify.data.packing import PackedText, to_batch
@@ -23,13 +25,26 @@ from sparsify.models.token_batch import TokenBatch
 BATCHES = 2**40
 
 
+def identity_of(start: Sequence[int]) -> dict[str, Any]:
+    """What a saved position says of the special tokens in front of blocks; without any, nothing, as
+    earlier versions did.
+    """
+    return {"bos": list(start)} if start else {}
+
+
 class TrainLoader(StatefulDataLoader[Tensor | TokenBatch]):  # type: ignore[misc]  # torchdata has no types
+    start: Sequence[int] = ()  # ids of the special tokens in front of each block
+
+    def identity(self) -> dict[str, Any]:
+        identity: dict[str, Any] = self.batch_sampler.identity()
+        return identity | identity_of(self.start)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"of": self.batch_sampler.identity(), "position": super().state_dict()}
+        return {"of": self.identity(), "position": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with restoring(PLACE):
-            check_same_data(state["of"], self.batch_sampler.identity())
+            check_same_data(state["of"], self.identity())
             _check_position(state["position"])
             super().load_state_dict(state["position"])
             # Only iter() makes torchdata read the position. Left to Lightning, an error in it would
@@ -64,6 +79,43 @@ class BlockDataset(Dataset[Tensor | TokenBatch]):
 
     def __getitem__(self, index: int) -> Tensor | TokenBatch:
         return to_batch(self.blocks[index], self.masked)
+
+
+def train_loader(
+    packed: Iterable[PackedText], masked: bool, batches: BatchesOfRank, start: Sequence[int]
+) -> TrainLoader:
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls a function that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        loader = TrainLoader(
+            ConcatDataset([BlockDataset(p, masked) for p in packed]),
+            batch_sampler=batches,
+            # A loader draws a number at the start of each epoch. Drawn from the global
+            # generator, it would change the dropout of a resumed run.
+            generator=torch.Generator(),
+        )
+    loader.start = start
+    return loader
+
+
+def eval_loader(
+    packed: PackedText, masked: bool, batch_size: int
+) -> DataLoader[Tensor | TokenBatch]:
+    return DataLoader(
+        BlockDataset(packed, masked), batch_size=batch_size, generator=torch.Generator()
+    )
+
+
+def check_sampler_of_trainer(trainer: Any) -> None:
+    if (
+        trainer is not None
+        and trainer.world_size > 1
+        and trainer._accelerator_connector.use_distributed_sampler
+    ):
+        raise SparsifyError(
+            "the trainer has use_distributed_sampler=True; TextDataModule gives each process its "
+            "own batches: set Trainer(use_distributed_sampler=False)"
+        )
 
 
 def check_trainer_of_stream(trainer: Any) -> None:

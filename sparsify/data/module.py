@@ -6,27 +6,26 @@ Shapes: B batch, T tokens of a block.
 import warnings
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import data_parallel
-from sparsify.data.blend import (
-    BatchesOfRank,
-    BlendSampler,
-    apportion,
-    check_weights,
-)
+from sparsify.data import loaders, windows
+from sparsify.data.blend import BatchesOfRank, BlendSampler, apportion, check_weights, draw
 from sparsify.data.documents import read_documents
-from sparsify.data.loaders import BlockDataset, StreamLoader, TrainLoader, check_trainer_of_stream
 from sparsify.data.packing import PackedText, pack, unmarked
-from sparsify.data.sources import BadRows, BadRowsPolicy
-from sparsify.data.splits import Sources, Split, at_least, embedded_sources, named_sources
+from sparsify.data.sources import BadRows, BadRowsPolicy, Source
+from sparsify.data.splits import (
+    Sources,
+    Split,
+    at_least,
+    check_shares,
+    embedded_sources,
+    named_sources,
+)
 from sparsify.data.streaming import Streaming
 from sparsify.models.token_batch import TokenBatch
 
@@ -40,7 +39,9 @@ SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
 class TextDataModule(LightningDataModule):
     """Batches of token blocks [B, T], int64, from text files and data sets.
 
-    A batch is a Tensor, or a `TokenBatch` where a source has tokens that are context only.
+    A batch is a Tensor, or a `TokenBatch` where a source has tokens that are context only. Each
+    block is one window: the special tokens that the tokenizer puts before a text, then T less so
+    many tokens of the text.
 
     A split is one path, a list of paths, or a mapping of names to paths or `Source`. In a list,
     each source is named after its file, with the folder's name in front where two would be equal.
@@ -53,11 +54,14 @@ class TextDataModule(LightningDataModule):
         test: Sources of the test split, one loader each.
         block_size: Tokens per block, T; at least 2, for a token and the next one.
         batch_size: Training blocks per batch on each process.
-        eval_batch_size: Validation and test blocks per batch.
+        eval_batch_size: Validation and test blocks per batch. None takes 16, or as many fewer as
+            keep their logits in fp32 (blocks x T x vocabulary x 4 bytes) within 1 GiB.
         bad_rows: Whether a row without a usable text stops the run ("error") or is counted and
             left out ("skip").
         seed: Seed of the order of the training blocks; not negative.
         tokenizer: Turns text into token ids. None takes the ``tokenizer`` of the trainer's module.
+        bos: The special tokens that every block begins with. None takes those that the tokenizer
+            itself puts before a text; true its bos_token, even if it puts none; false none.
 
     Raises:
         SparsifyError: A number is out of range, a split is given without a source, or settings of a
@@ -71,19 +75,22 @@ class TextDataModule(LightningDataModule):
         test: Sources = None,
         block_size: int = 256,
         batch_size: int = 8,
-        eval_batch_size: int = 16,
+        eval_batch_size: int | None = None,
         bad_rows: BadRowsPolicy = "error",
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        bos: bool | None = None,
     ) -> None:
         super().__init__()
         at_least("block_size", block_size, 2)
         at_least("batch_size", batch_size, 1)
-        at_least("eval_batch_size", eval_batch_size, 1)
+        if eval_batch_size is not None:
+            at_least("eval_batch_size", eval_batch_size, 1)
         at_least("seed", seed, 0)
         self.block_size = block_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.bos = bos
         self.bad_rows: BadRowsPolicy = bad_rows
         self.seed = seed
         self.tokenizer = tokenizer
@@ -100,13 +107,7 @@ class TextDataModule(LightningDataModule):
         self.weights = check_weights(
             list(self.sources["train"]), [s.weight for s in self.sources["train"].values()]
         )
-        if self.endless and self.weights is None and len(self.sources["train"]) > 1:
-            names = ", ".join(name for name, s in self.sources["train"].items() if s.endless)
-            raise SparsifyError(
-                f"train source {names} streams without end, and no source has a weight; only "
-                "weights can say the shares of a blend with a stream: give every source a weight, "
-                "or the stream a limit of documents"
-            )
+        check_shares(self.sources["train"], self.weights)
         self._packed: dict[Split, dict[str, PackedText]] = {}
         self._packed_with: PreTrainedTokenizerBase | None = None
 
@@ -140,23 +141,14 @@ class TextDataModule(LightningDataModule):
             SparsifyError: A source cannot be read or is less than one block, there is no tokenizer,
                 or the trainer would distribute the data over processes a second time.
         """
-        trainer = self.trainer
-        if (
-            trainer is not None
-            and trainer.world_size > 1
-            and trainer._accelerator_connector.use_distributed_sampler
-        ):
-            raise SparsifyError(
-                "the trainer has use_distributed_sampler=True; TextDataModule gives each process "
-                "its own batches: set Trainer(use_distributed_sampler=False)"
-            )
+        loaders.check_sampler_of_trainer(self.trainer)
         # Lightning warns of no workers and of an empty split. Both are meant: blocks lie in memory,
         # where a worker would only copy them, and a split may be absent.
         for message in ("The '.*' does not have many workers", "Total length of `list` across"):
             warnings.filterwarnings("ignore", message=message)
         self._pack(*SPLITS_OF_STAGE[stage])
 
-    def train_dataloader(self) -> StatefulDataLoader[Tensor | TokenBatch] | StreamLoader:
+    def train_dataloader(self) -> loaders.TrainLoader | loaders.StreamLoader:
         """This process's training batches [B, T], int64; the loader can save its position.
 
         Raises:
@@ -164,10 +156,13 @@ class TextDataModule(LightningDataModule):
                 the trainer needs the end of a stream.
         """
         packed = self._pack("train")["train"]
+        marked = self._marked(*self.sources["train"].values())
         rank, world = data_parallel(self.trainer)
         if self.endless:
-            check_trainer_of_stream(self.trainer)
-            return self._streaming().loader(packed, self.weights, self.batch_size, rank, world)
+            loaders.check_trainer_of_stream(self.trainer)
+            return self._streaming().loader(
+                packed, self.weights, marked, self.batch_size, rank, world
+            )
         sampler = BlendSampler([len(p.blocks) for p in packed.values()], self.weights, self.seed)
         if len(sampler) < self.batch_size * world:
             raise SparsifyError(
@@ -175,17 +170,8 @@ class TextDataModule(LightningDataModule):
                 f"each of {world} processes; add text, or lower --data.batch_size or "
                 "--data.block_size"
             )
-        marked = any(source.masked for source in self.sources["train"].values())
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls a function that torch 2.13 deprecates.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return TrainLoader(
-                ConcatDataset([BlockDataset(p, marked) for p in packed.values()]),
-                batch_sampler=BatchesOfRank(sampler, self.batch_size, rank, world),
-                # A loader draws a number at the start of each epoch. Drawn from the global
-                # generator, it would change the dropout of a resumed run.
-                generator=torch.Generator(),
-            )
+        batches = BatchesOfRank(sampler, self.batch_size, rank, world)
+        return loaders.train_loader(packed.values(), marked, batches, self._start())
 
     def val_dataloader(self) -> list[DataLoader[Tensor | TokenBatch]]:
         """One loader of batches [B, T], int64, for each of `validation_names`."""
@@ -213,34 +199,29 @@ class TextDataModule(LightningDataModule):
         names = list(self.sources["train"])
         # Without weights a stream is the only source, and takes all.
         sizes = [len(packed[name].blocks) if name in packed else 1 for name in names]
-        rng = np.random.default_rng(seed)
-        chosen = []
-        for name, share in zip(names, apportion(samples, self.weights or sizes), strict=True):
-            blocks = (
-                packed[name].blocks
-                if name in packed
-                else self._streaming().first_blocks(name, share)
-            )
-            if share > len(blocks):
-                raise SparsifyError(
-                    f"calibration asks for {share} of {samples} blocks from train source {name}, "
-                    f"which has {len(blocks)}; each block is used once: ask for fewer with "
-                    "--model.calibration.samples, or add text"
-                )
-            chosen.append(blocks[rng.permutation(len(blocks))[:share]])
-        return unmarked(torch.cat(chosen)[rng.permutation(samples)])
+        shares = dict(zip(names, apportion(samples, self.weights or sizes), strict=True))
+        blocks = {
+            name: packed[name].blocks
+            if name in packed
+            else self._streaming().first_blocks(name, share)
+            for name, share in shares.items()
+        }
+        return unmarked(draw(blocks, shares, seed))
 
     def describe(self, split: Split) -> dict[str, Any]:
         """Describes the content of a split for the record of a run, without absolute paths.
 
         Returns:
-            ``block_size``, and under ``sources`` for each name the file name, the numbers of
-            documents, tokens, blocks and dropped tokens, and the digest of the token ids; for a
-            stream, which has no such numbers, ``"streaming": True`` instead.
+            ``block_size``; under ``bos`` the special tokens that every block begins with, if there
+            are any; and under ``sources`` for each name the file name, the numbers of documents,
+            tokens, blocks and dropped tokens, and the digest of the token ids; for a stream, which
+            has no such numbers, ``"streaming": True`` instead.
         """
-        packed = self._pack(split)[split]
+        packed, start = self._pack(split)[split], self._start()
+        bos = {"bos": self._tokenizer().convert_ids_to_tokens(start)} if start else {}
         return {
             "block_size": self.block_size,
+            **bos,
             "sources": {
                 name: source.describe()
                 | (packed[name].describe() if name in packed else {"streaming": True})
@@ -262,6 +243,7 @@ class TextDataModule(LightningDataModule):
                             tokenizer,
                             self.block_size,
                             name,
+                            self._start(),
                         )
                         for name, source in self.sources[split].items()
                         if split != "train" or not source.endless
@@ -281,19 +263,32 @@ class TextDataModule(LightningDataModule):
             )
         return tokenizer
 
+    def _start(self) -> list[int]:
+        return windows.window_start(self._tokenizer(), self.bos, self.block_size)
+
+    def _marked(self, *sources: Source) -> bool:
+        # The first token of a window is never predicted; a second special one must not be either.
+        return len(self._start()) > 1 or any(source.masked for source in sources)
+
     def _streaming(self) -> Streaming:
+        sources, start = self.sources["train"], self._start()
         return Streaming(
-            self.sources["train"], self._tokenizer(), self.bad_rows, self.block_size, self.seed
+            sources, self._tokenizer(), self.bad_rows, self.block_size, start, self.seed
         )
 
     def _eval_dataloaders(self, split: Split) -> list[DataLoader[Tensor | TokenBatch]]:
         # Every process reads all blocks. So each gets the same exact sum without communication, and
         # FSDP gets the same number of forward passes on every process.
+        size, sources = self._eval_batch_size(), self.sources[split]
         return [
-            DataLoader(
-                BlockDataset(packed, self.sources[split][name].masked),
-                batch_size=self.eval_batch_size,
-                generator=torch.Generator(),
-            )
+            loaders.eval_loader(packed, self._marked(sources[name]), size)
             for name, packed in self._pack(split)[split].items()
         ]
+
+    def _eval_batch_size(self) -> int:
+        if self.eval_batch_size is not None:
+            return self.eval_batch_size
+        model = getattr(self.trainer and self.trainer.lightning_module, "model", None)
+        built = isinstance(model, PreTrainedModel)  # another's module may have any attributes
+        words = windows.vocabulary_of(model) if built else len(self._tokenizer())
+        return windows.fitting_windows(self.block_size, words)

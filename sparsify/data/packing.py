@@ -1,7 +1,8 @@
 """Packs documents into blocks of token ids of equal length.
 
-A token that is context only, such as one of a prompt, is stored as the complement ``~id``, which is
-negative. So blocks need no second tensor that marks the targets.
+A token that is context only, such as one of a prompt or a special token in front of a block, is
+stored as the complement ``~id``, which is negative. So blocks need no second tensor that marks the
+targets.
 
 Shapes: T tokens of a block.
 """
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from sparsify.common.errors import SparsifyError
 from sparsify.data.documents import Document, Instruction
 from sparsify.data.pieces import LONGEST, pieces
+from sparsify.data.windows import with_start
 from sparsify.models.token_batch import TokenBatch
 
 log = logging.getLogger("sparsify")
@@ -38,7 +40,8 @@ class PackedText:
         blocks: int32 token ids [blocks, T], with half the memory of int64. A token that is context
             only is stored as the complement of its id.
         documents: Number of documents.
-        tokens: Number of tokens of all documents and separators, dropped ones included.
+        tokens: Number of tokens of all documents and separators, dropped ones included; special
+            tokens in front of blocks do not count.
         dropped: Number of tokens in the last partial block, which `blocks` leaves out.
         sha256: Hex digest of all `tokens` ids as little-endian int32. Equal digests mean equal
             text and tokenizer, whatever the block size.
@@ -69,7 +72,7 @@ class Packer:
 
     Args:
         tokenizer: Must have an ``eos_token``, which separates documents. No other special token is
-            added.
+            added here.
         name: Name of the source, for messages.
 
     Attributes:
@@ -178,7 +181,11 @@ class Packer:
 
 
 def pack(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    name: str,
+    start: Sequence[int] = (),
 ) -> PackedText:
     """Joins documents with the end-of-text token and cuts them into blocks.
 
@@ -187,6 +194,7 @@ def pack(
         tokenizer: As for `Packer`.
         block_size: Tokens per block.
         name: Name of the source, for messages.
+        start: Ids of the special tokens in front of each block.
 
     Returns:
         The blocks; only the last partial block is dropped.
@@ -198,7 +206,8 @@ def pack(
     for texts in _batches(documents, DOCUMENTS_A_CALL):
         packer.add(texts)
     ids = packer.ids
-    blocks, dropped = divmod(len(ids), block_size)
+    own = block_size - len(start)  # tokens of text
+    blocks, dropped = divmod(len(ids), own)
     if not blocks:
         raise SparsifyError(
             f"{name}: {len(ids)} tokens are less than one block of {block_size}; add text or lower "
@@ -206,7 +215,7 @@ def pack(
         )
     stream = np.frombuffer(ids, dtype=np.int32)  # shares the array's memory
     packed = PackedText(
-        blocks=torch.from_numpy(stream[: blocks * block_size]).view(blocks, block_size),
+        blocks=with_start(start, torch.from_numpy(stream[: blocks * own]).view(blocks, own)),
         documents=packer.documents,
         tokens=len(ids),
         dropped=dropped,
@@ -227,12 +236,13 @@ def to_batch(blocks: Tensor, masked: bool) -> Tensor | TokenBatch:
 
     Args:
         blocks: int32 ids; the complement of an id if the token is context only.
-        masked: Whether there may be such tokens.
+        masked: Whether targets must be told from context.
 
     Returns:
         int64 token ids; if `masked`, a `TokenBatch` of them and their targets.
     """
-    return TokenBatch(unmarked(blocks), blocks >= 0) if masked else blocks.long()
+    tokens = unmarked(blocks)
+    return TokenBatch(tokens, blocks >= 0) if masked else tokens
 
 
 def _mark(ids: list[int], offsets: list[tuple[int, int]], document: Instruction) -> list[int]:

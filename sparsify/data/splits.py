@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +73,17 @@ def named_sources(split: Split, sources: Any) -> dict[str, Source]:
             name = f"{base}-{number}"
         named[name] = _located(Source(path), split)
     return named
+
+
+def check_shares(sources: Mapping[str, Source], weights: Sequence[float] | None) -> None:
+    """Refuse a blend with a stream whose shares nothing says."""
+    endless = [name for name, source in sources.items() if source.endless]
+    if endless and weights is None and len(sources) > 1:
+        raise SparsifyError(
+            f"train source {', '.join(endless)} streams without end, and no source has a weight; "
+            "only weights can say the shares of a blend with a stream: give every source a weight, "
+            "or the stream a limit of documents"
+        )
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -18,6 +18,7 @@ from sparsify.data.blend import PERMUTATION
 from sparsify.data.documents import Document, Judge
 from sparsify.data.packing import DOCUMENTS_A_CALL, Packer
 from sparsify.data.sources import BadRows, Rows, Shard
+from sparsify.data.windows import with_start
 
 # These stand after the seed and keep random streams apart, like those of blend.py.
 CHOICE, SHARDS, BUFFER = 3, 4, 5
@@ -80,6 +81,7 @@ class StreamedBlocks:
         report: Where `judge` counts the rows that it leaves out.
         packer: Turns documents into tokens.
         block_size: Tokens per block.
+        start: Ids of the special tokens in front of each block.
         seed: The run's seed.
         source: Number of the source.
         buffer: Number of documents shuffled together; 0 keeps the order of the source.
@@ -97,13 +99,15 @@ class StreamedBlocks:
         report: BadRows,
         packer: Packer,
         block_size: int,
+        start: Sequence[int],
         seed: int,
         source: int,
         buffer: int,
     ) -> None:
         self._name, self._judge, self._report = name, judge, report
         self.shards = shards
-        self._packer, self._block_size = packer, block_size
+        self._packer, self._special = packer, start
+        self._own = block_size - len(start)  # tokens of a block's text
         self._seed, self._source, self._buffer = seed, source, buffer
         self._warn_at = 1
         self.epoch = 0
@@ -118,14 +122,14 @@ class StreamedBlocks:
         self._packed = 0  # how many of them the packer already has
 
     def __next__(self) -> Tensor:
-        while len(self._packer.ids) < self._block_size:
+        while len(self._packer.ids) < self._own:
             if self._packed == len(self._documents):
                 self._run, self._start, self._packed = self._run + 1, self._position(), 0
                 self._documents = self._read_run()
             documents = self._documents[self._packed : self._packed + DOCUMENTS_A_CALL]
             self._packer.add(documents)
             self._packed += len(documents)
-        return self._packer.take(self._block_size)
+        return with_start(self._special, self._packer.take(self._own))
 
     def state_dict(self) -> dict[str, Any]:
         return {

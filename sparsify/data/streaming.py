@@ -1,6 +1,6 @@
 """Reads a training blend in which at least one source streams."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsify.data.documents import Judge, open_source
-from sparsify.data.loaders import StreamLoader
+from sparsify.data.loaders import StreamLoader, identity_of
 from sparsify.data.packing import PackedText, Packer
 from sparsify.data.sources import BadRows, BadRowsPolicy, Source
 from sparsify.data.stream import Blocks, PackedBlocks, StreamedBlocks
@@ -22,6 +22,7 @@ class Streaming:
         tokenizer: turns text into token ids.
         bad_rows: whether rows without a usable text are errors or left out.
         block_size: tokens per block, T.
+        start: ids of the special tokens in front of each block.
         seed: seed of the order of documents and sources.
     """
 
@@ -31,10 +32,11 @@ class Streaming:
         tokenizer: PreTrainedTokenizerBase,
         bad_rows: BadRowsPolicy,
         block_size: int,
+        start: Sequence[int],
         seed: int,
     ) -> None:
         self._sources, self._tokenizer, self._bad_rows = sources, tokenizer, bad_rows
-        self._block_size, self._seed = block_size, seed
+        self._block_size, self._start, self._seed = block_size, start, seed
 
     def stream(self, name: str) -> StreamedBlocks:
         """The blocks of one streamed source, from its start."""
@@ -46,6 +48,7 @@ class Streaming:
             report,
             Packer(self._tokenizer, name),
             self._block_size,
+            self._start,
             self._seed,
             list(self._sources).index(name),
             source.shuffle_buffer,
@@ -68,6 +71,7 @@ class Streaming:
         self,
         packed: Mapping[str, PackedText],
         weights: list[float] | None,
+        masked: bool,
         batch_size: int,
         rank: int,
         world: int,
@@ -77,6 +81,7 @@ class Streaming:
         Args:
             packed: the sources of the blend that lie in memory.
             weights: relative shares of the sources; None if there is only one.
+            masked: whether targets must be told from context.
             batch_size: blocks per batch on each process.
             rank: rank of this process among those that read different data.
             world: number of these processes.
@@ -95,7 +100,7 @@ class Streaming:
         return StreamLoader(
             sources,
             weights or [1.0],
-            any(source.masked for source in self._sources.values()),
+            masked,
             self._seed,
             batch_size,
             rank,
@@ -105,5 +110,6 @@ class Streaming:
                 "seed": self._seed,
                 "batch_size": batch_size,
                 "block_size": self._block_size,
-            },
+            }
+            | identity_of(self._start),
         )

@@ -77,5 +77,6 @@ def calibrate(
     engine = Layerwise(module.masked, windows or of_trainer, module.calibration, device, watch)
     module.masked.calibrate(engine.run(module.strategy))
     if engine.record is not None and trainer is not None:
-        engine.record["sources"] = trainer.datamodule.describe("train")["sources"]
+        described = trainer.datamodule.describe("train")
+        engine.record |= {key: described[key] for key in ("bos", "sources") if key in described}
     return engine.record

@@ -92,7 +92,8 @@ class PlanCLI(SparsifyCLI):
         """The settings that the user asked for."""
         trainer = {**vars(self.asked.trainer), "strategy": self.config_init.trainer.strategy}
         data, found = self.datamodule, of_trainer(trainer) | {"utilisation": self.asked.utilisation}
-        return PlanSettings(self.model, data.batch_size, data.block_size, **found)
+        sizes = data.batch_size, data.block_size, data.eval_batch_size
+        return PlanSettings(self.model, *sizes, **found)
 
 
 def read(words: list[str]) -> PlanCLI:

@@ -10,7 +10,7 @@ from sparsify.results.compare.loading import CONFIG, Run
 # What the command line was told and the result does not hold: what decides which layers are masked,
 # what is read, and how is learned. (The trainer's part of the last is the command's own.)
 ALWAYS = ("model.exclude", "model.include")
-READING = ("data.train",)
+READING = ("data.train", "data.bos")
 LEARNING = (
     "data.batch_size",
     "data.block_size",
@@ -38,7 +38,7 @@ def settings(run: Run, fitting: bool = True) -> dict[str, str]:
     if record.get("distillation"):
         found["distilled"] = "yes"
         found |= _flat("distilled", record["distillation"])
-    for key in ("samples", "block_size", "activations"):
+    for key in ("samples", "block_size", "bos", "activations"):
         if key in run.calibration:
             found[f"calibration.{key}"] = _text(run.calibration[key])
     found |= _flat("calibration.text", _text_of(run.calibration))

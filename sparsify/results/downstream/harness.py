@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
+from sparsify.data.windows import window_start
 from sparsify.results.downstream.paired import Metric
 from sparsify.results.downstream.quiet import collected_warnings, quiet_harness
 
@@ -140,6 +141,13 @@ class Model:
             from lm_eval.models.huggingface import HFLM
 
             self._lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+    @property
+    def bos(self) -> list[str]:
+        """The special tokens before a request, where the tokenizer puts any before a text."""
+        start = window_start(self._lm.tokenizer)
+        asked = self._lm.tok_encode("a")[: len(start)] == start  # older versions left them out
+        return list(self._lm.tokenizer.convert_ids_to_tokens(start)) if asked else []
 
     @property
     def max_length(self) -> int:

@@ -147,11 +147,12 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     if unpaired := [task for task, method in methods.items() if method != "paired"]:
         lines[0] += f" (taken as independent in {', '.join(unpaired)})"
     shots = sorted({task["num_fewshot"] for task in protocol["tasks"].values()})
+    first = f" after {' '.join(protocol['bos'])}" if "bos" in protocol else ""
     limit = "" if protocol["limit"] is None else f"the first {protocol['limit']} examples, "
     lines += [
         f"{limit}{' or '.join(map(str, shots))} examples in context, {protocol['dtype']} on "
         f"{protocol['device']}, batches of {protocol['batch_size']}, at most "
-        f"{protocol['max_length']} tokens, lm_eval {report['versions']['lm_eval']}",
+        f"{protocol['max_length']} tokens{first}, lm_eval {report['versions']['lm_eval']}",
         f"base {protocol['base']['name']} {protocol['base']['hash'][:12]}, masks "
         f"{(protocol['masks'] or 'none')[:12]}",
     ]

@@ -110,14 +110,14 @@ def evaluate(folder: Path, base: str | None, settings: Settings) -> dict[str, An
         gc.collect()  # the two are never in memory together
         torch.cuda.empty_cache()
     model = load_model(str(folder), dtype)
-    sparse, max_length = _measure("sparse", model, str(folder), tasks, settings)
+    sparse, windows = _measure("sparse", model, str(folder), tasks, settings)
     protocol = {
         "metric": settings.metric,
         "limit": settings.limit,
         "batch_size": settings.batch_size,
         "dtype": dtype,
         "device": settings.device,
-        "max_length": max_length,
+        **windows,
     }
     return make_report(folder, content, protocol, dense, sparse)
 
@@ -147,12 +147,15 @@ def _load_base(name: str, manifest: Manifest, dtype: Dtype) -> PreTrainedModel:
 
 def _measure(
     kind: str, model: PreTrainedModel, name: str, tasks: dict[str, Any], settings: Settings
-) -> tuple[Scores, int]:
-    """The scores by task, and the most tokens that the model reads."""
+) -> tuple[Scores, dict[str, Any]]:
+    """The scores by task; and the most tokens that the model reads, with the special ones that
+    come first, if there are any.
+    """
     model.to(cast(Any, settings.device))
     asked = Model(model, load_tokenizer(name), settings.batch_size)
     scores = {}
     for at, (task, content) in enumerate(tasks.items(), 1):
         print(f"{kind}: {task} ({at} of {len(tasks)})", file=sys.stderr)
         scores[task] = asked.answer(task, content, settings.limit)
-    return scores, asked.max_length
+    bos = asked.bos
+    return scores, {"max_length": asked.max_length} | ({"bos": bos} if bos else {})

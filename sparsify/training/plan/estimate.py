@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from sparsify.data.windows import logit_bytes, vocabulary_of
 from sparsify.training.plan.dry_run import (
     CALIBRATION,
     GRADIENTS,
@@ -34,11 +35,13 @@ class Estimate:
         settings: what was planned for.
         phases: bytes by part at the peak of every phase of the run.
         work: of all of calibration, and of each phase of one optimizer step.
+        logits: bytes of those of a validation or test batch, in fp32; no phase counts them.
     """
 
     settings: PlanSettings
     phases: dict[str, dict[str, int]]
     work: dict[str, Work] = field(default_factory=dict)
+    logits: int = 0
 
     @property
     def phase(self) -> str:
@@ -68,7 +71,9 @@ def estimate(settings: PlanSettings, seen: DryRun) -> Estimate:
             # DistributedDataParallel sums gradients in buffers of their size.
             parts[BUCKETS] = parts[GRADIENTS]
         phases[phase] = {BASE: CPU_BASE if settings.device == "cpu" else 0} | parts
-    return Estimate(settings, phases, device_work(settings, seen.work))
+    windows, words = settings.eval_batch_size or 0, vocabulary_of(seen.masked.model)
+    logits = logit_bytes(windows, settings.block_size, words)
+    return Estimate(settings, phases, device_work(settings, seen.work), logits)
 
 
 def _calibration(parts: dict[str, int], settings: PlanSettings, seen: DryRun) -> dict[str, int]:

@@ -32,6 +32,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "phase": found.phase,
                 "parts": found.parts,
                 "phases": found.phases,
+                "evaluation": {"logits": found.logits},
                 "time": _time(found),
             }
             for change, found in plan.tries
@@ -71,6 +72,7 @@ def _settings(settings: PlanSettings) -> dict[str, Any]:
         "model.gather": module.gather,
         "data.batch_size": settings.batch_size,
         "data.block_size": settings.block_size,
+        "data.eval_batch_size": settings.eval_batch_size,
         "trainer.precision": settings.precision,
         "trainer.accelerator": settings.device,
         "trainer.devices": settings.devices,
@@ -102,7 +104,9 @@ def to_table(plan: Plan) -> Group:
         fits = "" if plan.memory is None else "yes" if plan.short(found) <= 0 else "no"
         row = f"{found.total / GIB:.2f}", found.phase, fits
         tries.add_row(as_words(change) or AS_ASKED, *row)
-    return Group(parts, tries, *_time_tables(best), verdict(plan))
+    test = f"validation and test, not counted: {best.settings.eval_batch_size} windows a batch, "
+    test += f"whose logits take {best.logits / GIB:.2f} GiB in fp32, thrice while losses are made"
+    return Group(parts, tries, *_time_tables(best), test, verdict(plan))
 
 
 def _time_tables(found: Estimate) -> Iterator[Table]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sparsify.common.errors import SparsifyError
+from sparsify.data.windows import fitting_windows, vocabulary_of
 from sparsify.training.parallel.shard_model import check_sharding
 from sparsify.training.plan.dry_run import FORWARD, DryRun, dry_run
 from sparsify.training.plan.estimate import Estimate, estimate
@@ -75,6 +76,9 @@ def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
     """
     plan = Plan([], memory)
     seen = dry_run(settings)
+    if settings.eval_batch_size is None:
+        words = vocabulary_of(seen.masked.model)
+        settings = replace(settings, eval_batch_size=fitting_windows(settings.block_size, words))
     plan.tries.append(({}, estimate(settings, seen)))
     for change, settings in _remedies(settings, seen):
         if plan.fits:

@@ -26,6 +26,7 @@ class PlanSettings:
         module: holds the settings of the model; it is not built, and stays so.
         batch_size: windows of a micro-batch on each device.
         block_size: tokens of a window.
+        eval_batch_size: windows of an evaluation batch; None takes as many as a run would.
         precision: of the matrix products, as the Trainer takes it.
         device: whose rules are applied.
         devices: of one node, each with a process of its own.
@@ -42,6 +43,7 @@ class PlanSettings:
     module: SparseCausalLM
     batch_size: int = 8
     block_size: int = 256
+    eval_batch_size: int | None = None
     precision: str = "32-true"
     device: Device = "cpu"
     devices: int = 1

@@ -10,6 +10,7 @@ import pytest
 
 from sparsify.cli.commands.plan import FORMER
 from sparsify.cli.main import main
+from sparsify.data import windows
 from tests.conftest import Cli
 
 RECIPES = Path(str(files("sparsify.configs"))) / "recipes"
@@ -57,18 +58,26 @@ def found(plan: Plan, *words: str) -> dict[str, Any]:
     return content
 
 
-def test_the_command(plan: Plan, small: list[str], nothing_is_loaded: None) -> None:
+def test_the_command(
+    plan: Plan, small: list[str], nothing_is_loaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--strategy=magnitude", *small]
     status, text, err = plan(*words, "--memory=1")
     assert (status, err) == (0, "")
     assert "magnitude on cpu: GiB a device" in text
     assert "fits 1 GiB as asked: 0.44 GiB" in text
+    assert "validation and test, not counted: 16 windows a batch" in text
     status, text, _ = plan(*words, "--memory=0.1")
     assert status == 1
     assert "nothing fits 0.1 GiB: the best of these needs 0.34 GiB more" in text
     plain = found(plan, *words, "--model.calibration.samples=2")
     assert (plain["fits"], plain["short_by"], plain["changes"]) == (True, 0, "")
     assert sum(plain["tries"][0]["parts"].values()) == plain["tries"][0]["peak"]
+    assert plain["tries"][0]["evaluation"] == {"logits": 16 * 16 * 64 * 4}
+    monkeypatch.setattr(windows, "EVAL_LOGITS", 3 * 16 * 64 * 4)
+    assert found(plan, *words)["tries"][0]["settings"]["data.eval_batch_size"] == 3
+    asked = found(plan, *words, "--data.eval_batch_size=5")["tries"][0]
+    assert asked["settings"]["data.eval_batch_size"] == 5
 
 
 def test_what_is_printed_can_be_typed(plan: Plan, small: list[str]) -> None:
@@ -106,6 +115,7 @@ def test_options_of_every_group_are_those_of_fit(plan: Plan, small: list[str]) -
         "model.gather": "plain",
         "data.batch_size": 3,
         "data.block_size": 16,
+        "data.eval_batch_size": 16,
         "trainer.precision": "bf16-mixed",
         "trainer.accelerator": "cpu",
         "trainer.devices": 2,

@@ -37,6 +37,12 @@ def test_equal_protocols_are_one() -> None:
             512,
             "protocol.data.block_size: 256 in one and 1 more, 512 in three",
         ),
+        (
+            "data",
+            "bos",
+            ["<s>"],
+            'protocol.data.bos: nothing in one and 1 more, ["<s>"] in three',
+        ),
         ("windows", "a", 3, "protocol.windows.a: 10 in one and 1 more, 3 in three"),
         ("windows", "c", 3, "protocol.windows.c: nothing in one and 1 more, 3 in three"),
     ],

@@ -102,6 +102,15 @@ def test_what_only_the_configuration_holds_tells_rows_apart() -> None:
     assert labels(make_rows(runs)[0]) == {"magnitude": 1}
 
 
+def test_other_special_tokens_in_front_of_windows_tell_rows_apart() -> None:
+    runs = [run({"data": {"bos": bos}}, loss=3.0) for bos in (None, False)]
+    assert list(labels(make_rows(runs)[0])) == ["maskllm", "maskllm, no bos"]
+    # Calibrated by an earlier version, which had none, and tested by this one.
+    calibrations = [calibrated(0), calibrated(0, sha256="text with <s>", bos=["<s>"])]
+    runs = [run(strategy=WANDA, loss=3.0, calibration=one) for one in calibrations]
+    assert len(make_rows(runs)[0]) == 2
+
+
 def test_runs_without_a_configuration_are_a_row_of_their_own() -> None:
     """And make no other run disappear."""
     runs = [run(told(0.1), loss=3.0), run(told(0.2), loss=3.1), bare(loss=3.2), bare(loss=3.3)]

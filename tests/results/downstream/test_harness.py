@@ -3,8 +3,12 @@
 import math
 from typing import Any
 
-from sparsify.results.downstream.harness import _metrics
+import pytest
+
+from sparsify.results.downstream.harness import Model, _metrics
 from sparsify.results.downstream.paired import Metric
+from tests.conftest import tiny_llama
+from tests.data.tokenizers import FORMS, like
 
 
 def sample(doc: int, chosen: str, match: float) -> dict[str, Any]:
@@ -39,3 +43,13 @@ def test_a_value_that_is_no_mean_has_no_examples() -> None:
     result = {"results": {"t": {"ppl,none": math.exp(1)}}, "higher_is_better": {"t": {}}}
     samples = [{"doc_id": i, "filter": "none", "ppl": -1.0} for i in range(3)]
     assert _metrics("t", result, samples)["ppl"].examples is None
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_requests_begin_as_the_tokenizer_begins_a_text(name: str) -> None:
+    tokenizer = like(name)
+    model = Model(tiny_llama(), tokenizer, 1)
+    assert model.bos == FORMS[name][0]
+    request = model._lm.tok_encode("the cat")
+    assert request == tokenizer("the cat")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(request)[: len(model.bos)] == model.bos
