@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sparsify.masking.dense_layers import is_block_weight
 from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import (
     MaskedLinear,
@@ -124,6 +125,6 @@ class MaskedModel:
             parameter.numel()
             for block in decoder_blocks(self.model).values()
             for parameter in base_parameters(block).values()
-            if parameter.ndim == 2 or (parameter.ndim == 3 and min(parameter.shape[1:]) > 1)
+            if is_block_weight(parameter.shape)
         )
         return zeros / total

@@ -311,7 +311,7 @@ def test_activations_that_overflow_are_named_with_the_fix(
 def test_a_layer_that_the_model_does_not_call_is_refused(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    module = SparseCausalLM.from_model(tiny_mamba(), tokenizer, Magnitude())
+    module = SparseCausalLM.from_model(tiny_mamba(), tokenizer, Magnitude(), include="*_proj")
     with pytest.raises(
         SparsifyError,
         match=r"backbone.layers.\*.mixer.dt_proj: .*without calling.*--model.exclude '\*dt_proj'",
@@ -320,10 +320,10 @@ def test_a_layer_that_the_model_does_not_call_is_refused(
 
 
 @torch.no_grad()
-def test_without_it_the_export_is_the_measured_model(
+def test_by_default_it_is_dense_and_the_export_is_the_measured_model(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    module = SparseCausalLM.from_model(tiny_mamba(), tokenizer, Magnitude(), exclude="*dt_proj")
+    module = SparseCausalLM.from_model(tiny_mamba(), tokenizer, Magnitude())
     module.configure_model()
     calibrate(module, windows=lambda: TOKENS)
     export(module.masked, tmp_path / "out", {})
