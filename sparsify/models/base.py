@@ -15,6 +15,7 @@ from transformers import (
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
+from sparsify.models.config_checks import check_causal
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.load_checks import check_finite, check_loaded, check_model, correct_tie
 from sparsify.models.load_errors import check_plain, load_errors
@@ -64,7 +65,9 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         _check(name_or_path)
         location = _location(name_or_path)
         if not _is_gguf(name_or_path):
-            check_plain(AutoConfig.from_pretrained(**location), name_or_path)
+            config = AutoConfig.from_pretrained(**location)
+            check_causal(config, repr(name_or_path))
+            check_plain(config, name_or_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **location,
             dtype=dtype,
@@ -89,6 +92,7 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     with load_errors("model", name_or_path), torch.device("meta"):
         _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
+        check_causal(config, repr(name_or_path))
         if not _is_gguf(name_or_path):
             check_plain(config, name_or_path)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

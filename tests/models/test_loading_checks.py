@@ -414,7 +414,7 @@ def test_folders_without_a_model_say_what_they_are(tmp_path: Path) -> None:
         ("adapter", load_tokenizer, "it is an adapter"),
         ("empty", load_model, "the folder is empty"),
         ("bare", load_tokenizer, "holds no tokenizer: none of tokenizer.json"),
-        ("t5", load_model, "T5Config is not the configuration of a causal language model"),
+        ("t5", load_model, "T5ForConditionalGeneration, an encoder-decoder"),
     ):
         with pytest.raises(SparsifyError, match=message) as raised:
             load(str(tmp_path / name))  # type: ignore[operator]
