@@ -1,10 +1,17 @@
-"""What a model's configuration tells before its weights are loaded."""
+"""What a model's configuration tells before its weights are loaded: whether it is causal, and how
+weights that are stored quantised become plain.
+"""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.quantizers import AutoQuantizationConfig
 
 from sparsify.common.errors import SparsifyError
+
+# What Transformers expands while it loads, with no package that the model's files name.
+DEQUANTISED = ("mxfp4", "fp8")
 
 
 def check_causal(config: Any, name: str, kind: str | None = None) -> None:
@@ -37,3 +44,44 @@ def check_causal(config: Any, name: str, kind: str | None = None) -> None:
         f"{name} is {kind}, {found}; masks are learned and measured on causal language models, "
         f"which predict each token from those before it: {fix}"
     )
+
+
+def dequantising(config: Any) -> dict[str, Any]:
+    """The arguments with which ``from_pretrained`` expands quantised weights; none if the
+    configuration says that they are plain.
+    """
+    stated = _stated(config)
+    if stated is None:
+        return {}
+    plain = dict(stated, dequantize=True)
+    return {"quantization_config": AutoQuantizationConfig.from_dict(plain)}
+
+
+def forget_quantisation(config: Any) -> None:
+    """Have a configuration say that weights are plain, so that an export is loaded as such."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def why_quantised(stated: Any) -> str | None:
+    """What is wrong with a ``quantization_config``, and the fix; None if it can be expanded.
+
+    Args:
+        stated: its value in a ``config.json``.
+    """
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+    if method in DEQUANTISED:
+        return None
+    return (
+        "sparsify masks plain weights, and imports no package that a model's files name; it "
+        f"expands {' and '.join(DEQUANTISED)} alone: take the model as it was before it was "
+        "quantised, or a GGUF file"
+    )
+
+
+def _stated(config: Any) -> Mapping[str, Any] | None:
+    for part in (config, config.get_text_config(decoder=True)):
+        if (stated := getattr(part, "quantization_config", None)) is not None:
+            return stated if isinstance(stated, Mapping) else stated.to_dict()
+    return None

@@ -391,7 +391,7 @@ def test_files_that_are_cut_off_are_one_sentence(tmp_path: Path) -> None:
             load_model(name)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_a_quantised_checkpoint_is_named(method: str, tmp_path: Path) -> None:
     quantised = {"quant_method": method, "bits": 4}
     name = saved(tmp_path, tiny_llama(), quantization_config=quantised)
