@@ -9,6 +9,10 @@ _ROUTER = "router: it chooses the experts of a token"
 _SCAN = "Mamba's time steps and state inputs: narrow, and fused kernels read the weight itself"
 _HEADS = "gate of linear attention: one or two outputs a head"
 
+# How the reasons begin that are a setting of the user's.
+EXCLUDED, NOT_INCLUDED, OVERRIDDEN = "excluded by", "not in include", "dense by override"
+BY_SETTING = (EXCLUDED, NOT_INCLUDED, OVERRIDDEN)
+
 # Globs on qualified names. These layers hold a few hundredths of a block's weights at most, and
 # what they compute decides over everything that comes after them.
 DENSE_BY_DEFAULT = {

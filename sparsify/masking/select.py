@@ -9,7 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.dense_layers import default_reason, why_not_linear
+from sparsify.masking.dense_layers import (
+    EXCLUDED,
+    NOT_INCLUDED,
+    OVERRIDDEN,
+    default_reason,
+    why_not_linear,
+)
 from sparsify.masking.layer import can_mask, linear_shape, masked_layers
 from sparsify.masking.overrides import DENSE, Overrides
 from sparsify.masking.pattern import NMPattern
@@ -129,9 +135,9 @@ def select(
             tied = layer.weight is cast(nn.Module, model.get_input_embeddings()).weight
             dense[name] = "output head, shared with the embedding" if tied else "output head"
         elif left_out is not None:
-            dense[name] = f"excluded by {left_out!r}"
+            dense[name] = f"{EXCLUDED} {left_out!r}"
         elif not wanted:
-            dense[name] = "outside the decoder blocks" if include is None else "not in include"
+            dense[name] = "outside the decoder blocks" if include is None else NOT_INCLUDED
         elif include is None and (why := default_reason(name)) is not None:
             dense[name] = why
         else:
@@ -146,7 +152,7 @@ def select(
     for name, layer in candidates.items():
         own = selection.pattern_of(name)
         if own is None:
-            dense[name] = f"dense by override {overrides.glob(name)!r}"
+            dense[name] = f"{OVERRIDDEN} {overrides.glob(name)!r}"
         else:
             _check(name, layer, own, others)
             chosen[name] = layer
