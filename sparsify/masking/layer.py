@@ -212,7 +212,8 @@ class MaskedConv1D(MaskedLinear):
 
 def _forward(kind: type, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """What a class of linear layers computes with these tensors as its Parameters."""
-    return cast(Any, kind).forward(SimpleNamespace(weight=weight_OI, bias=bias_O), x_BI)
+    parameters = SimpleNamespace(weight=weight_OI, bias=bias_O)
+    return cast(Tensor, cast(Any, kind).forward(parameters, x_BI))
 
 
 @cache
@@ -220,9 +221,10 @@ def _is_linear(kind: type[nn.Module]) -> bool:
     """Whether a class is ``nn.Linear``, or a subclass that keeps nothing else and computes the
     same, as Falcon's does, which is tried with numbers that are exact.
     """
-    if not issubclass(kind, nn.Linear) or kind.__init__ is not nn.Linear.__init__:
+    own: Any = kind
+    if not issubclass(kind, nn.Linear) or own.__init__ is not nn.Linear.__init__:
         return False
-    if kind.forward is nn.Linear.forward:
+    if own.forward is nn.Linear.forward:
         return True
     x, weight, bias = (torch.arange(float(n), device="cpu") for n in (8, 12, 3))
     x_BI, weight_OI = x.view(1, 2, 4), weight.view(3, 4)

@@ -67,7 +67,8 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     """
     with load_errors("model", name_or_path):
         _check(name_or_path)
-        location, options = _location(name_or_path), {}
+        location = _location(name_or_path)
+        options: dict[str, Any] = {}
         if not _is_gguf(name_or_path):
             config = AutoConfig.from_pretrained(**location)
             check_causal(config, repr(name_or_path))
