@@ -192,6 +192,7 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "pattern": str(pl_module.selection.pattern) if prunes else "dense",
         "overrides": pl_module.selection.overrides.describe() if prunes else {},
         "sparsity": pl_module.masked.sparsity(),
+        "coverage": pl_module.masked.coverage().describe(),
         "calibration": pl_module.calibrated,
         "distillation": asdict(pl_module.distillation) if distils else None,
         "seed": pl_module.seed,

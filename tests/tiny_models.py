@@ -2,10 +2,14 @@
 
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -16,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from tests.conftest import SIZES, tiny_llama
@@ -120,3 +126,32 @@ def tiny_mixtral() -> MixtralForCausalLM:
     return _randomised(
         MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     )
+
+
+def tiny_falcon() -> FalconForCausalLM:
+    """Two blocks of Falcon's own linear class, with biases."""
+    config = FalconConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bias=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _randomised(FalconForCausalLM, config)
+
+
+def tiny_qwen2_moe() -> Qwen2MoeForCausalLM:
+    """Two blocks of four experts, a shared one and its gate."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=32)
+    return _randomised(Qwen2MoeForCausalLM, config)
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """Two blocks of four experts, stored as ``[E, in, out]``, with biases."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0}
+    config = GptOssConfig(**SIZES, **sizes, layer_types=["full_attention"] * 2)
+    return _randomised(GptOssForCausalLM, config)

@@ -1,4 +1,4 @@
-"""The progress bar of the command line."""
+"""The progress bar of the command line, and what a run prints beside it."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import track
+
+from sparsify.common.printable import SafeConsole
 
 T = TypeVar("T")
 
@@ -24,6 +26,13 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+def tell(lines: Iterable[str], trainer: Any) -> None:
+    """Print lines as they are, if the trainer shows its progress at all."""
+    if trainer is not None and trainer.progress_bar_callback and trainer.is_global_zero:
+        for line in lines:
+            SafeConsole().print(line, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def tracked(items: Iterable[T], description: str, trainer: Any) -> Iterable[T]:

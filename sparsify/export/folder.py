@@ -220,6 +220,7 @@ def _manifest(
             for name, mask in masks.items()
         },
         "dense": masked.dense,
+        "coverage": masked.coverage().describe(),
     }
 
 

@@ -64,6 +64,7 @@ class Manifest:
     Attributes:
         problems: what is wrong with the manifest itself.
         layers: the masked layers by qualified name.
+        dense: why other modules are not masked, by qualified name.
         tensors: the hash of each tensor in the files.
         files: the hash of each file beside the manifest, by its path in the folder; None if the
             manifest has no such list, like those of version 0.1.0.
@@ -79,6 +80,7 @@ class Manifest:
 
     problems: list[str] = field(default_factory=list)
     layers: dict[str, Layer] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] | None = None
     stored_as: dict[str, str | None] = field(default_factory=dict)
@@ -229,6 +231,7 @@ def _layer(manifest: Manifest, name: str, entry: Any) -> Layer:
 
 
 def _check_dense(manifest: Manifest, dense: dict[str, Any]) -> None:
+    manifest.dense = {name: cut(str(why), 200) for name, why in dense.items()}
     known = [*manifest.tensors, *manifest.stored_as]
     for name in dense:
         if not any(other == name or other.startswith(f"{name}.") for other in known):

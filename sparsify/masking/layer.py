@@ -12,6 +12,8 @@ Shapes: O out, I in, B any leading dimensions.
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
@@ -127,6 +129,7 @@ class MaskedLinear(nn.Module):
         super().__init__()
         self.weight = cast(nn.Parameter, linear.weight)
         self.register_parameter("bias", cast(nn.Parameter | None, linear.bias))
+        self.kind = type(linear)
         self.masker = masker
         self.scope = scope
         self.gather: Gather | None = None
@@ -142,7 +145,7 @@ class MaskedLinear(nn.Module):
 
     def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Multiply by the same operation as the plain layer, so that results are bit-identical."""
-        return F.linear(x_BI, weight_OI, bias_O)
+        return _forward(self.kind, x_BI, weight_OI, bias_O)
 
     @property
     def out_features(self) -> int:
@@ -175,7 +178,7 @@ class MaskedLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """A plain layer with the same Parameters, to put back in this one's place."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear = self.kind(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = cast(nn.Parameter, self.weight)
         linear.register_parameter("bias", cast(nn.Parameter | None, self.bias))
         return linear
@@ -207,19 +210,44 @@ class MaskedConv1D(MaskedLinear):
         return conv
 
 
-_MASKED: dict[type[nn.Module], type[MaskedLinear]] = {nn.Linear: MaskedLinear, Conv1D: MaskedConv1D}
+def _forward(kind: type, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What a class of linear layers computes with these tensors as its Parameters."""
+    parameters = SimpleNamespace(weight=weight_OI, bias=bias_O)
+    return cast(Tensor, cast(Any, kind).forward(parameters, x_BI))
+
+
+@cache
+def _is_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class is ``nn.Linear``, or a subclass that keeps nothing else and computes the
+    same, as Falcon's does, which is tried with numbers that are exact.
+    """
+    own: Any = kind
+    if not issubclass(kind, nn.Linear) or own.__init__ is not nn.Linear.__init__:
+        return False
+    if own.forward is nn.Linear.forward:
+        return True
+    x, weight, bias = (torch.arange(float(n), device="cpu") for n in (8, 12, 3))
+    x_BI, weight_OI = x.view(1, 2, 4), weight.view(3, 4)
+    try:
+        return all(
+            torch.equal(_forward(kind, x_BI, weight_OI, b), F.linear(x_BI, weight_OI, b))
+            for b in (None, bias)
+        )
+    except Exception:  # it reads more than its weight and bias
+        return False
 
 
 def can_mask(module: nn.Module) -> bool:
-    """Whether a masked layer can replace the module: its class is ``nn.Linear`` or ``Conv1D``, no
-    subclass.
+    """Whether a masked layer can replace the module: its class is ``Conv1D``, ``nn.Linear``, or a
+    subclass of the latter that computes the same.
     """
-    return type(module) in _MASKED
+    return type(module) is Conv1D or _is_linear(type(module))
 
 
 def masked(linear: nn.Module, masker: Masker, scope: MaskScope) -> MaskedLinear:
     """The masked layer that takes the place of ``linear``."""
-    return _MASKED[type(linear)](linear, masker, scope)
+    kind = MaskedConv1D if isinstance(linear, Conv1D) else MaskedLinear
+    return kind(linear, masker, scope)
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

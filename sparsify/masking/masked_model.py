@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sparsify.masking.coverage import Coverage, coverage
+from sparsify.masking.dense_layers import is_block_weight
 from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import (
     MaskedLinear,
@@ -114,6 +116,13 @@ class MaskedModel:
         """Multiply the masks into the weights and restore the plain layers, in place."""
         fold(self.model)
 
+    def coverage(self) -> Coverage:
+        """Which share of the model's weights is N:M, and what stays dense and why."""
+        blocks = next(iter(decoder_blocks(self.model))).rpartition(".")[0]
+        sizes = {name: tuple(p.shape) for name, p in base_parameters(self.model).items()}
+        masked = {f"{name}.weight" for name in self.layers}
+        return coverage(sizes, masked, blocks, self.dense)
+
     def sparsity(self) -> float:
         """Weights that the masks set to zero, as a share of the decoder blocks' weights. These are
         all matrices and stacks of matrices (experts); depthwise convolutions do not count.
@@ -124,6 +133,6 @@ class MaskedModel:
             parameter.numel()
             for block in decoder_blocks(self.model).values()
             for parameter in base_parameters(block).values()
-            if parameter.ndim == 2 or (parameter.ndim == 3 and min(parameter.shape[1:]) > 1)
+            if is_block_weight(parameter.shape)
         )
         return zeros / total

@@ -3,11 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.dense_layers import (
+    EXCLUDED,
+    NOT_INCLUDED,
+    OVERRIDDEN,
+    default_reason,
+    why_not_linear,
+)
 from sparsify.masking.layer import can_mask, linear_shape, masked_layers
 from sparsify.masking.overrides import DENSE, Overrides
 from sparsify.masking.pattern import NMPattern
@@ -40,7 +48,8 @@ class Selection:
 
     Attributes:
         pattern: the pattern of every layer without an override.
-        include: globs on qualified names; None means every linear layer of the decoder blocks.
+        include: globs on qualified names; None means every linear layer of the decoder blocks but
+            those of :data:`~sparsify.masking.dense_layers.DENSE_BY_DEFAULT`.
         exclude: globs of layers to leave dense.
         overrides: other patterns for some of the layers that ``include`` and ``exclude`` leave.
     """
@@ -103,7 +112,7 @@ def select(
     for glob in [*(include or ()), *selection.exclude]:
         if not any(fnmatchcase(name, glob) for name in layers):
             raise SparsifyError(
-                f"{glob!r} matches no linear layer; there are {', '.join(_families(layers))}"
+                f"{glob!r} matches no linear layer; there are {_what_there_is(model, layers)}"
             )
     blocks = tuple(f"{name}." for name in decoder_blocks(model)) if include is None else ()
     others = {
@@ -112,6 +121,7 @@ def select(
         if not can_mask(module)
         for parameter in module.parameters(recurse=False)
     }
+    head = model.get_output_embeddings()
     candidates: dict[str, nn.Module] = {}
     dense: dict[str, str] = {}
     for name, layer in layers.items():
@@ -121,12 +131,15 @@ def select(
             else any(fnmatchcase(name, glob) for glob in include)
         )
         left_out = next((glob for glob in selection.exclude if fnmatchcase(name, glob)), None)
-        if layer is model.get_output_embeddings() and include is None:
-            dense[name] = "output head"
+        if layer is head and include is None:
+            tied = layer.weight is cast(nn.Module, model.get_input_embeddings()).weight
+            dense[name] = "output head, shared with the embedding" if tied else "output head"
         elif left_out is not None:
-            dense[name] = f"excluded by {left_out!r}"
+            dense[name] = f"{EXCLUDED} {left_out!r}"
         elif not wanted:
-            dense[name] = "outside the decoder blocks" if include is None else "not in include"
+            dense[name] = "outside the decoder blocks" if include is None else NOT_INCLUDED
+        elif include is None and (why := default_reason(name)) is not None:
+            dense[name] = why
         else:
             candidates[name] = layer
     if (unused := overrides.unused(candidates)) is not None:
@@ -139,18 +152,16 @@ def select(
     for name, layer in candidates.items():
         own = selection.pattern_of(name)
         if own is None:
-            dense[name] = f"dense by override {overrides.glob(name)!r}"
+            dense[name] = f"{OVERRIDDEN} {overrides.glob(name)!r}"
         else:
             _check(name, layer, own, others)
             chosen[name] = layer
     if not chosen:
-        raise SparsifyError(f"no layer is left to mask; there are {', '.join(_families(layers))}")
+        raise SparsifyError(f"no layer is left to mask; there are {_what_there_is(model, layers)}")
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in layers:
-            dense[owner or name] = (
-                f"{type(model.get_submodule(owner)).__name__} is not a plain linear layer"
-            )
+            dense[owner or name] = why_not_linear(owner or name, model.get_submodule(owner))
     return chosen, dense
 
 
@@ -178,6 +189,20 @@ def _check_shared(layers: dict[str, nn.Module], selection: Selection) -> None:
                 f"{others or DENSE}; one weight has one mask: give both the same in "
                 "--model.overrides"
             )
+
+
+def _what_there_is(model: nn.Module, layers: dict[str, nn.Module]) -> str:
+    """The linear layers that can be masked, and those whose class does not allow it."""
+    others = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in layers
+    }
+    kinds = dict.fromkeys(f"{family(name)} ({kind})" for name, kind in others.items())
+    text = ", ".join(_families(layers)) or "none"
+    if kinds:
+        text += f"; not maskable, as their class computes something else: {', '.join(kinds)}"
+    return text
 
 
 def _families(layers: dict[str, nn.Module]) -> list[str]:

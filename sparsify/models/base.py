@@ -1,5 +1,6 @@
 """Finds and loads the dense model that a run starts from, and computes the hash that names it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from transformers import (
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
+from sparsify.models.config_checks import check_causal, dequantising, forget_quantisation
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.load_checks import check_finite, check_loaded, check_model, correct_tie
-from sparsify.models.load_errors import check_plain, load_errors
+from sparsify.models.load_errors import load_errors
 from sparsify.models.model_files import check_model_files
+
+log = logging.getLogger("sparsify")
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
@@ -53,7 +57,8 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
 
     Args:
         name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either of
-            the last two, as ``folder/file.gguf``; its quantised weights are expanded.
+            the last two, as ``folder/file.gguf``. Quantised weights of GGUF files, and those in
+            MXFP4 and FP8, are expanded.
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
 
     Raises:
@@ -63,22 +68,30 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     with load_errors("model", name_or_path):
         _check(name_or_path)
         location = _location(name_or_path)
+        options: dict[str, Any] = {}
         if not _is_gguf(name_or_path):
-            check_plain(AutoConfig.from_pretrained(**location), name_or_path)
+            config = AutoConfig.from_pretrained(**location)
+            check_causal(config, repr(name_or_path))
+            options = dequantising(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **location,
             dtype=dtype,
             output_loading_info=True,
             # Not to ignore them: the loading info then names them, and check_loaded refuses them.
             ignore_mismatched_sizes=True,
+            **options,
         )
         model, info = loaded
     check_loaded(model, name_or_path, info)
     correct_tie(model)
-    if _is_gguf(name_or_path):
+    if options or _is_gguf(name_or_path):
         # The weights are plain now, but Transformers would refuse to save them with these settings.
-        del model.config.quantization_config
+        forget_quantisation(model.config)
         model.hf_quantizer = None
+    if options:
+        # Else save_pretrained would write plain weights under the names of quantised ones.
+        vars(model).pop("_weight_conversions", None)
+        log.warning("%r is stored quantised: its weights were expanded", name_or_path)
     return model.eval()
 
 
@@ -89,8 +102,8 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
     with load_errors("model", name_or_path), torch.device("meta"):
         _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
-        if not _is_gguf(name_or_path):
-            check_plain(config, name_or_path)
+        check_causal(config, repr(name_or_path))
+        forget_quantisation(config)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 

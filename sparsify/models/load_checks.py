@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.values import first_few
+from sparsify.models.config_checks import check_causal
 from sparsify.models.layer_names import family
 
 log = logging.getLogger("sparsify")
@@ -101,6 +102,7 @@ def check_model(model: Any) -> None:
         raise SparsifyError(
             f"the model is a {type(model).__name__}, and must be a causal LM of Transformers; {fix}"
         )
+    check_causal(model.config, "the model", type(model).__name__)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise SparsifyError(
             f"this {type(model).__name__} has PEFT adapters; merge them into its weights first"

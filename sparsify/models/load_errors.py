@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -59,25 +58,6 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
             f"no {what} could be loaded from {name_or_path!r} ({_reason(what, name_or_path, error)}"
             f"); {_TAKES}"
         ) from error
-
-
-def check_plain(config: Any, name_or_path: str) -> None:
-    """Refuse a quantised checkpoint: its layers hold no weights that a mask could drop, and the
-    configuration of an export would still say that it is quantised.
-
-    Raises:
-        SparsifyError: the configuration holds a ``quantization_config``.
-    """
-    stated: Any = getattr(config, "quantization_config", None)
-    if stated is None:
-        return
-    named = (stated if isinstance(stated, dict) else vars(stated)).get("quant_method")
-    method = getattr(named, "value", named) or "of a method that it does not name"
-    raise SparsifyError(
-        f"{name_or_path!r} is quantised ({method}), and masks need plain weights; give the "
-        "checkpoint from before it was quantised, or dequantise it and save that with "
-        "save_pretrained"
-    )
 
 
 def _reason(what: str, name_or_path: str, error: Exception) -> str:

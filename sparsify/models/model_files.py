@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from sparsify.common.errors import SparsifyError
+from sparsify.models.config_checks import why_quantised
 
 # The implementations that come with PyTorch and Transformers. Any other name makes Transformers
 # import a package or, where the package "kernels" is installed, download code and run it.
@@ -29,7 +30,8 @@ def check_model_files(name_or_path: str) -> None:
         name_or_path: a folder, or a Hugging Face id.
 
     Raises:
-        SparsifyError: it names a kernel or another model, or is quantised.
+        SparsifyError: it names a kernel or another model, or is quantised in a way that needs a
+            package.
         OSError: it has no configuration.
     """
     if (Path(name_or_path) / ADAPTER_CONFIG_NAME).is_file() or (
@@ -49,15 +51,9 @@ def check_model_files(name_or_path: str) -> None:
                 raise _refused(name_or_path, key, odd[0], f"it may be {', '.join(built_in)}")
         if key in KERNELS and value:
             raise _refused(name_or_path, key, value, "kernels are not taken from elsewhere")
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise _refused(
-            name_or_path,
-            "quantization_config",
-            method,
-            "sparsify masks plain weights, and imports no package that a model's files name; take "
-            "the model as it was before it was quantised, or a GGUF file",
-        )
+        if key == "quantization_config" and value and (why := why_quantised(value)) is not None:
+            method = value.get("quant_method") if isinstance(value, Mapping) else value
+            raise _refused(name_or_path, key, method, why)
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

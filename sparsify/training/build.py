@@ -4,6 +4,7 @@ Shapes: S windows, T tokens.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify.calibration import Layerwise
-from sparsify.common.console import tracked
+from sparsify.common.console import tell, tracked
+from sparsify.common.ranks import rank_zero
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.models.load_checks import check_positions, check_tokenizer, check_tokens
 from sparsify.training.guards import check_dtype, check_text
 from sparsify.training.step import checkpoint_activations
+
+log = logging.getLogger("sparsify")
 
 
 def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | None]:
@@ -44,6 +48,11 @@ def build(module: Any, trainer: Any) -> tuple[MaskedModel, PreTrainedModel | Non
     masked = MaskedModel(base, strategy, module.selection)
     check_dtype(masked)
     masked.check_called()
+    if strategy.effect.prunes:
+        covered = masked.coverage()
+        tell(covered.lines(), trainer)
+        if (warning := covered.warning()) is not None and rank_zero():
+            log.warning("%s", warning)
     if module.gradient_checkpointing:
         checkpoint_activations(masked.model, masked.scope)
     return masked, teacher

@@ -44,7 +44,7 @@ class SparseCausalLM(Evaluation):
         name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either.
         pattern: N kept of every M consecutive input weights, as 'N:M'.
         include: a glob, or several, of layers to mask; the default is every linear layer of the
-            decoder blocks.
+            decoder blocks, without routers and other small ones that much depends on.
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M' or 'dense', by glob; if several
             globs match a layer, the last one counts.

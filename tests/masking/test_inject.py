@@ -13,7 +13,7 @@ from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import MaskScope, layer_patterns, masked_layers
 from sparsify.masking.overrides import Overrides
 from sparsify.masking.select import Selection, decoder_blocks, select
-from tests.tiny_models import FAMILIES, tied_llama, tiny_gpt2, tiny_qwen2
+from tests.tiny_models import FAMILIES, tied_llama, tiny_falcon, tiny_gpt2, tiny_qwen2
 
 TWO_FOUR = NMPattern(2, 4)
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -220,6 +220,50 @@ def test_masking_keeps_parameters_and_keys(family: str) -> None:
     with scope.use("dense"):
         assert torch.allclose(model(input_ids=TOKENS).logits, dense, atol=1e-5)
     assert float((model(input_ids=TOKENS).logits - dense).detach().abs().max()) > 0.05
+
+
+def test_a_subclass_that_computes_the_same_is_masked_to_the_bit() -> None:
+    model = tiny_falcon()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    dense = model(input_ids=TOKENS).logits
+    scope = mask_by_magnitude(model)
+    assert len(masked_layers(model)) == 8
+    with scope.use("dense"):
+        assert torch.equal(model(input_ids=TOKENS).logits, dense)
+    under_masks = model(input_ids=TOKENS).logits
+    assert not torch.allclose(under_masks, dense, atol=0.05)
+    fold(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert torch.equal(model(input_ids=TOKENS).logits, under_masks)
+
+
+class Scaled(nn.Linear):
+    """Computes something else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Counting(nn.Linear):
+    """Keeps more than a weight and a bias."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.calls = 0
+
+
+@pytest.mark.parametrize("kind", [Scaled, Counting])
+def test_other_subclasses_stay_dense_and_are_named(
+    kind: type[nn.Linear], model: PreTrainedModel
+) -> None:
+    for block in model.model.layers:
+        block.mlp.up_proj = kind(32, 64)
+    chosen, dense = select(model, Selection(TWO_FOUR))
+    assert len(chosen) == 12
+    assert f"{kind.__name__} is a subclass of Linear" in dense["model.layers.0.mlp.up_proj"]
+    for globs in ({"include": ["*up_proj"]}, {"exclude": ["*"]}):
+        with pytest.raises(SparsifyError, match=rf"\*\.mlp\.up_proj \({kind.__name__}\)"):
+            select(model, Selection(TWO_FOUR, **globs))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -53,7 +53,7 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, LayerShape]:
     blocks = tuple(f"{name}." for name in decoder_blocks(model))
     return {
         name: LayerShape(
-            *linear_shape(layer), type(layer) is not nn.Linear, name.startswith(blocks)
+            *linear_shape(layer), not isinstance(layer, nn.Linear), name.startswith(blocks)
         )
         for name, layer in model.named_modules()
         if can_mask(layer)

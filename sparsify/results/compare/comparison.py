@@ -162,6 +162,7 @@ def _row(row: Row) -> dict[str, Any]:
         "changes": row.changes,
         "pattern": row.record["pattern"],
         "sparsity": row.record["sparsity"],
+        "covered": row.covered,
         "spread": row.spread,
         "losses": row.losses,
         "mean_perplexity": row.perplexity,

@@ -69,6 +69,7 @@ def _row(number: int, row: Row, texts: list[str]) -> dict[str, Any]:
         "label": row.label,
         "changes": row.changes,
         "pattern": row.settings["pattern"],
+        "covered": "" if row.covered is None else f"{row.covered:.1%}",
         "perplexities": [spread(row.perplexities(text)) for text in texts],
         "costs": [_cost(row, what) for what in COSTS],
         "spread": row.spread,

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsify.calibration.prior import SavedMasks
 from sparsify.common.values import first_few
+from sparsify.masking.coverage import LOW
 from sparsify.models.perplexity import OVERALL
 from sparsify.results.compare.loading import CONFIG, Run
 from sparsify.results.compare.settings import labels, seeds, settings, short_name
@@ -55,6 +56,12 @@ class Row:
         """What it changes in the base model."""
         weights = self.record["strategy"]["weights"]
         return "nothing" if self.is_dense else CHANGES.get(weights, weights)
+
+    @property
+    def covered(self) -> float | None:
+        """The share of the block weights that are N:M; None if the run does not tell."""
+        share = (self.record.get("coverage") or {}).get("blocks")
+        return None if share is None or self.is_dense else float(share)
 
     @property
     def keeps_base(self) -> bool:
@@ -128,6 +135,8 @@ def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
             )
         samples = list({tuple(run.losses().items()): run for run in group}.values())
         row = Row(label, one, group, samples)
+        if row.covered is not None and row.covered < LOW:
+            remarks.append(f"{label}: only {row.covered:.1%} of its block weights are N:M.")
         if len(samples) < len(group) and not row.is_exact:
             remarks.append(
                 f"{label}: {len(group)} runs gave {len(samples)} different results; equal ones "

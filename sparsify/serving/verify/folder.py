@@ -12,6 +12,7 @@ from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST, Manifest, parse_manifest
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking.coverage import coverage, largest_list
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.device_check import cuda_check
@@ -79,7 +80,12 @@ def verify(
     masks = None
     with _goes_on(report, FILE_NAME):
         masks = _masks(folder, known, report)
-    TensorCheck(known, asked, masks, base_check, check).run(weights, layers, report)
+    tensors = TensorCheck(known, asked, masks, base_check, check)
+    tensors.run(weights, layers, report)
+    held = {row.name for row in report.layers if row.pattern and not row.problems}
+    with _goes_on(report, "the share of N:M weights"):
+        masked = {str(layer.tensor) for name, layer in layers.items() if name in held}
+        report.coverage = coverage(tensors.sizes, masked, largest_list(tensors.sizes), known.dense)
     if not known.layers and asked is not None and not any(row.pattern for row in report.layers):
         report.problems.append(f"no matrix of the decoder blocks holds {asked}")
     return report

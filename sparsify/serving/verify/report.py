@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.coverage import Coverage
 from sparsify.models.layer_names import family
 from sparsify.serving.device_check import DeviceReport, Product
 
@@ -89,6 +90,7 @@ class Report:
         notes: the same.
         layers: the layers in the order of the manifest, or of the files.
         base: what was compared with the dense model, if one was given.
+        coverage: which share of the stored weights holds its pattern.
         device: products and times on an accelerator, if it was asked for them.
     """
 
@@ -97,6 +99,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     base: BaseReport | None = None
+    coverage: Coverage | None = None
     device: DeviceReport | None = None
 
     @property
@@ -128,6 +131,10 @@ class Report:
             parts += [Text(f"  {layer.name}: {problem}") for problem in layer.problems]
         if self.layers:
             parts.append(self._layer_table())
+        if self.coverage is not None:
+            parts += [Text(line) for line in self.coverage.lines()]
+            if (warning := self.coverage.warning()) is not None:
+                parts.append(Text(f"note: {warning}"))
         if self.device is not None:
             parts.append(self.device.table())
         noted = ((note, layer.name) for layer in self.layers for note in layer.notes)

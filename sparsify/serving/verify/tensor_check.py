@@ -38,6 +38,9 @@ class TensorCheck:
         masks: those stored, None where there are none.
         base: compares with the base model, if it is at hand.
         device: runs sparse products, if that is wanted.
+
+    Attributes:
+        sizes: the shapes of the tensors that could be read.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class TensorCheck:
         self._manifest, self._asked, self._masks = manifest, asked, masks
         self._base, self._device = base, device
         self._against: BaseReport | None = None
+        self.sizes: dict[str, tuple[int, ...]] = {}
 
     def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
         """Check every tensor, whatever the others were like."""
@@ -72,7 +76,9 @@ class TensorCheck:
         for tensor in weights:
             mine = [(rows[name], layers[name]) for name in owners.get(tensor, [])]
             try:
-                self._check_tensor(tensor, weights.get(tensor), mine, report)
+                values = weights.get(tensor)
+                self.sizes[tensor] = tuple(values.shape)
+                self._check_tensor(tensor, values, mine, report)
             except Exception as error:  # of a type or a size that nobody foresaw
                 report.problems.append(unchecked(tensor, error))
 

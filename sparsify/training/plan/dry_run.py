@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sparsify.calibration import Calibration, Layerwise, layerwise
 from sparsify.calibration.activations import Activations
 from sparsify.calibration.gradients import gradient_norms
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters, can_mask, masked_layers
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
@@ -90,6 +90,8 @@ def dry_run(settings: PlanSettings) -> DryRun:
     selection = module.selection
     for pattern in filter(None, (selection.pattern, *selection.overrides.patterns.values())):
         pattern.rank(pattern.table())  # fills its cached tables with real values first
+    for layer in skeleton.modules():
+        can_mask(layer)  # tries its class with real values first
     with Ledger() as ledger, _work(ledger) as work, replayed(ledger, work, settings.device):
         model = _without_values(skeleton, dtype)
         ledger.label(WEIGHTS, [*model.parameters(), *model.buffers()])

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sparsify.calibration import Calibration
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
-from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.layer import _is_linear, base_parameters, masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
@@ -36,6 +36,7 @@ from sparsify.training.plan.report import GIB, verdict
 from sparsify.training.plan.search import as_words
 from sparsify.training.step import BatchRun
 from tests.conftest import SIZES, masked_model, tiny_llama
+from tests.tiny_models import tiny_falcon
 
 PATTERN = NMPattern(2, 4)
 B, T = 4, 16
@@ -180,6 +181,12 @@ def test_what_is_kept_in_caches_is_real_afterwards(model_folder: Path) -> None:
     dry_run(settings(model_folder, "magnitude", pattern="1:4", overrides=overrides))
     assert NMPattern(1, 4).table().int().sum().item() == 4
     assert NMPattern(3, 4).table().int().sum().item() == 12
+
+
+def test_classes_of_layers_are_tried_with_real_values(tmp_path: Path) -> None:
+    _is_linear.cache_clear()
+    tiny_falcon().save_pretrained(tmp_path)
+    assert len(dry_run(settings(tmp_path, "magnitude")).masked.layers) == 8
 
 
 @pytest.fixture
