@@ -133,6 +133,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_mem_blocks": 1,
+        "tie_word_embeddings": True,  # and with it the hybrid blocks' weights
         "num_key_value_heads": 4,
         "mamba_d_state": 8,
         "mamba_ngroups": 2,
