@@ -1,34 +1,41 @@
 """Runs decoder blocks one by one over all windows of calibration text.
 
-One buffer holds the input of the present block for all windows; the block's output then replaces
-it. Each block is called with the other arguments that the model itself gave it, which were recorded
-in one pass over the first window. So any architecture will do whose blocks pass one tensor of
-hidden states from one to the next. The arguments are valid for all windows, as these have the same
-length and no padding.
+Nothing is assumed of the arguments with which a model calls its blocks: they are recorded for every
+window, in runs of the model in which each block only hands on tensors of the shapes that it would
+return. So what the model itself computes from the tokens (embeddings, positions, masks, inputs of
+single blocks) is the model's own work, and no block is computed. Where a tensor that the block
+before returned stands among the arguments, the present one is put in when the block runs.
 
-Shapes: B batch (of one window), S windows, T tokens, H hidden size.
+Who owns which tensor, for every window:
+
+- ``_calls``: the arguments of the blocks that have not been left. Tensors that are equal in all
+  windows (positions, masks) are kept once, those of a window once for all blocks. The input of the
+  first block is one of them. A list, dict or cache stays the object that the model made, one for
+  each window, as blocks may pass values on in it (keys and values that later blocks share).
+- ``_outputs``: those tensors that the block before the present one returned and the present one
+  takes, of any number and shape.
+
+One window is then run through the whole model, and each block must return there what it returns
+here, also when it runs twice. A model that fails runs as a whole for every block.
+
+Shapes: S windows, T tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify.common.errors import SparsifyError
+from sparsify.calibration.calls import Call, NotReplayable, Output, mapped, tensors_of
+from sparsify.calibration.placing import forward_replaced, moved, moved_when_called, replaced
+from sparsify.calibration.whole_passes import WholePasses, check_finite, not_finite, run_to_head
 
-
-class _Call(NamedTuple):
-    """The arguments with which the model calls a block, without the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Stop(Exception):
-    """Ends a forward pass of the model from inside."""
+log = logging.getLogger("sparsify")
 
 
 class Activations:
@@ -39,7 +46,11 @@ class Activations:
         blocks: its decoder blocks by qualified name, in order.
         windows_ST: token ids, int64.
         device: where to compute; modules that are elsewhere are moved there while they are used.
-        offload: keep the buffer in main memory.
+        offload: keep in main memory what differs by window.
+
+    Raises:
+        NotReplayable: the blocks cannot run one by one as they do in the model.
+        SparsifyError: an activation of the first window is not finite.
     """
 
     def __init__(
@@ -50,172 +61,193 @@ class Activations:
         device: torch.device,
         offload: bool,
     ) -> None:
-        self._model, self._blocks = model, blocks
+        self._model, self._blocks, self._names = model, blocks, list(blocks)
         self._windows_ST, self._device = windows_ST, device
         self._keep_on = torch.device("cpu") if offload else device
-        self._calls: dict[str, _Call] = {}
-        inside = {id(m) for block in blocks.values() for m in block.modules()}
+        self._calls: list[dict[str, Call]] = []
+        self._outputs: list[dict[int, Tensor]] = [{} for _ in windows_ST]
+        inside: set[int] = set()
+        for name, block in blocks.items():
+            own = {id(part) for part in block.modules()}
+            if own & inside:
+                raise NotReplayable(f"{name} shares modules with a block before it")
+            inside |= own
         shell = [m for m in model.modules() if id(m) not in inside]
         with moved(shell, device, recurse=False):
-            self._catch_calls()
-            self._hidden_STH = self._catch_hidden()
+            returned = self._see_returned()
+            try:
+                for window in range(len(windows_ST)):
+                    self._calls.append(self._catch_calls(window, returned))
+                self._check(len(windows_ST) - 1)
+            except (NotReplayable, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                reason = f"they fail when they run by themselves ({error!r})"
+                raise NotReplayable(reason) from error
 
-    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Run a block over all windows and yield its output for each, ``[1, T, H]``.
+    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+        """Run a block over all windows and yield the tensors that it returns for each.
 
         Args:
-            block: the block whose input the buffer holds.
+            block: the block after the one that was left last.
             weights: values to use instead of the block's Parameters, by name within the block.
         """
-        call = self._calls[block]
-        with _replaced(self._blocks[block], weights):
-            for hidden_TH in self._hidden_STH:
-                hidden_BTH = hidden_TH[None].to(self._device)
-                output = self._blocks[block](hidden_BTH, *call.args, **call.kwargs)
-                yield _hidden_of(block, output)
+        with replaced(self._blocks[block], weights):
+            for window in range(len(self._windows_ST)):
+                yield self._run(block, window)
 
     def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
-        """Replace the input of a block by its output; arguments as for :meth:`run`."""
+        """Leave a block: keep what the next one takes of its output; arguments as for :meth:`run`.
+
+        Raises:
+            SparsifyError: the output is not finite.
+        """
         finite = torch.ones((), dtype=torch.bool, device=self._device)
-        for index, output_BTH in enumerate(self.run(block, weights)):
-            finite &= output_BTH.isfinite().all()
-            self._hidden_STH[index] = output_BTH[0]
+        for window, tensors in enumerate(self.run(block, weights)):
+            finite &= tensors[0].isfinite().all()
+            del self._calls[window][block]
+            following = next(iter(self._calls[window].values()), Call((), {}))
+            taken = {part.index for part in following.parts() if isinstance(part, Output)}
+            # A copy, as a block may return its own buffer, or a part of a larger tensor.
+            self._outputs[window] = {i: tensors[i].to(self._keep_on, copy=True) for i in taken}
         if not finite.all():
-            raise _not_finite(f"the output of {block}", self._hidden_STH.dtype)
+            raise not_finite(f"the output of {block}", tensors[0].dtype)
 
-    def _catch_calls(self) -> None:
-        """Run the first window through all blocks and record the arguments of each."""
-        names = list(self._blocks)
-        before: dict[str, Tensor] = {}
+    def _run(self, block: str, window: int) -> list[Tensor]:
+        def place(part: Any) -> Any:
+            value = self._outputs[window][part.index] if isinstance(part, Output) else part
+            return value.to(self._device) if isinstance(value, Tensor) else value
 
-        def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            hidden, self._calls[name] = _split(name, args, kwargs)
-            _check_finite(f"what enters {name}", hidden)
-            if before and not torch.equal(before["output"], hidden):
-                raise _not_replayable(
-                    name, "what enters it is not what the block before it returned"
-                )
+        args, kwargs = self._calls[window][block].map(place)
+        return tensors_of(self._blocks[block](*args, **kwargs))
 
-        def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            before["output"] = _hidden_of(name, output)
-            _check_finite(f"the output of {name}", before["output"])
-            if name == names[-1]:
-                raise _Stop
+    # -- how the model calls its blocks ------------------------------------------------------------
+
+    def _see_returned(self) -> dict[str, Any]:
+        """Run the first window; returns what each block returns, its tensors without values."""
+        returned: dict[str, Any] = {}
+
+        def leave(name: str, output: Any) -> None:
+            tensors = tensors_of(output)
+            if name in returned:
+                raise NotReplayable(f"{name} runs several times in a forward pass")
+            if not tensors:
+                raise NotReplayable(f"{name} returns {type(output).__name__}, which is no tensor")
+            check_finite(f"the output of {name}", tensors[0])
+            returned[name] = mapped(output, _without_values)
+
+        with self._watched(leave):
+            self._run_model(0)
+        if missing := [name for name in self._names if name not in returned]:
+            raise NotReplayable(f"the model's forward pass does not call {missing[0]}")
+        return returned
+
+    def _catch_calls(self, window: int, returned: Mapping[str, Any]) -> dict[str, Call]:
+        """Record how the model calls each block for a window, without running the blocks."""
+        calls: dict[str, Call] = {}
+        before: list[Tensor] = []  # what the stand-in of the block before returned
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor's id: itself, so that it lives
+        place = self._keep_on if window else self._device
+
+        def keep(value: Any, first: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            for index, output in enumerate(before):
+                if value.is_set_to(output):  # as a slice of all tokens is
+                    return Output(index)
+            if id(value) not in kept:
+                one = first if _equal(value, first) else value.to(place, copy=True)
+                kept[id(value)] = value, one
+            return kept[id(value)][1]
+
+        def stand_in(name: str, *args: Any, **kwargs: Any) -> Any:
+            if name in calls or name != self._names[len(calls)]:
+                raise NotReplayable(f"{name} is not called once and in its turn")
+            firsts = iter(self._calls[0][name].parts() if window else ())
+            call = Call(args, kwargs).map(lambda value: keep(value, next(firsts, None)))
+            if before and not any(isinstance(part, Output) for part in call.parts()):
+                raise NotReplayable(f"what enters {name} is not what the block before it returned")
+            calls[name] = call
+            output = mapped(returned[name], self._with_values)
+            before[:] = tensors_of(output)
+            return output
 
         with ExitStack() as stack:
-            for name, module in self._blocks.items():
-                moves = moved([module], self._device)
-                for hook in (
-                    module.register_forward_pre_hook(lambda *_, m=moves: _ignore(m.__enter__())),
-                    module.register_forward_pre_hook(
-                        lambda m, a, k, name=name: enter(name, m, a, k), with_kwargs=True
-                    ),
-                    module.register_forward_hook(
-                        lambda *_, m=moves: _ignore(m.__exit__(None, None, None))
-                    ),
-                    module.register_forward_hook(lambda m, a, o, name=name: leave(name, m, a, o)),
-                ):
-                    stack.callback(hook.remove)
-            self._run_model(0)
-        if missing := [name for name in names if name not in self._calls]:
-            raise _not_replayable(missing[0], "the model's forward pass does not call it")
+            for name, block in self._blocks.items():
+                stack.enter_context(forward_replaced(block, partial(stand_in, name)))
+            self._run_model(window)
+        return calls
 
-    def _catch_hidden(self) -> Tensor:
-        """Record the input of the first block for all windows."""
-        first = next(iter(self._blocks))
-        caught: list[Tensor] = []
+    def _check(self, window: int) -> None:
+        """Run a window through the model, and each block also by itself, on the same input."""
+        alone = False
 
-        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            caught.append(_split(first, args, kwargs)[0][0].to(self._keep_on))
-            raise _Stop
+        def leave(name: str, output: Any) -> None:
+            nonlocal alone
+            if alone:
+                return
+            alone, expected = True, tensors_of(output)
+            for _ in range(2):
+                found = self._run(name, window)
+                if len(found) != len(expected) or not all(map(_close, found, expected)):
+                    raise NotReplayable(f"{name} by itself returns not what it does in the model")
+            alone, self._outputs[window] = False, dict(enumerate(expected))
 
-        hook = self._blocks[first].register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            for index in range(len(self._windows_ST)):
-                self._run_model(index)
-        finally:
-            hook.remove()
-        return torch.stack(caught)
+        with self._watched(leave):
+            self._run_model(window)
+        self._outputs[window] = {}
 
-    def _run_model(self, index: int) -> None:
-        tokens = self._windows_ST[index : index + 1].to(self._device)
-        try:
-            self._model(input_ids=tokens, use_cache=False)
-        except _Stop:
-            return
+    @contextmanager
+    def _watched(self, leave: Callable[[str, Any], None]) -> Iterator[None]:
+        """Within this context, give ``leave`` each block's name and output when it has run."""
+        with ExitStack() as stack:
+            for name, block in self._blocks.items():
+                hook = block.register_forward_hook(lambda *a, name=name: leave(name, a[2]))
+                stack.callback(hook.remove)
+            stack.enter_context(moved_when_called(self._blocks.values(), self._device))
+            yield
 
+    def _run_model(self, window: int) -> None:
+        run_to_head(self._model, self._windows_ST[window : window + 1].to(self._device))
 
-def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-    if args and isinstance(args[0], Tensor):
-        return args[0], _Call(args[1:], kwargs)
-    hidden = kwargs.get("hidden_states")
-    if isinstance(hidden, Tensor):
-        return hidden, _Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-    raise _not_replayable(name, "it is called without a tensor of hidden states")
+    def _with_values(self, part: Any) -> Any:
+        """A tensor of zeros for one without values."""
+        return torch.zeros_like(part, device=self._device) if isinstance(part, Tensor) else part
 
 
-def _hidden_of(name: str, output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, Tensor):
-        raise _not_replayable(name, f"it returns {type(hidden).__name__}, not hidden states")
-    return hidden
-
-
-def _not_replayable(name: str, reason: str) -> SparsifyError:
-    return SparsifyError(
-        f"{name} cannot be calibrated by itself: {reason}; layerwise calibration needs blocks that "
-        "pass one tensor of hidden states from one to the next: take a strategy that needs no "
-        "activations"
-    )
-
-
-def _check_finite(what: str, hidden: Tensor) -> None:
-    """Refuse activations that are not finite, as no statistic can be made of them."""
-    if not bool(hidden.isfinite().all()):
-        raise _not_finite(what, hidden.dtype)
-
-
-def _not_finite(what: str, dtype: torch.dtype) -> SparsifyError:
-    fix = (
-        "float16 holds nothing above 65504: give --model.dtype bfloat16 or float32"
-        if dtype == torch.float16
-        else "give a model whose activations are finite, or --model.dtype float32"
-    )
-    name = str(dtype).removeprefix("torch.")
-    return SparsifyError(f"{what} is not finite in {name} on calibration text; {fix}")
-
-
-def _ignore(_: Any) -> None:
-    """Drop the value: what a hook returns would replace the module's input or output."""
-
-
-@contextmanager
-def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use other values for some Parameters while the block runs."""
-    before = {name: block.get_parameter(name).data for name in weights}
+def start(
+    model: PreTrainedModel,
+    blocks: Mapping[str, nn.Module],
+    windows_ST: Tensor,
+    device: torch.device,
+    offload: bool,
+) -> Activations | WholePasses:
+    """Begin with the first block, one by one if the blocks can run so; arguments as above."""
     try:
-        for name, weight in weights.items():
-            block.get_parameter(name).data = weight
-        yield
-    finally:
-        for name, weight in before.items():
-            block.get_parameter(name).data = weight
+        return Activations(model, blocks, windows_ST, device, offload)
+    except NotReplayable as error:
+        log.warning(
+            "calibration runs all blocks for each block's statistics, which is slow: %s", error
+        )
+        return WholePasses(model, windows_ST, device)
 
 
-@contextmanager
-def moved(
-    modules: Iterable[nn.Module], device: torch.device, recurse: bool = True
-) -> Iterator[None]:
-    """Move the modules' tensors to a device, and afterwards each back to where it was."""
-    places: list[tuple[nn.Module, torch.device]] = []
-    try:
-        for module in modules:
-            for part in module.modules() if recurse else [module]:
-                tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-                if tensors and tensors[0].device != device:
-                    places.append((part, tensors[0].device))
-                    part._apply(lambda t: t.to(device), recurse=False)
-        yield
-    finally:
-        for part, place in places:
-            part._apply(lambda t, place=place: t.to(place), recurse=False)
+def _without_values(part: Any) -> Any:
+    """A tensor's shape and type, as a tensor."""
+    return torch.empty_like(part, device="meta") if isinstance(part, Tensor) else part
+
+
+def _equal(value: Tensor, other: Any) -> bool:
+    kind = (value.shape, value.dtype, value.device)
+    same_kind = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == kind
+    return same_kind and torch.equal(value, other)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal, but for the order in which a kernel may add floats."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    error = (found.float() - expected.float()).norm()
+    return bool((error <= torch.finfo(found.dtype).eps * expected.float().norm()).all())

@@ -17,13 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sparsify.calibration.activations import Activations, moved
+from sparsify.calibration.activations import Activations, start
 from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
 from sparsify.calibration.collecting import collect_inputs
 from sparsify.calibration.gradients import gradient_norms
+from sparsify.calibration.placing import moved
 from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.shared import on_rank_zero
+from sparsify.calibration.whole_passes import WholePasses
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
 from sparsify.common.ranks import from_rank_zero
@@ -92,7 +94,7 @@ class Layerwise:
         self._patterns = layer_patterns(masked.model)
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
-        self._activations: Activations | None = None
+        self._activations: Activations | WholePasses | None = None
         self._results: dict[str, LayerResult] = {}  # of the present block
         self._done: dict[str, LayerResult | None] = {}  # of finished blocks; None if on disk
         self._start_time = 0.0
@@ -254,11 +256,10 @@ class Layerwise:
                 )
         return {name: self._gradient_norms[name].to(self._device) for name in layers}
 
-    def _start(self, block: str) -> Activations:
+    def _start(self, block: str) -> Activations | WholePasses:
         """Read the text and run it up to a block; the blocks before it hold no masked layer."""
-        activations = Activations(
-            self._model, self._modules, self._windows(), self._device, self._settings.offload
-        )
+        settings = self._windows(), self._device, self._settings.offload
+        activations = start(self._model, self._modules, *settings)
         for name, module in self._modules.items():
             if name == block:
                 break

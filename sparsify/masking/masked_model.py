@@ -25,7 +25,7 @@ from sparsify.masking.masker import Masker
 from sparsify.masking.select import Selection, decoder_blocks, select
 from sparsify.masking.strategy import LayerResult, SparsityStrategy
 from sparsify.models.base import BaseModel
-from sparsify.models.load_checks import check_called
+from sparsify.models.load_checks import check_called, not_called
 
 
 class MaskedModel:
@@ -75,13 +75,19 @@ class MaskedModel:
         return maskers(self.layers)
 
     def check_called(self) -> None:
-        """Refuse a model that reads a masked layer's weight without calling the layer.
+        """Leave layers dense that the model's forward pass does not call: it reads their weights by
+        itself, or not at all, so that a mask would be exported and not measured.
 
         Raises:
-            SparsifyError: it does; the message names the layer.
+            SparsifyError: the selection includes such a layer by name, or no layer is left.
         """
         with self.scope.use("dense"):
-            check_called(self.model, self.layers)
+            names = not_called(self.model, self.layers)
+        if self.selection.include is not None or len(names) == len(self.layers):
+            check_called(self.model, names)
+        for name in names:
+            self.model.set_submodule(name, self.layers[name].plain())
+            self.dense[name] = "never called: the model reads its weight elsewhere, or not at all"
 
     def calibrate(self, results: Iterable[tuple[str, LayerResult]] = ()) -> None:
         """Give every masker its first values, and every layer the weight that was found for it.

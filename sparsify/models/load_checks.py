@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -244,19 +244,19 @@ def check_positions(model: PreTrainedModel, block_size: int) -> None:
 
 
 @torch.no_grad()
-def check_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight the model reads without calling the layer: a mask would change the
-    exported model, but not the measured one.
+def not_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that a forward pass does not call, though it may read their weights: a mask would
+    change the exported model, but not the measured one.
 
     The model runs over a few tokens. A layer is judged only if the module that holds it was called,
-    so experts that got no token are not.
+    or another layer with its weight, so experts that got no token are not.
 
     Args:
         model: in evaluation mode, computing with its dense weights.
-        layers: the masked layers by qualified name.
+        layers: linear layers, masked or not, by qualified name.
 
-    Raises:
-        SparsifyError: a layer was not called.
+    Returns:
+        Their names.
     """
     called: set[str] = set()
     holders = {name.rpartition(".")[0] for name in layers}
@@ -266,14 +266,31 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Non
             hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
             stack.callback(hook.remove)
         model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
-    bypassed = [n for n in layers if n not in called and n.rpartition(".")[0] in called]
-    if bypassed:
+    used = {id(layer.weight) for name, layer in layers.items() if name in called}
+    return [
+        name
+        for name, layer in layers.items()
+        if name not in called and (name.rpartition(".")[0] in called or id(layer.weight) in used)
+    ]
+
+
+def check_called(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse layers that the model does not call.
+
+    Args:
+        model: the model.
+        names: what :func:`not_called` found.
+
+    Raises:
+        SparsifyError: there are such layers.
+    """
+    if names:
         globs = " ".join(
             f"--model.exclude '{glob}'"
-            for glob in dict.fromkeys(f"*{n.rpartition('.')[2]}" for n in bypassed)
+            for glob in dict.fromkeys(f"*{name.rpartition('.')[2]}" for name in names)
         )
         raise SparsifyError(
-            f"{', '.join(dict.fromkeys(map(family, bypassed)))}: {type(model).__name__} reads the "
+            f"{', '.join(dict.fromkeys(map(family, names)))}: {type(model).__name__} reads the "
             "weight without calling the layer, so that a mask would change what is exported and "
             f"not what is measured; leave it dense with {globs}"
         )

@@ -44,10 +44,11 @@ def calibrated(
 
 
 def count_passes(model: nn.Module) -> list[str]:
-    """A list that names each block when it runs."""
+    """A list that names each block when it computes; its first part tells."""
     passes: list[str] = []
     for name, block in decoder_blocks(model).items():
-        block.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+        part = next(block.children())
+        part.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
     return passes
 
 
