@@ -35,7 +35,7 @@ class WholePasses:
         self._model, self._windows_ST, self._device = model, windows_ST, device
         self._weights: dict[str, Tensor] = {}
 
-    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[object]:
+    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run all blocks over all windows, those that were left with their pruned weights.
 
         Args:

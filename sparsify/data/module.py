@@ -289,6 +289,8 @@ class TextDataModule(LightningDataModule):
         if self.eval_batch_size is not None:
             return self.eval_batch_size
         model = getattr(self.trainer and self.trainer.lightning_module, "model", None)
-        built = isinstance(model, PreTrainedModel)  # another's module may have any attributes
-        words = windows.vocabulary_of(model) if built else len(self._tokenizer())
+        if isinstance(model, PreTrainedModel):  # another's module may have any attributes
+            words = windows.vocabulary_of(model)
+        else:
+            words = len(self._tokenizer())
         return windows.fitting_windows(self.block_size, words)

@@ -10,7 +10,7 @@ extra tensor of the weight's size exists.
 Shapes: O out, I in, B any leading dimensions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
@@ -241,7 +241,7 @@ def can_mask(module: nn.Module) -> bool:
     """Whether a masked layer can replace the module: its class is ``Conv1D``, ``nn.Linear``, or a
     subclass of the latter that computes the same.
     """
-    return type(module) is Conv1D or _is_linear(type(module))
+    return type(module) is Conv1D or _is_linear(cast(Hashable, type(module)))
 
 
 def masked(linear: nn.Module, masker: Masker, scope: MaskScope) -> MaskedLinear:

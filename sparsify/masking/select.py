@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -132,7 +131,7 @@ def select(
         )
         left_out = next((glob for glob in selection.exclude if fnmatchcase(name, glob)), None)
         if layer is head and include is None:
-            tied = layer.weight is cast(nn.Module, model.get_input_embeddings()).weight
+            tied = layer.weight is model.get_input_embeddings().weight
             dense[name] = "output head, shared with the embedding" if tied else "output head"
         elif left_out is not None:
             dense[name] = f"{EXCLUDED} {left_out!r}"

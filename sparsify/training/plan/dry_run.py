@@ -248,7 +248,7 @@ def _work(ledger: Ledger) -> Iterator[WorkCounter]:
     run, norms = Activations.run, gradient_norms
     with WorkCounter(lambda: ledger.phase) as work:
 
-        def run_window(*args: Any) -> Iterator[Tensor]:
+        def run_window(*args: Any) -> Iterator[list[Tensor]]:
             with work.count_as(WINDOW):
                 yield from run(*args)
 
