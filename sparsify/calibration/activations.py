@@ -66,12 +66,14 @@ class Activations:
         self._keep_on = torch.device("cpu") if offload else device
         self._calls: list[dict[str, Call]] = []
         self._outputs: list[dict[int, Tensor]] = [{} for _ in windows_ST]
-        inside: set[int] = set()
+        inside = {id(m) for block in blocks.values() for m in block.modules()}
+        seen: set[int] = set()
         for name, block in blocks.items():
-            own = {id(part) for part in block.modules()}
-            if own & inside:
+            # Layers of several blocks that share a weight share its masker, and nothing else.
+            own = {id(m) for n, m in block.named_modules() if ".masker." not in f"{n}."}
+            if own & seen:
                 raise NotReplayable(f"{name} shares modules with a block before it")
-            inside |= own
+            seen |= own
         shell = [m for m in model.modules() if id(m) not in inside]
         with moved(shell, device, recurse=False):
             returned = self._see_returned()

@@ -19,9 +19,9 @@ from tests.conftest import masked_model
 
 TEXT = torch.randint(2, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 
-# Blocks that cannot run one by one: the model changes what passes between them, calls them several
-# times, or shares modules between them.
-SLOW = {"rwkv", "hrm_text", "zamba2"}
+# Blocks that cannot run one by one: the model changes what passes between them, or calls them
+# several times.
+SLOW = {"rwkv", "hrm_text"}
 
 
 def by_hooks(
