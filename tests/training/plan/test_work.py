@@ -93,8 +93,8 @@ def test_calibration_runs_every_block_twice_a_window(model_folder: Path) -> None
         ]
 
     blocks = (BLOCKS + ATTENTION) // B
-    # Once more, to see how the model calls its blocks.
-    assert once_and_a_window("wanda") == (blocks, 2 * blocks)
+    # To see what blocks return, and that one window gives the same block by block, run twice.
+    assert once_and_a_window("wanda") == (4 * blocks, 2 * blocks)
     # Hessians of what enters q, k and v; o; gate and up; down.
     hessians = LAYERS * 2 * T * (3 * H * H + F * F)
     assert once_and_a_window("sparsegpt")[1] == 2 * blocks + hessians
@@ -116,7 +116,7 @@ def test_a_run_has_all_its_windows_and_micro_batches(model_folder: Path) -> None
     assert found["forward"].flops["float32"] == 8 * FORWARD
     assert found["backward"].moved == 8 * seen["backward"].moved
     assert found["optimizer step"].moved == seen["optimizer step"].moved // 2
-    assert found["calibration"].flops["float32"] == (BLOCKS + ATTENTION) // B * 21
+    assert found["calibration"].flops["float32"] == (BLOCKS + ATTENTION) // B * 24
 
 
 @pytest.mark.parametrize("name", ["maskllm", "maskpro"])
