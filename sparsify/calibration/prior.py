@@ -48,27 +48,8 @@ class SavedMasks(SparsityStrategy):
                     yield name, LayerResult(saved[name])
 
 
-class MasksOnly(SparsityStrategy):
-    """Only the masks of a strategy that would update weights too; later blocks are calibrated with
-    these masks on the original weights.
-
-    Args:
-        strategy: the strategy that makes the masks.
-    """
-
-    def __init__(self, strategy: SparsityStrategy) -> None:
-        super().__init__()
-        self.strategy = strategy
-        self.independent_blocks = goes_on_by_block(strategy)
-
-    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
-        for name, result in self.strategy.calibrate(blocks):
-            yield name, replace(result, weight=None)
-
-
-class WithInputs(SparsityStrategy):
-    """A strategy's results, and with each layer's how large its inputs are. For learners whose
-    start depends on what a weight adds to its layer's output.
+class _Around(SparsityStrategy):
+    """Calibrates as another strategy does, and changes its results.
 
     Args:
         strategy: the strategy that makes the results.
@@ -78,6 +59,22 @@ class WithInputs(SparsityStrategy):
         super().__init__()
         self.strategy = strategy
         self.independent_blocks = goes_on_by_block(strategy)
+
+
+class MasksOnly(_Around):
+    """Only the masks of a strategy that would update weights too; later blocks are calibrated with
+    these masks on the original weights.
+    """
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for name, result in self.strategy.calibrate(blocks):
+            yield name, replace(result, weight=None)
+
+
+class WithInputs(_Around):
+    """A strategy's results, and with each layer's how large its inputs are. For learners whose
+    start depends on what a weight adds to its layer's output.
+    """
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         norms: dict[str, Tensor] = {}
