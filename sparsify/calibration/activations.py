@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.calibration.calls import Call, NotReplayable, Output, mapped, tensors_of
-from sparsify.calibration.placing import forward_replaced, moved, moved_when_called, replaced
+from sparsify.calibration.placing import (
+    Values,
+    forward_replaced,
+    moved,
+    moved_when_called,
+    replaced,
+)
 from sparsify.calibration.whole_passes import WholePasses, check_finite, not_finite, run_to_head
 
 log = logging.getLogger("sparsify")
@@ -87,7 +93,7 @@ class Activations:
                 reason = f"they fail when they run by themselves ({error!r})"
                 raise NotReplayable(reason) from error
 
-    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+    def run(self, block: str, weights: Mapping[str, Values]) -> Iterator[list[Tensor]]:
         """Run a block over all windows and yield the tensors that it returns for each.
 
         Args:
@@ -98,7 +104,7 @@ class Activations:
             for window in range(len(self._windows_ST)):
                 yield self._run(block, window)
 
-    def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
+    def advance(self, block: str, weights: Mapping[str, Values]) -> None:
         """Leave a block: keep what the next one takes of its output; arguments as for :meth:`run`.
 
         Raises:

@@ -3,7 +3,8 @@
 Shapes: B any leading dimensions, I in.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,52 +13,176 @@ from torch import Tensor
 
 from sparsify.calibration.statistics import Statistic
 from sparsify.common.errors import SparsifyError
+from sparsify.masking.experts import Expert, MaskedExperts
 from sparsify.masking.layer import MaskedLinear
 
+log = logging.getLogger("sparsify")
 
-def collect_inputs(
-    layers: Mapping[str, MaskedLinear],
-    kind: Callable[[int, torch.device], Any],
-    windows: Iterable[object],
-) -> dict[str, Any]:
-    """Collect one statistic for every layer.
+#: An expert that got fewer tokens is pruned as if its inputs were independent and of equal size.
+MIN_TOKENS = 32
+# Bytes of experts' statistics at one time: a block may have hundreds of large Hessians.
+AT_ONCE = 1 << 30
+_ROWS = 1024
+
+Layers = Mapping[str, MaskedLinear | Expert]
+Kind = Callable[[int, torch.device], Any]
+
+
+class Statistics(Mapping[str, Any]):
+    """One statistic for every layer of a block, by layer name.
+
+    Layers with the same input tensor share one object. Of experts only the present ones and others
+    near them are held; the block runs again when a name is asked for that is not.
+
+    An expert that got fewer than :data:`MIN_TOKENS` tokens gets, in place of them, the rows of the
+    identity matrix: with it Wanda and SparseGPT keep the largest weights.
 
     Args:
-        layers: the layers by qualified name.
+        layers: the layers.
         kind: makes a statistic, given the number of inputs and a device.
-        windows: an iterable that runs the layers over one window at each step.
-
-    Returns:
-        The statistics by layer name; layers with the same input tensor share one object.
+        device: where the layers run.
+        run: runs the layers over one window at each step.
+        few: here the tokens of experts that got too few are noted, by name.
 
     Raises:
         SparsifyError: a layer got no token.
     """
-    statistics: dict[str, Statistic] = {}
-    owners: set[str] = set()  # the first layer with each input
-    window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
 
-    def see(name: str, x_BI: Tensor) -> None:
-        if name not in statistics:
-            shared = next((stat for x, stat in window if x.is_set_to(x_BI)), None)
-            if shared is None:
-                owners.add(name)
-                shared = kind(x_BI.shape[-1], x_BI.device)
-            statistics[name] = shared
-        if name in owners:
-            statistics[name].add(x_BI.flatten(0, -2))
-            if len(statistics) < len(layers):
-                window.append((x_BI, statistics[name]))
+    def __init__(
+        self,
+        layers: Layers,
+        kind: Kind,
+        device: torch.device,
+        run: Callable[[], Iterable[object]],
+        few: dict[str, int],
+    ) -> None:
+        self._layers, self._kind, self._device = layers, kind, device
+        self._run, self._few = run, few
+        experts = {n: layer for n, layer in layers.items() if isinstance(layer, Expert)}
+        self._parts = list(_parts(experts, kind, device))
+        always = {name: layer for name, layer in layers.items() if name not in experts}
+        first = self._collect(always | (self._parts[0] if self._parts else {}))
+        self._always = {name: first.pop(name) for name in always}
+        self._present = first
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-            stack.callback(hook.remove)
-        for _ in windows:
-            window.clear()
-    if missing := [name for name in layers if name not in statistics]:
-        raise SparsifyError(
-            f"no calibration token reached {', '.join(missing)}; every masked layer must be "
-            "used: raise --model.calibration.samples, or leave it dense with --model.exclude"
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._always:
+            return self._always[name]
+        if name not in self._present:
+            part = next((part for part in self._parts if name in part), None)
+            if part is None:
+                raise KeyError(name)
+            self._present = {}  # free the others first
+            self._present = self._collect(part)
+        return self._present[name]
+
+    def _collect(self, layers: Layers) -> dict[str, Any]:
+        statistics: dict[str, Statistic] = {}
+        tokens = {name: 0 for name, layer in layers.items() if isinstance(layer, Expert)}
+        owners: set[str] = set()  # the first layer with each input
+        window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
+        linear = len(layers) - len(tokens)
+
+        def see(name: str, x_BI: Tensor) -> None:
+            if name not in statistics:
+                shared = next((stat for x, stat in window if x.is_set_to(x_BI)), None)
+                if shared is None:
+                    owners.add(name)
+                    shared = self._kind(x_BI.shape[-1], x_BI.device)
+                statistics[name] = shared
+            if name in owners:
+                statistics[name].add(x_BI.flatten(0, -2))
+                if len(statistics) < linear:
+                    window.append((x_BI, statistics[name]))
+
+        def see_expert(names: Mapping[int, str], x_BI: Tensor, number: int) -> None:
+            if (name := names.get(number)) is None:
+                return
+            x_TI = x_BI.flatten(0, -2)
+            x_TI = x_TI[(x_TI != 0).any(-1)]  # some blocks give zeros for tokens routed elsewhere
+            if name not in routed:
+                routed[name] = self._kind(x_TI.shape[-1], x_TI.device)
+            routed[name].add(x_TI)
+            tokens[name] += len(x_TI)
+
+        routed: dict[str, Statistic] = {}
+        stacks: dict[MaskedExperts, dict[int, str]] = {}
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                if isinstance(layer, Expert):
+                    stacks.setdefault(layer.layer, {})[layer.number] = name
+                    continue
+                hook = layer.register_forward_pre_hook(
+                    lambda _, args, name=name: see(name, args[0])
+                )
+                stack.callback(hook.remove)
+            for experts, names in stacks.items():
+                hook = experts.register_forward_pre_hook(
+                    lambda _, args, names=names: see_expert(names, *args)
+                )
+                stack.callback(hook.remove)
+            for _ in self._run():
+                window.clear()
+        for name, count in tokens.items():
+            if count < MIN_TOKENS:
+                self._few[name] = count
+                routed[name] = self._of_equal_inputs(layers[name].masker.shape[1])
+        statistics |= routed
+        if missing := [name for name in layers if name not in statistics]:
+            raise SparsifyError(
+                f"no calibration token reached {', '.join(missing)}; every masked layer must be "
+                "used: raise --model.calibration.samples, or leave it dense with --model.exclude"
+            )
+        return statistics
+
+    def _of_equal_inputs(self, inputs: int) -> Statistic:
+        statistic: Statistic = self._kind(inputs, self._device)
+        for row in range(0, inputs, _ROWS):
+            rows = torch.arange(row, min(row + _ROWS, inputs), device=self._device)
+            x_TI = torch.zeros(len(rows), inputs, device=self._device)
+            statistic.add(x_TI.scatter_(1, rows[:, None], 1.0))
+        return statistic
+
+
+def _parts(
+    experts: Mapping[str, Expert], kind: Kind, device: torch.device
+) -> Iterator[dict[str, Expert]]:
+    """The experts in parts whose statistics fit in memory together."""
+    sizes: dict[int, int] = {}
+    part: dict[str, Expert] = {}
+    held = 0
+    for name, expert in experts.items():
+        inputs = expert.masker.shape[1]
+        if inputs not in sizes:
+            own = vars(kind(inputs, device)).values()
+            sizes[inputs] = sum(value.nbytes for value in own if isinstance(value, Tensor))
+        if part and held + sizes[inputs] > AT_ONCE:
+            yield part
+            part, held = {}, 0
+        part[name] = expert
+        held += sizes[inputs]
+    if part:
+        yield part
+
+
+def warn_of_few(few: Mapping[str, int], layers: Layers) -> None:
+    """Say how many experts got too few tokens, if some did.
+
+    Args:
+        few: the tokens of those, by name.
+        layers: all layers.
+    """
+    if few:
+        log.warning(
+            "%d of %d experts' matrices got fewer than %d calibration tokens, and are pruned as if "
+            "all inputs were of equal size; raise --model.calibration.samples",
+            len(few),
+            sum(isinstance(layer, Expert) for layer in layers.values()),
+            MIN_TOKENS,
         )
-    return statistics

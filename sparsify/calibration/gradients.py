@@ -58,8 +58,7 @@ def gradient_norms(
             with torch.enable_grad():
                 logits = model(input_ids=tokens_BT, use_cache=False).logits
                 token_losses(logits, tokens_BT).mean().backward()
-    # as_stored transposes or does nothing, so it is its own inverse.
     return {
-        name: layer.as_stored(stored[layer.weight].sqrt())  # type: ignore[index]
+        name: layer.as_rows(stored[layer.weight].sqrt())  # type: ignore[index]
         for name, layer in layers.items()
     }

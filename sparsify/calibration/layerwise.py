@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sparsify.calibration.activations import Activations, start
 from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
-from sparsify.calibration.collecting import collect_inputs
+from sparsify.calibration.collecting import Statistics, warn_of_few
 from sparsify.calibration.gradients import gradient_norms
-from sparsify.calibration.placing import moved
+from sparsify.calibration.placing import Values, moved
+from sparsify.calibration.pruned import pruned_weights
 from sparsify.calibration.results import ResultWriter, computing_cost, is_whole, read_results
 from sparsify.calibration.settings import Calibration
 from sparsify.calibration.shared import on_rank_zero
@@ -29,7 +30,8 @@ from sparsify.calibration.whole_passes import WholePasses
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
 from sparsify.common.ranks import from_rank_zero
-from sparsify.masking.layer import MaskedLinear, layer_patterns
+from sparsify.masking.experts import Expert, matrices
+from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy, goes_on_by_block
@@ -43,12 +45,12 @@ class _BlockText:
     """The statistics of one block's layers, each kind collected once."""
 
     def __init__(
-        self, engine: "Layerwise", block: str | None, layers: Mapping[str, MaskedLinear]
+        self, engine: "Layerwise", block: str | None, layers: Mapping[str, MaskedLinear | Expert]
     ) -> None:
         self._engine, self._block, self._layers = engine, block, layers
-        self._collected: dict[Any, dict[str, Any]] = {}
+        self._collected: dict[Any, Mapping[str, Any]] = {}
 
-    def collect(self, kind: Callable[[int, torch.device], Any]) -> dict[str, Any]:
+    def collect(self, kind: Callable[[int, torch.device], Any]) -> Mapping[str, Any]:
         if kind not in self._collected:
             self._collected[kind] = self._engine.collect(self._block, self._layers, kind)
         return self._collected[kind]
@@ -90,8 +92,9 @@ class Layerwise:
         self._model, self._scope, self._settings = masked.model, masked.scope, settings
         self._base_hash, self._device, self._watch = masked.base.hash, device, watch
         self._modules = decoder_blocks(masked.model)
-        self._layers = masked.layers
-        self._patterns = layer_patterns(masked.model)
+        self._whole_layers = masked.layers
+        self._layers = matrices(self._whole_layers)
+        self._patterns = {name: layer.masker.pattern for name, layer in self._layers.items()}
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
         self._activations: Activations | WholePasses | None = None
@@ -101,6 +104,7 @@ class Layerwise:
         self._gradient_norms: dict[str, Tensor] | None = None
         self._writer: ResultWriter | None = None
         self._strategy: SparsityStrategy | None = None
+        self._few: dict[str, int] = {}  # tokens of the experts that got too few of them
         self._begun = False  # whether the strategy has yielded a result
         self.record: dict[str, Any] | None = None
 
@@ -138,7 +142,8 @@ class Layerwise:
                 self._writer.close()
         if folder is not None:
             for name, result in read_results(folder, self._patterns):
-                yield name, result.to(self._layers[name].weight.device)
+                yield name, result.to(self._layers[name].weight_OI.device)
+        warn_of_few(self._few, self._layers)
         if self.record is not None:
             # For a kept result, state what it once cost to compute, so that comparisons are fair.
             before = self._writer.seconds if self._writer is not None else 0.0
@@ -159,7 +164,7 @@ class Layerwise:
     def _finished(self) -> Iterator[tuple[str, LayerResult]]:
         for name in list(self._done):
             result = self._done.pop(name) or cast(ResultWriter, self._writer).read(name)
-            yield name, result.to(self._layers[name].weight.device)
+            yield name, result.to(self._layers[name].weight_OI.device)
 
     def _windows(self) -> Tensor:
         """The text. At the first call, a kept result of an equal run may end the calibration."""
@@ -232,9 +237,9 @@ class Layerwise:
     def collect(
         self,
         block: str | None,
-        layers: Mapping[str, MaskedLinear],
+        layers: Mapping[str, MaskedLinear | Expert],
         kind: Callable[[int, torch.device], Any],
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """See :meth:`Block.collect`; ``block`` is None for layers outside all blocks."""
         if block is None:
             raise SparsifyError(
@@ -243,18 +248,24 @@ class Layerwise:
                 "activations"
             )
         activations = self._activations or self._start(block)
-        return collect_inputs(layers, kind, activations.run(block, {}))
+        return Statistics(layers, kind, self._device, lambda: activations.run(block, {}), self._few)
 
-    def gradient_norms(self, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
+    def gradient_norms(self, layers: Mapping[str, MaskedLinear | Expert]) -> dict[str, Tensor]:
         """See :meth:`Block.gradient_norms`."""
         if self._gradient_norms is None:
             windows_ST = self._windows()
             with moved([self._model], self._device):
                 keep_on = torch.device("cpu") if self._settings.offload else self._device
                 self._gradient_norms = gradient_norms(
-                    self._model, self._layers, windows_ST, keep_on
+                    self._model, self._whole_layers, windows_ST, keep_on
                 )
-        return {name: self._gradient_norms[name].to(self._device) for name in layers}
+        found = self._gradient_norms
+        return {
+            name: (found[layer.stack][layer.rows] if isinstance(layer, Expert) else found[name]).to(
+                self._device
+            )
+            for name, layer in layers.items()
+        }
 
     def _start(self, block: str) -> Activations | WholePasses:
         """Read the text and run it up to a block; the blocks before it hold no masked layer."""
@@ -268,18 +279,12 @@ class Layerwise:
         self._activations = activations
         return activations
 
-    def _pruned(self, block: str) -> dict[str, Tensor]:
+    def _pruned(self, block: str) -> dict[str, Values]:
         """The pruned weights of a block by name within it; none if activations stay dense."""
         if self._settings.activations == "dense":
             return {}
-        weights = {}
-        for name, result in self._results.items():
-            layer = self._layers[name]
-            weight_OI = layer.weight_OI if result.weight is None else result.weight
-            pruned_OI = torch.where(result.mask.to(weight_OI.device), weight_OI, 0)
-            stored = layer.as_stored(pruned_OI.to(layer.weight))
-            weights[f"{name.removeprefix(f'{block}.')}.weight"] = stored
-        return weights
+        found = pruned_weights(self._results, self._whole_layers)
+        return {name.removeprefix(f"{block}."): values for name, values in found.items()}
 
 
 @contextmanager

@@ -1,24 +1,31 @@
 """Gives modules other values, another forward or another device for a while."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.masking.experts import MaskedExperts
+
+#: A Parameter's values; those of a stack of experts by expert, made when they are used.
+Values = Tensor | Callable[[int], Tensor]
+
 
 @contextmanager
-def replaced(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, weights: Mapping[str, Values]) -> Iterator[None]:
     """Use other values for some Parameters, given by name within the module."""
-    before = {name: module.get_parameter(name).data for name in weights}
-    try:
+    with ExitStack() as stack:
         for name, weight in weights.items():
-            module.get_parameter(name).data = weight.to(before[name].device)
+            if callable(weight):
+                experts = cast(MaskedExperts, module.get_submodule(name))
+                stack.enter_context(experts.standing_in(weight))
+            else:
+                parameter = module.get_parameter(name)
+                stack.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = weight.to(parameter.device)
         yield
-    finally:
-        for name, weight in before.items():
-            module.get_parameter(name).data = weight
 
 
 @contextmanager

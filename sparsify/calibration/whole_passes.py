@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsify.calibration.placing import moved, replaced
+from sparsify.calibration.placing import Values, moved, replaced
 from sparsify.common.errors import SparsifyError
 
 
@@ -33,9 +33,9 @@ class WholePasses:
 
     def __init__(self, model: PreTrainedModel, windows_ST: Tensor, device: torch.device) -> None:
         self._model, self._windows_ST, self._device = model, windows_ST, device
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Values] = {}
 
-    def run(self, block: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def run(self, block: str, weights: Mapping[str, Values]) -> Iterator[None]:
         """Run all blocks over all windows, those that were left with their pruned weights.
 
         Args:
@@ -53,7 +53,7 @@ class WholePasses:
                     check_finite("the output of the decoder blocks", hidden_BTH)
                 yield
 
-    def advance(self, block: str, weights: Mapping[str, Tensor]) -> None:
+    def advance(self, block: str, weights: Mapping[str, Values]) -> None:
         """Leave a block: keep the values to use instead of its Parameters."""
         self._weights |= {f"{block}.{name}": weight for name, weight in weights.items()}
 

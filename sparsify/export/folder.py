@@ -26,7 +26,6 @@ from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.export.read_back import Measured, Measuring, check_read_back, measure
 from sparsify.export.target import check_target, keep_others
 from sparsify.masking.layer import (
-    MaskedConv1D,
     MaskedLinear,
     base_parameters,
     layer_patterns,
@@ -115,7 +114,7 @@ def _write(
         )
     for name, layer in masked.layers.items():
         # A weight that two layers share is listed once.
-        if (key := f"{name}.weight") in weights:
+        if (key := layer.weight_name(name)) in weights:
             weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
     dtype = _storage_dtype(masked, weights.values())
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -133,6 +132,7 @@ def _write(
                     mask_lineage(masked),
                 )
             content = _manifest(masked, masks, dtype) | _stored_tensors(partial, plain)
+            _add_parts(content, partial, weights)
             content["files"] = file_hashes(partial, but=MANIFEST)
             write_json(partial / MANIFEST, content | dict(record))
             check_read_back(partial, masked.model, type(plain), weights, measured)
@@ -157,9 +157,9 @@ def _masked(
 ) -> Tensor:
     """A layer's weight as it is exported, in the layout of the stored one."""
     if shipped_OI is None:
-        weight_OI = layer.as_stored(stored)  # transposes or does nothing, so it is its own inverse
+        weight_OI = layer.as_rows(stored)
         shipped_OI = torch.where(mask_OI, weight_OI, weight_OI.new_zeros(()))
-    return layer.as_stored(shipped_OI)
+    return layer.as_stored(shipped_OI).contiguous()
 
 
 def mask_lineage(masked: MaskedModel) -> dict[str, Any]:
@@ -214,9 +214,10 @@ def _manifest(
         "layers": {
             name: {
                 "shape": list(mask.shape),
-                "layout": IN_OUT if isinstance(layers[name], MaskedConv1D) else OUT_IN,
+                "layout": IN_OUT if layers[name].transposed else OUT_IN,
                 "pattern": str(layers[name].masker.pattern),
             }
+            | ({} if (experts := layers[name].experts) is None else {"experts": experts})
             for name, mask in masks.items()
         },
         "dense": masked.dense,
@@ -247,6 +248,30 @@ def _stored_tensors(folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
         if name not in tensors
     }
     return {"tensors": tensors, "stored_as": stored_as}
+
+
+def _add_parts(content: dict[str, Any], folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Say of experts that Transformers stores one by one which tensors of the files they are, and
+    with which row of all each begins. They are found by their values.
+    """
+    split = {
+        name: entry
+        for name, entry in content["layers"].items()
+        if "experts" in entry and content["stored_as"].get(name, name) is None
+    }
+    if not split:
+        return
+    stored = StoredWeights(folder)
+    parts = [name for name in stored if name not in weights and len(stored.shape(name)) == 2]
+    for name, entry in split.items():
+        rows_OI, found = weights[name].flatten(0, 1), dict[str, list[int]]()
+        counts = {rows for rows, columns in map(stored.shape, parts) if columns == rows_OI.shape[1]}
+        for count in counts:
+            for row in range(0, len(rows_OI) - count + 1, count):
+                found.setdefault(hash_tensor(rows_OI[row : row + count]), []).append(row)
+        own = [part for part in parts if found.get(content["tensors"][part])]
+        entry["stored_in"] = {part: found[content["tensors"][part]].pop(0) for part in own}
+        parts = [part for part in parts if part not in own]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ Somebody may have edited it: whatever can be read is used, and each fault become
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -43,17 +44,21 @@ class Layer:
     """A layer that should have a pattern.
 
     Attributes:
-        tensor: the name of its weight in the files; None if it is not stored as one tensor.
+        tensors: the names of its weight in the files, each with the first row that it holds: one,
+            or several for experts that are stored one by one; none if that is not known.
         shape: (O, I).
         pattern: the N:M pattern along I.
         transposed: whether the file holds it as ``[I, O]``.
+        experts: of how many experts it holds the matrices, one below the other; None for a linear
+            layer.
         may_be_dense: whether the layer may also be dense, as nothing says that it was masked.
     """
 
-    tensor: str | None
+    tensors: Mapping[str, int]
     shape: tuple[int, int]
     pattern: NMPattern
     transposed: bool = False
+    experts: int | None = None
     may_be_dense: bool = False
 
 
@@ -226,8 +231,15 @@ def _layer(manifest: Manifest, name: str, entry: Any) -> Layer:
     pattern = NMPattern.parse(str(entry["pattern"]))
     if columns % pattern.m:
         raise ValueError(f"in_features={columns} is not a multiple of m={pattern.m}")
-    tensor = manifest.tensor_of(f"{name}.weight")
-    return Layer(tensor, (rows, columns), pattern, entry["layout"] == IN_OUT)
+    experts = entry.get("experts")
+    if experts is not None and (type(experts) is not int or experts < 1 or rows % experts):
+        raise ValueError(f"experts {short(experts)} do not share {rows} rows equally")
+    weight = f"{name}.weight" if experts is None else name
+    if (tensor := manifest.tensor_of(weight)) is not None:
+        tensors = {tensor: 0}
+    else:
+        tensors = {str(part): int(row) for part, row in entry.get("stored_in", {}).items()}
+    return Layer(tensors, (rows, columns), pattern, entry["layout"] == IN_OUT, experts)
 
 
 def _check_dense(manifest: Manifest, dense: dict[str, Any]) -> None:
@@ -247,7 +259,7 @@ def _check_sparsity(manifest: Manifest, stated: Any) -> None:
     the share of zeros in the masked ones.
     """
     layers = manifest.layers
-    tensors = {layer.tensor for layer in layers.values()}
+    tensors = {tensor for layer in layers.values() for tensor in layer.tensors}
     if len(tensors) < len(layers) or not all(re.search(r"\.\d+\.", name) for name in layers):
         return  # the share counts weights that are shared or outside the blocks differently
     sizes = [math.prod(layer.shape) for layer in layers.values()]

@@ -104,7 +104,9 @@ def _load(
         model, info = loader.from_pretrained(
             str(folder),
             dtype=like.dtype,
-            attn_implementation=like.config._attn_implementation,  # others add in another order
+            # Others add in another order.
+            attn_implementation=like.config._attn_implementation,
+            experts_implementation=like.config._experts_implementation,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,

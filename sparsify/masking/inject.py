@@ -8,7 +8,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import MaskScope, linear_shape, masked, masked_layers
+from sparsify.masking.experts import masked
+from sparsify.masking.layer import MaskScope, masked_layers
+from sparsify.masking.linear import Stack, linear_shape
 from sparsify.masking.masker import Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.select import Selection
@@ -18,7 +20,10 @@ MakeMasker = Callable[[str, tuple[int, int], NMPattern], Masker]
 
 
 def inject(
-    model: nn.Module, layers: dict[str, nn.Module], selection: Selection, make_masker: MakeMasker
+    model: nn.Module,
+    layers: dict[str, nn.Module | Stack],
+    selection: Selection,
+    make_masker: MakeMasker,
 ) -> MaskScope:
     """Replace the layers by masked ones that hold the same Parameters. Layers that share a weight
     also share a masker.
@@ -41,7 +46,7 @@ def inject(
             maskers[id(weight)] = make_masker(name, linear_shape(layer), own).to(weight.device)
             _check_dtype(maskers[id(weight)])
         masker = maskers[id(weight)]
-        model.set_submodule(name, masked(layer, masker, scope))
+        masked(layer, masker, scope).put(model, name)
     return scope
 
 
@@ -82,4 +87,4 @@ def fold(model: nn.Module) -> None:
         if id(layer.weight) not in done:
             layer.weight_OI.data.copy_(layer.masker.harden(layer.weight_OI))
             done.add(id(layer.weight))
-        model.set_submodule(name, layer.plain())
+        layer.leave(model, name)

@@ -10,19 +10,17 @@ extra tensor of the weight's size exists.
 Shapes: O out, I in, B any leading dimensions.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from sparsify.masking.linear import run_kind
 from sparsify.masking.masker import Draw, Masker, Masking
 from sparsify.masking.pattern import NMPattern
 
@@ -33,13 +31,15 @@ class MaskScope:
     Attributes:
         masking: how the layers mask at present.
         grad: whether the current forward pass builds a graph.
-        penalties: the layers' penalties in the current forward pass, 0-d, one per layer.
+        penalties: the layers' penalties in the current forward pass, 0-d, one per product.
+        experts: how Transformers computed experts before they were masked, if they are.
     """
 
     def __init__(self) -> None:
         self.masking: Masking = "hard"
         self.grad = False
         self.penalties: list[Tensor] = []
+        self.experts: Any = None
 
     @contextmanager
     def use(self, masking: Masking) -> Iterator[list[Tensor]]:
@@ -73,21 +73,22 @@ class _MaskedProduct(torch.autograd.Function):
         bias_O: Tensor | None,
         layer: "MaskedLinear",
         masking: Masking,
+        row0: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_BI, weight_OI, *tensors)
-        ctx.layer, ctx.masking = layer, masking
-        masked_OI, penalty = _mask(layer, masking, weight_OI, tensors)
+        ctx.layer, ctx.masking, ctx.row0 = layer, masking, row0
+        masked_OI, penalty = _mask(layer, masking, row0, weight_OI, tensors)
         return layer.multiply(x_BI, masked_OI.to(x_BI.dtype), bias_O), penalty
 
     @staticmethod
     def backward(ctx: Any, grad_BO: Tensor, grad_penalty: Tensor) -> tuple[Any, ...]:
         x_BI, *saved = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, *need_tensors = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, _, _, *need_tensors = ctx.needs_input_grad
         needs = [need_weight, *need_tensors]
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(need) for t, need in zip(saved, needs, strict=True)]
-            masked_OI, penalty = _mask(ctx.layer, ctx.masking, leaves[0], leaves[1:])
+            masked_OI, penalty = _mask(ctx.layer, ctx.masking, ctx.row0, leaves[0], leaves[1:])
         grad_x = grad_BO @ masked_OI.detach().to(grad_BO.dtype) if need_x else None
         grad_bias = grad_BO.flatten(0, -2).sum(0) if need_bias else None
         grads: list[Tensor | None] = [None] * len(leaves)
@@ -99,17 +100,17 @@ class _MaskedProduct(torch.autograd.Function):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
             grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
+        return grad_x, grads[0], grad_bias, None, None, None, *grads[1:]
 
 
 def _mask(
-    layer: "MaskedLinear", masking: Masking, weight_OI: Tensor, tensors: Any
+    layer: "MaskedLinear", masking: Masking, row0: int, weight_OI: Tensor, tensors: Any
 ) -> tuple[Tensor, Tensor]:
     named = dict(zip(layer.masker_parameters(), tensors, strict=True))
     # Autocast is for the matmuls; masks are made in the precision of the masker's own tensors.
     with torch.autocast(weight_OI.device.type, enabled=False):
         return cast(
-            tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking))
+            tuple[Tensor, Tensor], functional_call(layer.masker, named, (weight_OI, masking, row0))
         )
 
 
@@ -124,6 +125,10 @@ class MaskedLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    #: Whether the weight is stored with inputs before outputs.
+    transposed = False
+    #: Of how many experts it holds the matrices; None for a linear layer.
+    experts: int | None = None
 
     def __init__(self, linear: nn.Module, masker: Masker, scope: MaskScope) -> None:
         super().__init__()
@@ -143,9 +148,25 @@ class MaskedLinear(nn.Module):
         """View values of shape ``[O, I]`` in the layout in which the weight is stored."""
         return values_OI
 
+    def as_rows(self, stored: Tensor) -> Tensor:
+        """View values in the layout in which the weight is stored as ``[O, I]``."""
+        return stored
+
+    def weight_name(self, name: str) -> str:
+        """The name of the weight among the model's Parameters, where ``name`` is the layer's."""
+        return f"{name}.weight"
+
+    def put(self, model: nn.Module, name: str) -> None:
+        """Take the plain layer's place in a model."""
+        model.set_submodule(name, self)
+
+    def leave(self, model: nn.Module, name: str) -> None:
+        """Give the place back to a plain layer with the same Parameters."""
+        model.set_submodule(name, self.plain())
+
     def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Multiply by the same operation as the plain layer, so that results are bit-identical."""
-        return _forward(self.kind, x_BI, weight_OI, bias_O)
+        return run_kind(self.kind, x_BI, weight_OI, bias_O)
 
     @property
     def out_features(self) -> int:
@@ -162,15 +183,27 @@ class MaskedLinear(nn.Module):
     def forward(self, x_BI: Tensor) -> Tensor:
         if self.gather is not None:
             return self.gather.multiply(x_BI)
-        masking, device = self.scope.masking, x_BI.device.type
+        return self.masked_product(x_BI, self.weight_OI, 0, self.masker_parameters().values())
+
+    def masked_product(
+        self, x_BI: Tensor, weight_OI: Tensor, row0: int, tensors: Iterable[Tensor]
+    ) -> Tensor:
+        """Multiply by rows of the weight, masked as the scope says.
+
+        Args:
+            x_BI: the input.
+            weight_OI: the rows.
+            row0: the number of the first of them in the whole weight.
+            tensors: the masker's, of these rows.
+        """
+        masking, bias, device = self.scope.masking, self.bias, x_BI.device.type
         if masking == "dense":
-            return self.multiply(x_BI, self.weight_OI, self.bias)
-        bias = self.bias
+            return self.multiply(x_BI, weight_OI, bias)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_BI, bias = x_BI.to(dtype), None if bias is None else bias.to(dtype)
         y_BO, penalty = cast(Any, _MaskedProduct).apply(
-            x_BI, self.weight_OI, bias, self, masking, *self.masker_parameters().values()
+            x_BI, weight_OI, bias, self, masking, row0, *tensors
         )
         if isinstance(masking, Draw):
             self.scope.penalties.append(penalty)
@@ -191,12 +224,17 @@ class MaskedLinear(nn.Module):
 class MaskedConv1D(MaskedLinear):
     """A masked layer for GPT-2's ``Conv1D``, which stores its weight as ``[I, O]``."""
 
+    transposed = True
+
     @property
     def weight_OI(self) -> Tensor:
         return self.weight.T
 
     def as_stored(self, values_OI: Tensor) -> Tensor:
         return values_OI.T
+
+    def as_rows(self, stored: Tensor) -> Tensor:
+        return stored.T
 
     def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         y = torch.addmm(cast(Tensor, bias_O), x_BI.reshape(-1, x_BI.shape[-1]), weight_OI.T)
@@ -208,53 +246,6 @@ class MaskedConv1D(MaskedLinear):
         conv.weight = cast(nn.Parameter, self.weight)
         conv.bias = cast(nn.Parameter, self.bias)
         return conv
-
-
-def _forward(kind: type, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """What a class of linear layers computes with these tensors as its Parameters."""
-    parameters = SimpleNamespace(weight=weight_OI, bias=bias_O)
-    return cast(Tensor, cast(Any, kind).forward(parameters, x_BI))
-
-
-@cache
-def _is_linear(kind: type[nn.Module]) -> bool:
-    """Whether a class is ``nn.Linear``, or a subclass that keeps nothing else and computes the
-    same, as Falcon's does, which is tried with numbers that are exact.
-    """
-    own: Any = kind
-    if not issubclass(kind, nn.Linear) or own.__init__ is not nn.Linear.__init__:
-        return False
-    if own.forward is nn.Linear.forward:
-        return True
-    x, weight, bias = (torch.arange(float(n), device="cpu") for n in (8, 12, 3))
-    x_BI, weight_OI = x.view(1, 2, 4), weight.view(3, 4)
-    try:
-        return all(
-            torch.equal(_forward(kind, x_BI, weight_OI, b), F.linear(x_BI, weight_OI, b))
-            for b in (None, bias)
-        )
-    except Exception:  # it reads more than its weight and bias
-        return False
-
-
-def can_mask(module: nn.Module) -> bool:
-    """Whether a masked layer can replace the module: its class is ``Conv1D``, ``nn.Linear``, or a
-    subclass of the latter that computes the same.
-    """
-    return type(module) is Conv1D or _is_linear(cast(Hashable, type(module)))
-
-
-def masked(linear: nn.Module, masker: Masker, scope: MaskScope) -> MaskedLinear:
-    """The masked layer that takes the place of ``linear``."""
-    kind = MaskedConv1D if isinstance(linear, Conv1D) else MaskedLinear
-    return kind(linear, masker, scope)
-
-
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(O, I) of a plain linear layer."""
-    weight = cast(Tensor, linear.weight)
-    rows, columns = weight.shape if isinstance(linear, nn.Linear) else reversed(weight.shape)
-    return int(rows), int(columns)
 
 
 def local_rows(values_OI: Tensor) -> Tensor:

@@ -5,14 +5,16 @@ Shapes: O out, I in.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from sparsify.masking.coverage import Coverage, coverage
 from sparsify.masking.dense_layers import is_block_weight
+from sparsify.masking.experts import gathered
 from sparsify.masking.inject import fold, hard_masks, inject
 from sparsify.masking.layer import (
     MaskedLinear,
@@ -86,19 +88,19 @@ class MaskedModel:
         if self.selection.include is not None or len(names) == len(self.layers):
             check_called(self.model, names)
         for name in names:
-            self.model.set_submodule(name, self.layers[name].plain())
+            self.layers[name].leave(self.model, name)
             self.dense[name] = "never called: the model reads its weight elsewhere, or not at all"
 
     def calibrate(self, results: Iterable[tuple[str, LayerResult]] = ()) -> None:
         """Give every masker its first values, and every layer the weight that was found for it.
 
         Args:
-            results: (layer name, result) as calibration finds them; for other layers the strategy
-                is told that there is no result.
+            results: (layer name, result) as calibration finds them, of experts one by one; for
+                other layers the strategy is told that there is no result.
         """
         layers, left = self.layers, self.maskers
-        for name, result in results:
-            layer = layers[name]
+        for name, found in gathered(results, layers):
+            layer, result = layers[name], _joined(found, layers[name])
             self.strategy.init_masker(layer.masker, layer.weight_OI, result)
             if result.weight is not None:
                 layer.weight_OI.data.copy_(result.weight)
@@ -126,7 +128,7 @@ class MaskedModel:
         """Which share of the model's weights is N:M, and what stays dense and why."""
         blocks = next(iter(decoder_blocks(self.model))).rpartition(".")[0]
         sizes = {name: tuple(p.shape) for name, p in base_parameters(self.model).items()}
-        masked = {f"{name}.weight" for name in self.layers}
+        masked = {layer.weight_name(name) for name, layer in self.layers.items()}
         return coverage(sizes, masked, blocks, self.dense)
 
     def sparsity(self) -> float:
@@ -142,3 +144,17 @@ class MaskedModel:
             if is_block_weight(parameter.shape)
         )
         return zeros / total
+
+
+def _joined(results: Sequence[LayerResult], layer: MaskedLinear) -> LayerResult:
+    """The result of a layer from those of its experts; of other layers their only one."""
+    if len(results) == 1:
+        return results[0]
+    weight = inputs = None
+    if any(result.weight is not None for result in results):
+        own = layer.weight_OI.detach().chunk(len(results))
+        weights = [o if r.weight is None else r.weight for r, o in zip(results, own, strict=True)]
+        weight = torch.cat([w.to(own[0].dtype) for w in weights])
+    if all(result.inputs is not None for result in results):
+        inputs = torch.cat([cast(Tensor, r.inputs).expand(r.mask.shape) for r in results])
+    return LayerResult(torch.cat([result.mask for result in results]), weight, inputs)

@@ -15,7 +15,8 @@ from sparsify.masking.dense_layers import (
     default_reason,
     why_not_linear,
 )
-from sparsify.masking.layer import can_mask, linear_shape, masked_layers
+from sparsify.masking.layer import masked_layers
+from sparsify.masking.linear import Stack, linear_shape, maskable
 from sparsify.masking.overrides import DENSE, Overrides
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.layer_names import family
@@ -85,7 +86,7 @@ class Selection:
 
 def select(
     model: PreTrainedModel, selection: Selection
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+) -> tuple[dict[str, nn.Module | Stack], dict[str, str]]:
     """Choose the layers to mask.
 
     Args:
@@ -106,7 +107,7 @@ def select(
             f"this {type(model).__name__} has masked layers already, from an earlier run on the "
             "same object; load it again"
         )
-    layers = {name: module for name, module in model.named_modules() if can_mask(module)}
+    layers = maskable(model)
     include, overrides = selection.include, selection.overrides
     for glob in [*(include or ()), *selection.exclude]:
         if not any(fnmatchcase(name, glob) for name in layers):
@@ -117,11 +118,12 @@ def select(
     others = {
         id(parameter): name
         for name, module in model.named_modules()
-        if not can_mask(module)
-        for parameter in module.parameters(recurse=False)
+        if name not in layers
+        for key, parameter in module.named_parameters(recurse=False)
+        if f"{name}.{key}" not in layers
     }
     head = model.get_output_embeddings()
-    candidates: dict[str, nn.Module] = {}
+    candidates: dict[str, nn.Module | Stack] = {}
     dense: dict[str, str] = {}
     for name, layer in layers.items():
         wanted = (
@@ -147,7 +149,7 @@ def select(
             f"{', '.join(_families(candidates))}"
         )
     _check_shared(candidates, selection)
-    chosen: dict[str, nn.Module] = {}
+    chosen: dict[str, nn.Module | Stack] = {}
     for name, layer in candidates.items():
         own = selection.pattern_of(name)
         if own is None:
@@ -159,12 +161,12 @@ def select(
         raise SparsifyError(f"no layer is left to mask; there are {_what_there_is(model, layers)}")
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in layers:
+        if parameter.ndim >= 2 and owner not in layers and name not in layers:
             dense[owner or name] = why_not_linear(owner or name, model.get_submodule(owner))
     return chosen, dense
 
 
-def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, str]) -> None:
+def _check(name: str, layer: nn.Module | Stack, pattern: NMPattern, others: dict[int, str]) -> None:
     columns = linear_shape(layer)[1]
     fix = f"leave it dense with --model.exclude '*{name.rpartition('.')[2]}'"
     if columns % pattern.m:
@@ -177,7 +179,7 @@ def _check(name: str, layer: nn.Module, pattern: NMPattern, others: dict[int, st
         )
 
 
-def _check_shared(layers: dict[str, nn.Module], selection: Selection) -> None:
+def _check_shared(layers: Mapping[str, nn.Module | Stack], selection: Selection) -> None:
     first: dict[int, str] = {}
     for name, layer in layers.items():
         other = first.setdefault(id(layer.weight), name)
@@ -190,7 +192,7 @@ def _check_shared(layers: dict[str, nn.Module], selection: Selection) -> None:
             )
 
 
-def _what_there_is(model: nn.Module, layers: dict[str, nn.Module]) -> str:
+def _what_there_is(model: nn.Module, layers: Mapping[str, nn.Module | Stack]) -> str:
     """The linear layers that can be masked, and those whose class does not allow it."""
     others = {
         name: type(module).__name__
@@ -204,6 +206,6 @@ def _what_there_is(model: nn.Module, layers: dict[str, nn.Module]) -> str:
     return text
 
 
-def _families(layers: dict[str, nn.Module]) -> list[str]:
+def _families(layers: Mapping[str, nn.Module | Stack]) -> list[str]:
     """Qualified names with ``*`` for numbers, each once, so that a message stays short."""
     return list(dict.fromkeys(map(family, layers)))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.effect import Effect
+from sparsify.masking.experts import Expert
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masker import FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
@@ -30,7 +31,7 @@ NOT_SETTINGS = ("training", "schedules", "values", "independent_blocks")
 class BlockStatistics(Protocol):
     """Statistics of the calibration text for the layers of one block."""
 
-    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]: ...
+    def collect(self, kind: Callable[[int, torch.device], S]) -> Mapping[str, S]: ...
 
     def gradient_norms(self) -> dict[str, Tensor]: ...
 
@@ -41,18 +42,21 @@ class Block:
 
     Attributes:
         name: its qualified name.
-        layers: its masked layers by qualified name.
+        layers: its masked layers by qualified name; each expert is a layer of its own, which has a
+            ``weight_OI``, and a ``masker`` with name, shape and pattern.
         text: gives statistics of the calibration text.
     """
 
     name: str
-    layers: Mapping[str, MaskedLinear]
+    layers: Mapping[str, MaskedLinear | Expert]
     text: BlockStatistics | None = None
 
-    def collect(self, kind: Callable[[int, torch.device], S]) -> dict[str, S]:
+    def collect(self, kind: Callable[[int, torch.device], S]) -> Mapping[str, S]:
         """Feed the inputs of every layer, window by window, to a new statistic of class ``kind``.
 
-        This runs the block once over all windows, with this block's weights still unpruned.
+        This runs the block once over all windows, with this block's weights still unpruned. Of
+        experts, only as many statistics are held as fit in some memory: take them in the order of
+        ``layers``, as each change of order may run the block again.
 
         Args:
             kind: :class:`~sparsify.calibration.Moments`, :class:`~sparsify.calibration.Hessian`, or
@@ -84,7 +88,8 @@ class LayerResult:
         mask: bool ``[O, I]``, True = kept.
         weight: the new weight ``[O, I]`` where the method updates it.
         inputs: the l2 norm of each input over the calibration text, fp32 ``[I]``, where a learner
-            asked for it (:class:`~sparsify.calibration.prior.WithInputs`).
+            asked for it (:class:`~sparsify.calibration.prior.WithInputs`); of a block's experts
+            ``[O, I]``, as each has its own inputs.
     """
 
     mask: Tensor

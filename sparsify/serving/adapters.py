@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import BaseHashes, find_pattern, stored_shapes
 from sparsify.export.mask_file.file import MaskFile, read_masks
+from sparsify.masking.experts import masked
 from sparsify.masking.inject import fold
-from sparsify.masking.layer import MaskScope, can_mask, masked, masked_layers
+from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
+from sparsify.masking.linear import Stack, maskable
 from sparsify.masking.masker import FixedMasker
 
 FROZEN = "frozen"
@@ -47,14 +49,16 @@ class MaskAdapters:
         self.model = model
         self._hashes = BaseHashes(model)
         self._shapes = stored_shapes(model)
+        self._layers = maskable(model)
         self._tied = {
             id(parameter): name
             for name, module in model.named_modules()
-            if not can_mask(module)
-            for parameter in module.parameters(recurse=False)
+            if name not in self._layers
+            for key, parameter in module.named_parameters(recurse=False)
+            if f"{name}.{key}" not in self._layers
         }
         self._maskers: dict[str, dict[str, FixedMasker]] = {}
-        self._plain: dict[str, nn.Module] = {}  # the plain layers that are replaced at present
+        self._masked: dict[str, MaskedLinear] = {}  # the layers that are in use at present
         self._active: str | None = None
 
     @property
@@ -95,7 +99,7 @@ class MaskAdapters:
                 f"{layer!r} is no linear layer of this {type(self.model).__name__}; they are "
                 f"called like {next(iter(self._shapes), None)!r}: give masks of this model"
             )
-        if (other := self._tied.get(id(self.model.get_submodule(layer).weight))) is not None:
+        if (other := self._tied.get(id(self._layers[layer].weight))) is not None:
             raise SparsifyError(
                 f"{layer}: its weight is tied to {other}, which a mask would change too; give "
                 "masks that leave it dense"
@@ -129,23 +133,28 @@ class MaskAdapters:
         # The active mask moves along with the model; another mask is moved when it is used. All its
         # tensors move before any layer is swapped, because memory may run out.
         for layer, masker in maskers.items():
-            masker.to(next(self.model.get_submodule(layer).parameters()).device)
+            masker.to(cast(Tensor, self._layers[layer].weight).device)
         self._restore()
         for layer, masker in maskers.items():
-            self._plain[layer] = plain = self.model.get_submodule(layer)
-            self.model.set_submodule(layer, masked(plain, masker, scope).train(plain.training))
+            plain = self._layers[layer]
+            training = (plain.owner if isinstance(plain, Stack) else plain).training
+            self._masked[layer] = masked(plain, masker, scope).train(training)
+            self._masked[layer].put(self.model, layer)
         self._active = name
         return Swapped(self, former)
 
     def _restore(self) -> None:
         """Put the plain layers back."""
-        for layer, plain in self._plain.items():
-            module = self.model.get_submodule(layer)
+        for layer, module in self._masked.items():
+            plain = self._layers[layer]
+            if isinstance(plain, Stack):
+                module.leave(self.model, layer)
+                continue
             # Loading a state or moving to another device may have replaced them.
             for key in ("weight", "bias"):
                 plain.register_parameter(key, cast(nn.Parameter | None, getattr(module, key)))
             self.model.set_submodule(layer, plain.train(module.training))
-        self._plain.clear()
+        self._masked.clear()
         self._active = None
 
     def remove(self, name: str) -> None:

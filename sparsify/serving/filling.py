@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.manifest import MANIFEST
+from sparsify.masking.linear import as_rows, stacks
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.backends import Backend
@@ -97,9 +98,13 @@ def _check_pattern(
 ) -> None:
     """Check the pattern first, because compressing silently drops what exceeds it."""
     layer, _, own_name = name.rpartition(".")
-    if layer not in patterns or own_name != "weight":
+    if name in patterns:  # experts
+        layer, stack = name, stacks(model.get_submodule(layer))[own_name]
+        weight_OI = as_rows(value, stack.transposed)
+    elif layer in patterns and own_name == "weight":
+        weight_OI = value if isinstance(model.get_submodule(layer), nn.Linear) else value.T
+    else:
         return
-    weight_OI = value if isinstance(model.get_submodule(layer), nn.Linear) else value.T
     if weight_OI.shape[1] % patterns[layer].m or not patterns[layer].holds(weight_OI):
         raise SparsifyError(
             f"{layer}: {MANIFEST} says {patterns[layer]}, but its weight has groups with more than "

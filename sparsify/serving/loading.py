@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.export.manifest import MANIFEST, manifest_patterns
-from sparsify.masking.layer import can_mask, linear_shape
+from sparsify.masking.linear import Stack, linear_shape, maskable
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.model_files import check_model_files
 from sparsify.serving.backends import BACKENDS, Backend
@@ -133,22 +133,24 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 def _sparse_layers(model: PreTrainedModel, patterns: Mapping[str, NMPattern]) -> dict[str, Layer]:
     """The model's layers that the manifest says are sparse."""
-    modules = dict(model.named_modules())
+    modules = maskable(model)
     shared = {
         name for names in names_by_parameter(model).values() if len(names) > 1 for name in names
     }
     layers = {}
     for name, pattern in patterns.items():
-        module = modules.get(name)
-        if module is None or not can_mask(module):
+        if (module := modules.get(name)) is None:
             raise SparsifyError(
                 f"{MANIFEST} lists {name}, which is no linear layer of this "
                 f"{type(model).__name__}; export the model again"
             )
         weight = cast(Tensor, module.weight)
-        kind = LayerKind(linear_shape(module), weight.dtype, module.bias is not None)
+        has_bias = getattr(module, "bias", None) is not None
+        kind = LayerKind(linear_shape(module), weight.dtype, has_bias)
         obstacle = None
-        if not isinstance(module, nn.Linear):
+        if isinstance(module, Stack):
+            obstacle = "no backend multiplies a stack of experts"
+        elif not isinstance(module, nn.Linear):
             obstacle = f"{type(module).__name__} stores its weight transposed"
         elif f"{name}.weight" in shared:
             obstacle = "shares its weight with another layer"

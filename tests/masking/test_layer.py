@@ -16,14 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsify import Draw, FixedMasker, Masker, NMPattern
 from sparsify.masking import noise
+from sparsify.masking.experts import masked
 from sparsify.masking.inject import inject
-from sparsify.masking.layer import (
-    MaskedConv1D,
-    MaskedLinear,
-    MaskScope,
-    linear_shape,
-    masked,
-)
+from sparsify.masking.layer import MaskedConv1D, MaskedLinear, MaskScope
+from sparsify.masking.linear import linear_shape
 from sparsify.masking.masker import Masking
 from sparsify.masking.select import Selection, select
 from sparsify.strategies.maskllm import CandidateMasker

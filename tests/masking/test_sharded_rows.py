@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sparsify import Draw, LayerResult, NMPattern, SparsityStrategy
-from sparsify.masking.layer import MaskScope, masked
+from sparsify.masking.experts import masked
+from sparsify.masking.layer import MaskScope
 from sparsify.masking.masker import Masker
 from sparsify.masking.sharded_rows import hard_mask, mask_ranks, shipped
 from sparsify.strategies.fixed_mask import FixedMask

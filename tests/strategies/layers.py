@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sparsify import Block, FixedMasker, LayerResult, NMPattern, SparsityStrategy
 from sparsify.data import TextDataModule
-from sparsify.masking.layer import MaskScope, masked
+from sparsify.masking.experts import masked
+from sparsify.masking.layer import MaskScope
 from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER, load_model, load_tokenizer
 
 Array = NDArray[Any]

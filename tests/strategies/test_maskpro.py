@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import Draw, LayerResult, NMPattern, RunResult, SparsifyError
 from sparsify.masking import noise
-from sparsify.masking.layer import MaskScope, masked
+from sparsify.masking.experts import masked
+from sparsify.masking.layer import MaskScope
 from sparsify.masking.masker import Masking
 from sparsify.masking.plackett_luce import mask_probabilities
 from sparsify.strategies import logit_masker

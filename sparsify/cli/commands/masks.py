@@ -112,7 +112,7 @@ def export_masks(
         known = stored_shapes(load_skeleton(base))
         shapes = {name: entry.shape for name, entry in masks.index.layers.items()}
         check_layers(str(masks.path), shapes, known)
-        write_npz(out, masks, {name for name, shape in known.items() if shape.transposed})
+        write_npz(out, masks, known)
     elif out.suffix in (".pt", ".bin", ".safetensors", SUFFIX):
         raise SparsifyError(f"{out}: masks are exported to a .npz file or a folder; name one")
     else:

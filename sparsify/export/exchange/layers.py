@@ -4,7 +4,7 @@ and whether the masks were made for this model.
 Shapes: O out, I in.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import base_parameters, can_mask, linear_shape
+from sparsify.masking.layer import base_parameters
+from sparsify.masking.linear import Stack, as_rows, as_stored, linear_shape, maskable
 from sparsify.masking.pattern import MAX_M, NMPattern
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.hashes import hash_parameters
@@ -31,40 +32,54 @@ class LayerShape:
         columns: I.
         transposed: whether the weight is stored as ``[I, O]``, as in GPT-2.
         in_block: whether the layer is part of a decoder block.
+        experts: of how many experts it holds the matrices, one below the other; None for a linear
+            layer.
     """
 
     rows: int
     columns: int
     transposed: bool = False
     in_block: bool = True
+    experts: int | None = None
 
     @property
-    def stored(self) -> tuple[int, int]:
+    def stored(self) -> tuple[int, ...]:
         """The shape of the weight as it is stored."""
-        return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        return tuple(self.to_stored(torch.empty(self.rows, self.columns, device="meta")).shape)
 
     def from_stored(self, values: Tensor) -> Tensor:
         """Bring values from the layout of the stored weight to ``[O, I]``."""
-        return values.T.contiguous() if self.transposed else values
+        return as_rows(values, self.transposed).contiguous()
+
+    def to_stored(self, values_OI: Tensor) -> Tensor:
+        """View values ``[O, I]`` in the layout of the stored weight."""
+        return as_stored(values_OI, self.transposed, self.experts)
+
+    def weight_name(self, name: str) -> str:
+        """The name of the weight of a layer of this name."""
+        return f"{name}.weight" if self.experts is None else name
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, LayerShape]:
-    """The plain linear layers of a model by qualified name."""
+    """The plain linear layers of a model, and its stacks of experts, by qualified name."""
     blocks = tuple(f"{name}." for name in decoder_blocks(model))
     return {
         name: LayerShape(
-            *linear_shape(layer), not isinstance(layer, nn.Linear), name.startswith(blocks)
+            *linear_shape(layer),
+            layer.transposed if isinstance(layer, Stack) else not isinstance(layer, nn.Linear),
+            name.startswith(blocks),
+            len(layer.weight) if isinstance(layer, Stack) else None,
         )
-        for name, layer in model.named_modules()
-        if can_mask(layer)
+        for name, layer in maskable(model).items()
     }
 
 
-def layer_name(key: str) -> str:
+def layer_name(key: str, known: Container[str] = ()) -> str:
     """The layer's name in the key of a stored mask, which may end in ``.weight``, ``.mask`` or
-    ``.weight.mask``.
+    ``.weight.mask``; ``known`` are names of layers, of which some may end so themselves.
     """
-    return key.removesuffix(".mask").removesuffix(".weight")
+    name = key.removesuffix(".mask")
+    return name if name in known else name.removesuffix(".weight")
 
 
 def check_known(source: Path, key: str, name: str, known: Iterable[str]) -> None:

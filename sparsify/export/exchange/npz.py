@@ -9,7 +9,7 @@ Shapes: O out, I in.
 """
 
 import zipfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -59,7 +59,7 @@ def _entries(
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
         key = entry.filename.removesuffix(".npy")
-        name = layer_name(key)
+        name = layer_name(key, shapes)
         if not key.endswith(".mask"):
             raise SparsifyError(
                 f"{path}: {key!r} does not name a mask; every key must be a weight's name and "
@@ -128,20 +128,23 @@ def _wrong(path: Path, key: str, shape: LayerShape, problem: str) -> SparsifyErr
     )
 
 
-def write_npz(path: Path, masks: Mapping[str, Tensor], transposed: Container[str] = ()) -> None:
+def write_npz(
+    path: Path, masks: Mapping[str, Tensor], shapes: Mapping[str, LayerShape] | None = None
+) -> None:
     """Write masks in the same format, whole or not at all.
 
     Args:
         path: the archive; an existing one is replaced.
         masks: bool ``[O, I]`` by qualified layer name; read one by one.
-        transposed: the layers whose weight is stored as ``[I, O]``.
+        shapes: how their weights are stored, by layer name; a layer without an entry is a linear
+            layer, stored as ``[O, I]``.
     """
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name in masks:
-            mask = masks[name].T if name in transposed else masks[name]
+            shape = (shapes or {}).get(name) or LayerShape(*masks[name].shape)
             # ZipInfo leaves out the time of writing, so that equal masks make equal files.
-            entry = zipfile.ZipInfo(f"{name}.weight.mask.npy")
+            entry = zipfile.ZipInfo(f"{shape.weight_name(name)}.mask.npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as stream:
-                bits = np.packbits(mask.cpu().numpy())
+                bits = np.packbits(shape.to_stored(masks[name]).cpu().numpy())
                 np.lib.format.write_array(stream, bits, allow_pickle=False)

@@ -49,7 +49,7 @@ def read_pt(path: Path, shapes: Mapping[str, LayerShape]) -> Iterator[tuple[str,
         )
     seen: set[str] = set()
     for key, values in masks.items():
-        name = layer_name(str(key))
+        name = layer_name(str(key), shapes)
         check_known(path, str(key), name, shapes)
         if name in seen:
             raise SparsifyError(f"{path}: {key!r} is a second mask of {name}; a layer has only one")

@@ -58,7 +58,7 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
     sparse = False
     for name, shape in shapes.items():
         if shape.in_block:
-            weight = weights.get(_key(weights, name, model.base_model_prefix))
+            weight = weights.get(_key(weights, shape.weight_name(name), model.base_model_prefix))
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(
                     f"{folder}: {name} is stored as {tuple(weight.shape)}, but config.json says "
@@ -117,10 +117,10 @@ def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
     )
 
 
-def _key(weights: StoredWeights, name: str, prefix: str) -> str:
-    """The name of a layer's weight in the files."""
+def _key(weights: StoredWeights, weight: str, prefix: str) -> str:
+    """The name that a weight has in the files."""
     # Some folders were saved without the head; their names lack the prefix.
-    keys = (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."))
+    keys = (weight, weight.removeprefix(f"{prefix}."))
     key = next((key for key in keys if key in weights), None)
     if key is None:
         raise SparsifyError(

@@ -9,7 +9,7 @@ Shapes: O out, I in.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.replace import partial_folder
 from sparsify.export.manifest import manifest_patterns
+from sparsify.masking.linear import Stack, maskable
 from sparsify.models.base import load_model
 from sparsify.serving.onnx.check import FIX, MODEL, OnnxLayer, check_layers
 
@@ -75,6 +76,7 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
     patterns = manifest_patterns(folder)
     model = load_model(str(folder), dtype)
     _check_range(model, dtype)
+    _check_linear(model, patterns)
     weights = {name: _weight_OI(model.get_submodule(name)) for name in patterns}
     with partial_folder(file) as partial:
         _write(model, partial / file.name)
@@ -113,6 +115,15 @@ def _check_range(model: PreTrainedModel, dtype: str) -> None:
                 f"{name} holds values that are not finite as {dtype}; a graph needs numbers: "
                 "take bfloat16 or float32"
             )
+
+
+def _check_linear(model: PreTrainedModel, patterns: Iterable[str]) -> None:
+    layers = maskable(model)
+    if stack := next((name for name in patterns if isinstance(layers.get(name), Stack)), None):
+        raise SparsifyError(
+            f"{stack} holds masked experts: which of them a token needs depends on its values, "
+            "and a graph holds no such choice; serve the folder itself"
+        )
 
 
 def _weight_OI(linear: nn.Module) -> Tensor:

@@ -58,6 +58,11 @@ class BaseCheck:
             stored = name if name in weights else known.stored_as.get(name)
             if stored is not None:
                 self._values[stored] = parameter.detach()
+            elif name in known.layers:
+                for part, row in known.layers[name].tensors.items():
+                    if part in weights:
+                        rows = weights.shape(part)[0]
+                        self._values[part] = parameter.detach().flatten(0, 1)[row : row + rows]
         shared = {id(p) for name, p in parameters.items() if name in weights}
         self.problems += [
             f"{name} is a Parameter of {base}, and is not stored"

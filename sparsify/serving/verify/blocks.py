@@ -33,5 +33,7 @@ def matrices_of_blocks(
             continue
         rows, columns = reversed(shape) if transposed else shape
         if columns % pattern.m == 0 and not re.search("embed|lm_head", name):
-            layers[name] = Layer(tensor, (rows, columns), pattern, transposed, may_be_dense=True)
+            layers[name] = Layer(
+                {tensor: 0}, (rows, columns), pattern, transposed, may_be_dense=True
+            )
     return layers

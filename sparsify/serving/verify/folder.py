@@ -84,7 +84,7 @@ def verify(
     tensors.run(weights, layers, report)
     held = {row.name for row in report.layers if row.pattern and not row.problems}
     with _goes_on(report, "the share of N:M weights"):
-        masked = {str(layer.tensor) for name, layer in layers.items() if name in held}
+        masked = {t for name, layer in layers.items() if name in held for t in layer.tensors}
         report.coverage = coverage(tensors.sizes, masked, largest_list(tensors.sizes), known.dense)
     if not known.layers and asked is not None and not any(row.pattern for row in report.layers):
         report.problems.append(f"no matrix of the decoder blocks holds {asked}")

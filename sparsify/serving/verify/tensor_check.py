@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
+from sparsify.common.values import first_few
 from sparsify.export.manifest import MANIFEST, Layer, Manifest
 from sparsify.export.mask_file.index import FILE_NAME
+from sparsify.masking.linear import as_rows, as_stored
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.hashes import hash_tensor
 from sparsify.models.stored_weights import StoredWeights
@@ -54,6 +56,7 @@ class TensorCheck:
         self._manifest, self._asked, self._masks = manifest, asked, masks
         self._base, self._device = base, device
         self._against: BaseReport | None = None
+        self._read: tuple[str, Tensor | None] = "", None  # the mask that was read last
         self.sizes: dict[str, tuple[int, ...]] = {}
 
     def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
@@ -64,12 +67,14 @@ class TensorCheck:
             for name, layer in layers.items()
         }
         report.layers += rows.values()
-        owners: dict[str | None, list[str]] = {}
+        owners: dict[str, list[str]] = {}
         for name, layer in layers.items():
-            owners.setdefault(layer.tensor, []).append(name)
-            if layer.tensor is None or layer.tensor not in weights:
-                missing = layer.tensor or f"{name}.weight"
-                rows[name].problems.append(f"its weight, {missing}, is in no readable file")
+            for tensor in layer.tensors:
+                owners.setdefault(tensor, []).append(name)
+            missing = [tensor for tensor in layer.tensors if tensor not in weights]
+            if missing or not layer.tensors:
+                what = first_few(missing) if missing else f"{name}.weight"
+                rows[name].problems.append(f"its weight, {what}, is in no readable file")
         for tensor in self._manifest.tensors:
             if tensor not in weights and tensor not in owners:
                 report.problems.append(f"{tensor} is in no readable file, and {MANIFEST} lists it")
@@ -92,7 +97,7 @@ class TensorCheck:
         found = self._check_stored(tensor, values)
         for row, layer in owners:
             row.problems += found
-            self._check_layer(row, layer, values)
+            self._check_layer(row, layer, tensor, values)
         if not owners:
             found += self._check_dense(tensor, values)
             report.problems += [f"{tensor}: {problem}" for problem in found]
@@ -128,32 +133,42 @@ class TensorCheck:
         elif not self._base.knows(tensor):
             reason = "the base has no Parameter of their name"
         else:
-            (self._against.whole if layer is None else self._against.kept).append(layer or tensor)
+            names = self._against.whole if layer is None else self._against.kept
+            if not names or names[-1] != (layer or tensor):  # a layer may lie in several tensors
+                names.append(layer or tensor)
             return True
         self._against.left.setdefault(reason, []).append(tensor)
         return False
 
-    def _check_layer(self, row: LayerReport, layer: Layer, values: Tensor) -> None:
-        weight_OI = values.T if layer.transposed and values.ndim == 2 else values
-        if tuple(weight_OI.shape) != layer.shape:
+    def _check_layer(self, row: LayerReport, layer: Layer, tensor: str, values: Tensor) -> None:
+        """Check a tensor that holds the layer's weight, or some rows of it."""
+        weight_OI = as_rows(values, layer.transposed) if values.ndim in (2, 3) else values
+        own = slice(layer.tensors[tensor], layer.tensors[tensor] + len(weight_OI))
+        whole = len(layer.tensors) == 1
+        fits = weight_OI.shape[1:] == layer.shape[1:] and own.stop <= layer.shape[0]
+        if not fits or (whole and tuple(weight_OI.shape) != layer.shape):
             row.problems.append(
                 f"its weight is {tuple(weight_OI.shape)} as (out, in), and {MANIFEST} says "
                 f"{layer.shape}"
             )
             return
-        row.nonzero = nonzero_share(weight_OI)
+        row.nonzero = (row.nonzero or 0) + nonzero_share(weight_OI) * len(weight_OI) / layer.shape[
+            0
+        ]
         if layer.may_be_dense and plainly_dense(weight_OI, layer.pattern):
             row.pattern = None
             row.notes.append(f"dense: most of its groups hold more than {layer.pattern} keeps")
-            row.problems += self._check_dense(str(layer.tensor), values)
+            row.problems += self._check_dense(tensor, values)
             return
         self._check_dtype(row, values.dtype)
         mask_OI = self._mask(row, layer)
+        mask_OI = None if mask_OI is None else mask_OI[own]
         self._check_rules(row, layer, weight_OI, mask_OI)
-        if self._compares(str(layer.tensor), self._manifest.changes != "nothing", row.name):
-            kept = None if mask_OI is None else mask_OI.T if layer.transposed else mask_OI
-            base = cast(BaseCheck, self._base)
-            problem = base.compare(str(layer.tensor), values, kept, sparse=True)
+        if self._compares(tensor, self._manifest.changes != "nothing", row.name):
+            kept = None
+            if mask_OI is not None:
+                kept = as_stored(mask_OI, layer.transposed, layer.experts if whole else None)
+            problem = cast(BaseCheck, self._base).compare(tensor, values, kept, sparse=True)
             row.problems += [problem] if problem else []
         self._check_backends(row, layer, weight_OI)
 
@@ -167,6 +182,9 @@ class TensorCheck:
     def _mask(self, row: LayerReport, layer: Layer) -> Tensor | None:
         if self._masks is None:
             return None
+        if self._read[0] == row.name:  # the parts of a layer follow each other
+            return self._read[1]
+        self._read = row.name, None
         if row.name not in self._masks:
             row.problems.append(f"{FILE_NAME} holds no mask of it")
             return None
@@ -180,6 +198,7 @@ class TensorCheck:
                 f"its stored mask is {tuple(mask_OI.shape)}, and its weight {layer.shape}"
             )
             return None
+        self._read = row.name, mask_OI
         return mask_OI
 
     def _check_rules(
@@ -193,9 +212,13 @@ class TensorCheck:
             row.problems += check_mask(weight_OI, mask_OI, layer.pattern)
         problem, note = check_signs(weight_OI, mask_OI, layer.pattern)
         row.problems += [problem] if problem else []
-        row.notes += [note] if note else []
+        row.notes += [note] if note and note not in row.notes else []
 
     def _check_backends(self, row: LayerReport, layer: Layer, weight_OI: Tensor) -> None:
+        if layer.experts is not None:
+            note = "experts run dense: no backend here multiplies a stack of sparse matrices"
+            row.notes += [note] if note not in row.notes else []
+            return
         # No backend packs 2:4 in types that are this wide.
         cast = weight_OI.dtype in (torch.float32, torch.float64)
         dtype = torch.bfloat16 if cast else weight_OI.dtype

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from sparsify.calibration import Calibration, Layerwise, layerwise
 from sparsify.calibration.activations import Activations
 from sparsify.calibration.gradients import gradient_norms
-from sparsify.masking.layer import base_parameters, can_mask, masked_layers
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.linear import can_mask
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
