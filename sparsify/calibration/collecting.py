@@ -35,7 +35,7 @@ class Statistics(Mapping[str, Any]):
     near them are held; the block runs again when a name is asked for that is not.
 
     An expert that got fewer than :data:`MIN_TOKENS` tokens gets, in place of them, the rows of the
-    identity matrix: with it Wanda and SparseGPT keep the largest weights.
+    identity matrix: weights that are scored by their inputs are then scored by their own size.
 
     Args:
         layers: the layers.

@@ -133,7 +133,8 @@ class MaskAdapters:
         # The active mask moves along with the model; another mask is moved when it is used. All its
         # tensors move before any layer is swapped, because memory may run out.
         for layer, masker in maskers.items():
-            masker.to(cast(Tensor, self._layers[layer].weight).device)
+            # The plain layer stays behind when a masked one is in its place.
+            masker.to(cast(Tensor, self._masked.get(layer, self._layers[layer]).weight).device)
         self._restore()
         for layer, masker in maskers.items():
             plain = self._layers[layer]

@@ -1,6 +1,7 @@
 """Statistics of many architectures, against plain hooks on the whole model."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import LayerResult
-from sparsify.calibration import Calibration, Hessian, Layerwise, Moments
-from sparsify.masking.layer import masked_layers
+from sparsify.calibration import Calibration, Hessian, Layerwise, Moments, collecting
+from sparsify.masking.experts import matrices
 from sparsify.masking.select import Selection, decoder_blocks
 from tests.calibration.architectures import ARCHITECTURES, tiny
 from tests.calibration.engine import TWO_FOUR, Probe
@@ -22,6 +23,28 @@ TEXT = torch.randint(2, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 # Blocks that cannot run one by one: the model changes what passes between them, or calls them
 # several times.
 SLOW = {"rwkv", "hrm_text"}
+
+
+def expert_inputs(name: str, owner: Any, x_TI: Tensor, chosen_TK: Tensor) -> dict[str, Tensor]:
+    """What enters each matrix of each expert, in a loop over experts as their block is defined."""
+    found = {}
+    first = "gate_up_proj" if owner.has_gate else "up_proj"
+    for e in range(owner.num_experts):
+        own_TI = x_TI[(chosen_TK == e).any(-1)]
+        matrix = getattr(owner, first)[e]
+        y_TF = own_TI @ (matrix if owner.is_transposed else matrix.T)
+        if owner.has_bias:
+            y_TF = y_TF + getattr(owner, f"{first}_bias")[e]
+        found[f"{name}.{first}.{e}"] = own_TI
+        found[f"{name}.down_proj.{e}"] = (
+            owner._apply_gate(y_TF) if owner.has_gate else owner.act_fn(y_TF)
+        )
+    return {key: x.detach().double() for key, x in found.items()}
+
+
+def prune_expert(owner: Any, key: str, expert: int, mask_OI: Tensor) -> None:
+    stack = getattr(owner, key)
+    stack.data[expert] *= mask_OI.T if owner.is_transposed else mask_OI
 
 
 def by_hooks(
@@ -35,18 +58,32 @@ def by_hooks(
     seen: dict[str, list[Tensor]] = {name: [] for name in results}
     for block in decoder_blocks(model):
         inside = [name for name in results if name.startswith(f"{block}.")]
+        linear = [name for name in inside if name in dict(model.named_modules())]
+        routed = sorted({name.rsplit(".", 2)[0] for name in inside if name not in linear})
         hooks = [
             model.get_submodule(name).register_forward_pre_hook(
                 lambda _, x, name=name: seen[name].append(x[0].flatten(0, -2).double())
             )
-            for name in inside
+            for name in linear
+        ]
+
+        def see_experts(name: str, owner: nn.Module, args: Any) -> None:
+            for key, x_TI in expert_inputs(name, owner, *args[:2]).items():
+                seen[key].append(x_TI)
+
+        hooks += [
+            model.get_submodule(name).register_forward_pre_hook(partial(see_experts, name))
+            for name in routed
         ]
         with torch.no_grad():
             for tokens in TEXT:
                 model(input_ids=tokens[None], use_cache=False)
         for hook in hooks:
             hook.remove()
-        for name in () if dense else inside:
+        for name in set() if dense else set(inside) - set(linear):
+            owner, key, expert = name.rsplit(".", 2)
+            prune_expert(model.get_submodule(owner), key, int(expert), results[name].mask)
+        for name in () if dense else linear:
             layer, mask_OI = model.get_submodule(name), results[name].mask
             mask = mask_OI.T if isinstance(layer, Conv1D) else mask_OI
             layer.weight = nn.Parameter(layer.weight.detach() * mask)
@@ -56,18 +93,21 @@ def by_hooks(
 @pytest.mark.parametrize("activations", ["pruned", "dense"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_statistics_are_those_of_hooks_on_the_whole_model(
-    kind: str, activations: Any, caplog: pytest.LogCaptureFixture
+    kind: str, activations: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(collecting, "MIN_TOKENS", 1)
     model = tiny(kind)
     masked = masked_model(copy.deepcopy(model), Probe(), Selection(TWO_FOUR))
     masked.check_called()
     settings, device = Calibration(cache=False, activations=activations), torch.device("cpu")
     probe = Probe(Moments, Hessian)
     results = dict(Layerwise(masked, lambda: TEXT, settings, device).run(probe))
-    assert results.keys() == masked_layers(masked.model).keys()
+    assert results.keys() == matrices(masked.layers).keys()
     assert ("calibration runs all blocks" in caplog.text) == (kind in SLOW)
     for name, x_TI in by_hooks(model, results, activations == "dense").items():
         moments, hessian = probe.found[Moments][name], probe.found[Hessian][name]
+        if not len(x_TI):  # an expert without tokens
+            x_TI = torch.eye(x_TI.shape[1], dtype=torch.float64)
         if kind != "zaya":  # one of its layers sees a zero vector besides the input that it shares
             assert moments.tokens == hessian.tokens == len(x_TI) > 0, name
         for found, expected in (
