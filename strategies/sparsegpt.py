@@ -54,16 +54,13 @@ class SparseGPT(SparsityStrategy):
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:
-            factors: dict[int, tuple[Tensor, Tensor]] = {}  # one for layers with the same input
+            hessian_II: Tensor | None = None
             hessians = block.collect(Hessian)
             for name, layer in block.layers.items():
-                hessian_II = hessians[name].matrix_II
-                if id(hessian_II) not in factors:
-                    factors[id(hessian_II)] = (
-                        inverse_factor(hessian_II, self.damping, name),
-                        hessian_II.diagonal() == 0,
-                    )
-                factor_II, dead_I = factors[id(hessian_II)]
+                # Layers with the same input follow each other, and need one factor.
+                if hessian_II is not (hessian_II := hessians[name].matrix_II):
+                    factor_II = inverse_factor(hessian_II, self.damping, name)
+                    dead_I = hessian_II.diagonal() == 0
                 weight_OI = layer.weight_OI.float().masked_fill(dead_I, 0)
                 pattern = layer.masker.pattern
                 if self.update_weights:

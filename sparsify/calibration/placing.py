@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.masking.experts import MaskedExperts
 
-#: A Parameter's values; those of a stack of experts by expert, made when they are used.
-Values = Tensor | Callable[[int], Tensor]
+
+class ExpertValues(NamedTuple):
+    """The values of a stack of experts, made for each when it is used.
+
+    Attributes:
+        layer: whose they are.
+        of: gives an expert's ``[O, I]`` by its number.
+    """
+
+    layer: MaskedExperts
+    of: Callable[[int], Tensor]
+
+
+#: The values of a Parameter.
+Values = Tensor | ExpertValues
 
 
 @contextmanager
@@ -18,9 +31,8 @@ def replaced(module: nn.Module, weights: Mapping[str, Values]) -> Iterator[None]
     """Use other values for some Parameters, given by name within the module."""
     with ExitStack() as stack:
         for name, weight in weights.items():
-            if callable(weight):
-                experts = cast(MaskedExperts, module.get_submodule(name))
-                stack.enter_context(experts.standing_in(weight))
+            if isinstance(weight, ExpertValues):
+                stack.enter_context(weight.layer.standing_in(weight.of))
             else:
                 parameter = module.get_parameter(name)
                 stack.callback(setattr, parameter, "data", parameter.data)

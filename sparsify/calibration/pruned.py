@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsify.calibration.placing import Values
+from sparsify.calibration.placing import ExpertValues, Values
 from sparsify.masking.experts import MaskedExperts, gathered
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.strategy import LayerResult
@@ -29,7 +29,7 @@ def pruned_weights(
     for name, found in gathered(results.items(), layers):
         layer = layers[name]
         weights[layer.weight_name(name)] = (
-            partial(_expert, layer, found)
+            ExpertValues(layer, partial(_expert, layer, found))
             if isinstance(layer, MaskedExperts)
             else layer.as_stored(_pruned(layer.weight_OI, found[0]))
         )

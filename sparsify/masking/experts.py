@@ -8,9 +8,10 @@ matrix of an expert (``self.down_proj[3]``) it gets an object that stands for th
 product, and multiplies by it masked, as a masked linear layer does. So the masked matrix of one
 expert exists at a time, and each expert's input can be seen.
 
-Who owns what: the block holds the Parameter and the masked layer, both under one name. While the
-block runs, the layer holds views of every expert's rows, made once, so that autograd gathers the
-experts' gradients in one tensor.
+Who owns what: the block holds the Parameter and the masked layer, both under one name, by which
+the block finds the layer while it runs, and all others the Parameter. Meanwhile the layer holds
+views of every expert's rows, made once, so that autograd gathers the experts' gradients in one
+tensor.
 
 Shapes: E experts, O out and I in of one expert, T tokens, B any leading dimensions.
 """
@@ -82,19 +83,18 @@ class MaskedExperts(MaskedLinear):
     def put(self, model: nn.Module, name: str) -> None:
         owner, key = self.stack.owner, self.stack.key
         owner._modules[key] = self
-        owner.__dict__[key] = self  # found before the Parameter of this name
         if self.scope.experts is None and hasattr(owner, "is_transposed"):
             # Others than the class's own forward read all matrices at once.
             self.scope.experts = cast(Any, model).get_experts_implementation()
             cast(Any, model).set_experts_implementation("eager")
         self._hooks = [
-            owner.register_forward_pre_hook(self._forget),
-            owner.register_forward_hook(self._forget, always_call=True),
+            owner.register_forward_pre_hook(self._enter),
+            owner.register_forward_hook(self._exit, always_call=True),
         ]
 
     def leave(self, model: nn.Module, name: str) -> None:
         owner, key = self.stack.owner, self.stack.key
-        del owner._modules[key], owner.__dict__[key]
+        del owner._modules[key]
         for hook in self._hooks:
             hook.remove()
         left = any(isinstance(module, MaskedExperts) for module in model.modules())
@@ -104,7 +104,11 @@ class MaskedExperts(MaskedLinear):
         if self.transposed:
             self.stack.weight.data = self.stack.weight.data.contiguous()
 
-    def _forget(self, *_: Any) -> None:
+    def _enter(self, *_: Any) -> None:
+        self.stack.owner.__dict__[self.stack.key] = self  # found before the Parameter of this name
+
+    def _exit(self, *_: Any) -> None:
+        self.stack.owner.__dict__.pop(self.stack.key, None)
         self._rows = None
 
     def rows(self, expert: int) -> slice:

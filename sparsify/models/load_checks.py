@@ -262,7 +262,7 @@ def not_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[
     holders = {name.rpartition(".")[0] for name in layers}
     with ExitStack() as stack:
         for name in {*holders, *layers}:
-            module = model.get_submodule(name)
+            module = layers[name] if name in layers else model.get_submodule(name)
             hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
             stack.callback(hook.remove)
         model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.layer import MaskedConv1D, MaskedLinear
+from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import EMBEDDED
@@ -128,10 +128,16 @@ def check_shards(
             f"{name} learns Parameters of its own, outside the model, whose gradients sharded "
             "ranks do not exchange; keep them in its maskers, or give --trainer.strategy ddp"
         )
+    for layer_name, layer in layers.items():
+        if layer.experts is not None and layer.experts % ranks:
+            raise SparsifyError(
+                f"{layer_name}: {layer.experts} experts do not divide into {ranks} ranks, which "
+                "hold whole experts each; give a number of devices that divides them"
+            )
     if not strategy.effect.trains_base:
         return
     for layer_name, layer in layers.items():
-        if isinstance(layer, MaskedConv1D):  # FSDP2 shards the first dimension
+        if layer.transposed:  # FSDP2 shards the first dimension
             raise SparsifyError(
                 f"{layer_name}: its weight is stored as [in, out], so that {ranks} ranks would "
                 "each hold a part of every group, which a strategy that trains weights cannot "

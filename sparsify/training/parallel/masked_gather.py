@@ -56,7 +56,8 @@ def check_gatherable(name: str, layer: MaskedLinear, ranks: int) -> None:
     """Refuse a layer if some rank would not hold whole rows of it.
 
     Raises:
-        SparsifyError: its weight is stored as ``[I, O]``, or has too few rows.
+        SparsifyError: its weight is stored as ``[I, O]`` or is that of experts, or it has too few
+            rows.
     """
     fix = "give --model.gather plain"
     if isinstance(layer, MaskedConv1D):
@@ -64,6 +65,8 @@ def check_gatherable(name: str, layer: MaskedLinear, ranks: int) -> None:
             f"{name}: its weight is stored as [in, out], so that no rank holds whole rows to mask; "
             f"{fix}"
         )
+    if layer.experts is not None:
+        raise SparsifyError(f"{name}: experts are gathered as they are, and masked then; {fix}")
     rows = layer.masker.shape[0]
     if -(-rows // ranks) * (ranks - 1) >= rows:
         raise SparsifyError(

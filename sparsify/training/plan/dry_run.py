@@ -35,6 +35,7 @@ from sparsify.training import optimizers
 from sparsify.training.guards import check_dtype
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.parallel.shard_model import check_sharding
+from sparsify.training.plan.experts import balanced
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
 from sparsify.training.plan.replay import replayed
 from sparsify.training.plan.settings import PlanSettings
@@ -107,11 +108,12 @@ def dry_run(settings: PlanSettings) -> DryRun:
         maskers = _masker_tensors(model)
         ledger.label(MASKERS, maskers)
         ledger.phase = CALIBRATION
-        reads_text = _calibrate(masked, settings)
         params = [p for p in model.parameters() if p.requires_grad]
         kept: dict[str, int] = {}
-        if params:
-            kept = _train(ledger, masked, teacher, params, settings)
+        with balanced(model):
+            reads_text = _calibrate(masked, settings)
+            if params:
+                kept = _train(ledger, masked, teacher, params, settings)
         blocks = decoder_blocks(model).values()
         hidden = model.config.get_text_config().hidden_size
         base = list(base_parameters(model).values())
@@ -185,7 +187,10 @@ def _calibrate(masked: MaskedModel, settings: PlanSettings) -> bool:
     windows = min(WINDOWS, asked.samples), settings.block_size
     tokens_ST = torch.zeros(windows, dtype=torch.long)
     engine = Layerwise(masked, lambda: tokens_ST, plain, torch.device("cpu"))
-    with patch.object(layerwise, "text_hash", lambda _: ""):
+    with (
+        patch.object(layerwise, "text_hash", lambda _: ""),
+        patch.object(layerwise, "warn_of_few", lambda *_: None),  # no value is not zero here
+    ):
         masked.calibrate(engine.run(masked.strategy))
     return engine.record is not None
 
