@@ -110,9 +110,10 @@ def dry_run(settings: PlanSettings) -> DryRun:
         ledger.phase = CALIBRATION
         params = [p for p in model.parameters() if p.requires_grad]
         kept: dict[str, int] = {}
-        with balanced(model):
+        with balanced(model, grouped=False):
             reads_text = _calibrate(masked, settings)
-            if params:
+        if params:
+            with balanced(model, grouped=True):
                 kept = _train(ledger, masked, teacher, params, settings)
         blocks = decoder_blocks(model).values()
         hidden = model.config.get_text_config().hidden_size

@@ -3,7 +3,11 @@
 Which tokens an expert gets depends on their values. A plan takes it that all experts get equally
 many, which is what a router is trained for.
 
-Shapes: T tokens, K experts of a token, E experts, H hidden size, F inner size of an expert.
+A hundred experts take minutes, so that those of a step are run in a few groups: a product of the
+tokens of one expert with the matrices of all of a group has as many numbers going in, coming out
+and multiplied as the products of all its experts have.
+
+Shapes: T tokens, K experts of a token, B tokens of a group's experts, I in and O out of a matrix.
 """
 
 from collections.abc import Iterator
@@ -18,16 +22,28 @@ from sparsify.calibration.placing import forward_replaced
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.masking.experts import MaskedExperts
 
+GROUPS = 8
+
 
 @contextmanager
-def balanced(model: nn.Module) -> Iterator[None]:
-    """Within this context, masked experts of Transformers' kind share the tokens equally."""
-    owners = {
-        layer.stack.owner: None
+def balanced(model: nn.Module, grouped: bool) -> Iterator[None]:
+    """Within this context, masked experts of Transformers' kind share the tokens equally.
+
+    Args:
+        model: the masked model.
+        grouped: whether they are run in a few groups.
+    """
+    layers = [
+        layer
         for layer in model.modules()
         if isinstance(layer, MaskedExperts) and hasattr(layer.stack.owner, "is_transposed")
-    }
+    ]
+    owners = dict.fromkeys(layer.stack.owner for layer in layers)
     with ExitStack() as stack:
+        for layer in layers:
+            if grouped and layer.experts % GROUPS == 0:
+                stack.callback(setattr, layer, "experts", layer.experts)
+                layer.experts = GROUPS
         for owner in owners:
             stack.enter_context(forward_replaced(owner, partial(_forward, owner)))
         try:
@@ -44,20 +60,31 @@ def balanced(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(owner: Any, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Compute as the class's own forward does, with the first tokens for every expert."""
-    tokens = -(-index_TK.numel() // owner.num_experts)
-    chosen = torch.arange(min(tokens, len(x_TH)))
+    """Compute as the class's own forward does, with as many tokens for every expert."""
     first = "gate_up_proj" if owner.has_gate else "up_proj"
+    groups = next(m.experts for m in owner.children() if isinstance(m, MaskedExperts))
+    chosen_B = torch.arange(max(1, index_TK.numel() // groups)) % len(x_TH)
     out_TH = torch.zeros_like(x_TH)
-    for expert in range(owner.num_experts):
-        y_TF = _product(owner, first, expert, x_TH[chosen])
-        y_TF = owner._apply_gate(y_TF) if owner.has_gate else owner.act_fn(y_TF)
-        y_TH = _product(owner, "down_proj", expert, y_TF) * weights_TK[chosen, 0, None]
-        out_TH.index_add_(0, chosen, y_TH.to(out_TH.dtype))
+    for group in range(groups):
+        y_BO = _product(owner, first, group, x_TH[chosen_B])
+        y_BI = owner._apply_gate(y_BO) if owner.has_gate else owner.act_fn(y_BO)
+        y_BO = _product(owner, "down_proj", group, y_BI) * weights_TK[chosen_B, 0, None]
+        out_TH.index_add_(0, chosen_B, y_BO.to(out_TH.dtype))
     return out_TH
 
 
-def _product(owner: Any, key: str, expert: int, x_TI: Tensor) -> Tensor:
-    matrix = getattr(owner, key)[expert]
-    y_TO = x_TI @ matrix if owner.is_transposed else nn.functional.linear(x_TI, matrix)
-    return y_TO + getattr(owner, f"{key}_bias")[expert] if owner.has_bias else y_TO
+def _product(owner: Any, key: str, group: int, x_BI: Tensor) -> Tensor:
+    """The products of a group's tokens, with as many numbers as there are."""
+    stack: Any = owner._parameters[key]
+    rows = stack.shape[-1] if owner.is_transposed else stack.shape[-2]
+    matrix = getattr(owner, key)[group]
+    one = x_BI[: -(-len(x_BI) // _experts(owner, key))]  # a view, so that all are kept
+    y = one @ matrix if owner.is_transposed else nn.functional.linear(one, matrix)
+    y_BO = y.reshape(-1, rows)[: len(x_BI)]
+    return y_BO + getattr(owner, f"{key}_bias")[0] if owner.has_bias else y_BO
+
+
+def _experts(owner: Any, key: str) -> int:
+    """How many experts a group has."""
+    layer = owner._modules.get(key)
+    return owner.num_experts // layer.experts if isinstance(layer, MaskedExperts) else 1
