@@ -9,7 +9,6 @@ folder that it writes (20 MB in fp16) is not shipped; ``moe_table.py`` prunes it
 """
 
 import argparse
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,7 +117,6 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="checkpoint; the default lies beside the folder")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    random.seed(0)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     text = EMBEDDED / "text"
