@@ -17,10 +17,11 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BLOCK = 256
 BATCH = 16
@@ -88,7 +89,7 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, data: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, data: torch.Tensor) -> float:
     model.eval()
     losses = [model(input_ids=batch, labels=batch).loss.item() for batch in data.split(BATCH)]
     model.train()
@@ -96,13 +97,18 @@ def perplexity(model: LlamaForCausalLM, data: torch.Tensor) -> float:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
+    opts: list[torch.optim.Optimizer],
     data: torch.Tensor,
     validation: torch.Tensor,
     steps: int,
     state_file: Path,
+    every: int = 500,
+    **forward: Any,
 ) -> None:
-    opts = optimizers(model)
+    """``every`` so many steps the model is validated and stored. ``forward`` has arguments that the
+    model gets in training alone.
+    """
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 100, 1 - step / steps))
         for o in opts
@@ -121,7 +127,7 @@ def train(
             len(data), generator=torch.Generator().manual_seed(step // per_epoch)
         )
         batch = data[order[step % per_epoch * BATCH :][:BATCH]]
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch, **forward).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in opts + schedules:
@@ -130,13 +136,26 @@ def train(
         if (step + 1) % 50 == 0:
             rate = (step + 1 - first) * BATCH * BLOCK / (time.monotonic() - start)
             print(f"step {step + 1} loss {loss.item():.3f} tokens/s {rate:.0f}", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % every == 0 or step + 1 == steps:
             print(
                 f"step {step + 1} validation perplexity {perplexity(model, validation):.2f}",
                 flush=True,
             )
             parts = [part.state_dict() for part in opts + schedules]
-            torch.save({"step": step + 1, "model": model.state_dict(), "parts": parts}, state_file)
+            state = {"step": step + 1, "model": model.state_dict(), "parts": parts}
+            # A run that is killed while it stores leaves the state before.
+            torch.save(state, new := state_file.with_suffix(".new"))
+            new.replace(state_file)
+
+
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: Path) -> None:
+    test = blocks(tokenizer, documents(text, "test"))
+    print(f"test perplexity of the stored weights {perplexity(model.float(), test):.2f}")
+    model.eval()
+    for prompt in ("KING.\n", "1 And it came to pass", "def read_lines(path):\n"):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(ids, max_new_tokens=80, do_sample=True, top_p=0.9, temperature=0.8)
+        print("---", tokenizer.decode(out[0]), sep="\n")
 
 
 def main() -> None:
@@ -162,16 +181,10 @@ def main() -> None:
     validation = blocks(tokenizer, documents(args.out / "text", "validation"))
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {data.numel():,} training tokens", flush=True)
-    train(model, data, validation, args.steps, args.state)
+    train(model, optimizers(model), data, validation, args.steps, args.state)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    test = blocks(tokenizer, documents(args.out / "text", "test"))
-    print(f"test perplexity of the stored weights {perplexity(model.float(), test):.2f}")
-    model.eval()
-    for prompt in ("KING.\n", "1 And it came to pass", "def read_lines(path):\n"):
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        out = model.generate(ids, max_new_tokens=80, do_sample=True, top_p=0.9, temperature=0.8)
-        print("---", tokenizer.decode(out[0]), sep="\n")
+    report(model, tokenizer, args.out / "text")
 
 
 if __name__ == "__main__":
