@@ -1,6 +1,6 @@
 """Which share of the parameters of known mixtures of experts is N:M, from their shapes alone.
 
-    python benchmarks/moe_coverage.py
+python benchmarks/moe_coverage.py
 """
 
 from typing import Any

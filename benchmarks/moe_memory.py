@@ -8,12 +8,12 @@ beside it the block, and the inputs of all windows.
 
 import argparse
 import platform
-import resource
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
+from oneshot_cost import peak_memory, resident
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -46,23 +46,6 @@ def block(experts: int) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def held() -> int:
-    """Bytes of the process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def forget_peak() -> None:
-    """Let the kernel measure the peak anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """The most bytes of the process in memory since :func:`forget_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-
-
 def measure(name: str, experts: int, windows: int, tokens: int) -> dict[str, float]:
     """Calibrate the block once; bytes and seconds."""
     model = block(experts)
@@ -70,14 +53,14 @@ def measure(name: str, experts: int, windows: int, tokens: int) -> dict[str, flo
     text_ST = torch.randint(0, 1024, (windows, tokens))
     engine = Layerwise(masked, lambda: text_ST, Calibration(cache=False), torch.device("cpu"))
     size = sum(p.nbytes for n, p in model.model.layers.named_parameters() if ".masker." not in n)
-    before, start = held(), time.perf_counter()
-    forget_peak()
-    results = sum(1 for _ in engine.run(masked.strategy))
+    before, start = resident(), time.perf_counter()
+    with peak_memory() as seen:
+        results = sum(1 for _ in engine.run(masked.strategy))
     return {
         "matrices": results,
         "block": size,
         "inputs": windows * tokens * model.config.hidden_size * 4,
-        "more": peak() - before,
+        "more": seen[-1] - before,
         "seconds": time.perf_counter() - start,
     }
 
@@ -90,9 +73,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--save", type=Path, help="a folder for the JSON")
     args = parser.parse_args()
-    found = {
-        name: measure(name, args.experts, args.windows, args.tokens) for name in args.strategy
-    }
+    found = {name: measure(name, args.experts, args.windows, args.tokens) for name in args.strategy}
     table = Table(title=f"{args.experts} experts, {args.windows} windows of {args.tokens} tokens")
     for column in ("strategy", "block GiB", "inputs GiB", "more at the peak GiB", "seconds"):
         table.add_column(column, justify="left" if column == "strategy" else "right")

@@ -109,7 +109,6 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     )
 
 
-@by_shape
 def prune_and_update(
     weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern
 ) -> tuple[Tensor, Tensor]:
@@ -127,20 +126,32 @@ def prune_and_update(
     # Transposed, so that each step works on contiguous memory.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
-    scale_I = factor_II.diagonal()
     inputs, m = len(weight_IO), pattern.m
     width = m * max(1, COLUMNS // m)  # no group straddles two runs of columns
     for start in range(0, inputs, width):
         run = slice(start, min(start + width, inputs))
-        columns_CO = weight_IO[run]
-        factor_CC = factor_II[run, run]
-        error_CO = torch.empty_like(columns_CO)
-        for c in range(len(columns_CO)):
-            if c % m == 0:
-                group = slice(start + c, start + c + m)
-                score_MO = (weight_IO[group] / scale_I[group, None]).square()
-                mask_IO[group] = pattern.top(score_MO.T).T
-            error_CO[c] = columns_CO[c].masked_fill(mask_IO[start + c], 0) / factor_CC[c, c]
-            columns_CO[c + 1 :].addr_(factor_CC[c, c + 1 :], error_CO[c], alpha=-1)
+        mask_IO[run], error_CO = _prune_columns(weight_IO[run], factor_II[run, run], pattern)
         weight_IO[run.stop :].addmm_(factor_II[run, run.stop :].T, error_CO, alpha=-1)
     return mask_IO.T, torch.where(mask_IO, weight_IO, 0).T
+
+
+@by_shape
+def _prune_columns(
+    columns_CO: Tensor, factor_CC: Tensor, pattern: NMPattern
+) -> tuple[Tensor, Tensor]:
+    """Prune a run of columns, and update those of the run in place.
+
+    Returns:
+        Their mask, and the errors to take out of the columns after the run.
+    """
+    mask_CO = torch.empty_like(columns_CO, dtype=torch.bool)
+    error_CO = torch.empty_like(columns_CO)
+    scale_C = factor_CC.diagonal()
+    for c in range(len(columns_CO)):
+        if c % pattern.m == 0:
+            group = slice(c, c + pattern.m)
+            score_MO = (columns_CO[group] / scale_C[group, None]).square()
+            mask_CO[group] = pattern.top(score_MO.T).T
+        error_CO[c] = columns_CO[c].masked_fill(mask_CO[c], 0) / factor_CC[c, c]
+        columns_CO[c + 1 :].addr_(factor_CC[c, c + 1 :], error_CO[c], alpha=-1)
+    return mask_CO, error_CO

@@ -49,6 +49,9 @@ def shard(masked: MaskedModel, teacher: nn.Module | None, gather: Gather, meshes
         SparsifyError: the strategy, or a layer, cannot be sharded so.
     """
     mesh, strategy = meshes["data_parallel"], masked.strategy
+    for layer in masked.layers.values():
+        if layer.experts is not None and layer.transposed:  # FSDP2 takes no other order in memory
+            layer.weight.data = layer.weight.data.contiguous()
     check_sharding(masked, gather, mesh.size(), meshes.size() // mesh.size())
     if gather == "masked":
         shard_gathering_masked(masked.model, mesh)

@@ -110,10 +110,9 @@ def dry_run(settings: PlanSettings) -> DryRun:
         ledger.phase = CALIBRATION
         params = [p for p in model.parameters() if p.requires_grad]
         kept: dict[str, int] = {}
-        with balanced(model, grouped=False):
+        with balanced(model):
             reads_text = _calibrate(masked, settings)
-        if params:
-            with balanced(model, grouped=True):
+            if params:
                 kept = _train(ledger, masked, teacher, params, settings)
         blocks = decoder_blocks(model).values()
         hidden = model.config.get_text_config().hidden_size
