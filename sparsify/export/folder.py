@@ -112,9 +112,10 @@ def _write(
         raise SparsifyError(
             "the base weights changed during the run, though the strategy declares them frozen"
         )
+    # A weight that several layers share is listed once, perhaps by the name of one without a mask.
+    listed = {id(p): name for name, p in base_parameters(masked.model).items()}
     for name, layer in masked.layers.items():
-        # A weight that two layers share is listed once.
-        if (key := layer.weight_name(name)) in weights:
+        if (key := listed.pop(id(layer.weight), None)) is not None:
             weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
     dtype = _storage_dtype(masked, weights.values())
     weights = {name: weight.to(dtype) for name, weight in weights.items()}

@@ -54,10 +54,10 @@ def why_not_linear(name: str, module: nn.Module) -> str:
     """
     kind = type(module).__name__
     own: list[Tensor] = list(module.parameters(recurse=False))
-    if any(p.ndim == 3 for p in own) and not isinstance(module, _ConvNd):
-        return f"experts: 3-D parameter of {kind}"
     if (why := default_reason(name)) is not None:
         return why
+    if "expert" in f"{name}.{kind}".lower() and not isinstance(module, _ConvNd | nn.Linear):
+        return f"experts: {max(p.ndim for p in own)}-D parameter of {kind}"
     if isinstance(module, nn.Linear):
         return f"{kind} is a subclass of Linear that computes something else"
     return f"{kind} is not a plain linear layer"

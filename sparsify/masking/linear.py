@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # Classes of experts that do not say how they store their matrices, by name: whether as [E, I, O].
-_TRANSPOSED = {"JetMoeParallelExperts": False, "Llama4TextExperts": True}
+_TRANSPOSED = {
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sparsify.common.errors import SparsifyError
+from sparsify.common.values import first_few
 from sparsify.masking.coverage import Coverage, coverage
 from sparsify.masking.dense_layers import is_block_weight
 from sparsify.masking.experts import gathered
@@ -81,15 +83,30 @@ class MaskedModel:
         itself, or not at all, so that a mask would be exported and not measured.
 
         Raises:
-            SparsifyError: the selection includes such a layer by name, or no layer is left.
+            SparsifyError: the selection includes such a layer by name, or no layer is left; or the
+                model changes its own weights.
         """
+        parameters = base_parameters(self.model)
+        versions = {name: p._version for name, p in parameters.items()}
         with self.scope.use("dense"):
             names = not_called(self.model, self.layers)
+        if changed := [name for name, p in parameters.items() if p._version != versions[name]]:
+            raise SparsifyError(
+                f"{type(self.model).__name__} changes its own weights when it runs "
+                f"({first_few(changed)}), so that what is exported would not be what is measured; "
+                'switch that off in its config.json (of RWKV: "rescale_every": 0)'
+            )
         if self.selection.include is not None or len(names) == len(self.layers):
             check_called(self.model, names)
+        layers = self.layers
         for name in names:
-            self.layers[name].leave(self.model, name)
-            self.dense[name] = "never called: the model reads its weight elsewhere, or not at all"
+            layers[name].leave(self.model, name)
+        shared = {id(layer.weight) for layer in self.layers.values()}
+        for name in names:
+            if id(layers[name].weight) not in shared:
+                self.dense[name] = (
+                    "never called: the model reads its weight elsewhere, or not at all"
+                )
 
     def calibrate(self, results: Iterable[tuple[str, LayerResult]] = ()) -> None:
         """Give every masker its first values, and every layer the weight that was found for it.
@@ -127,23 +144,25 @@ class MaskedModel:
     def coverage(self) -> Coverage:
         """Which share of the model's weights is N:M, and what stays dense and why."""
         blocks = next(iter(decoder_blocks(self.model))).rpartition(".")[0]
-        sizes = {name: tuple(p.shape) for name, p in base_parameters(self.model).items()}
-        masked = {layer.weight_name(name) for name, layer in self.layers.items()}
+        parameters = base_parameters(self.model)
+        sizes = {name: tuple(p.shape) for name, p in parameters.items()}
+        shared = {id(layer.weight) for layer in self.layers.values()}
+        masked = {name for name, p in parameters.items() if id(p) in shared}
         return coverage(sizes, masked, blocks, self.dense)
 
     def sparsity(self) -> float:
         """Weights that the masks set to zero, as a share of the decoder blocks' weights. These are
-        all matrices and stacks of matrices (experts); depthwise convolutions do not count.
+        all matrices and stacks of matrices (experts); depthwise convolutions do not count, and what
+        several modules share counts once.
         """
-        maskers = [layer.masker for layer in self.layers.values()]
-        zeros = sum(math.prod(masker.shape) * (1 - masker.pattern.density) for masker in maskers)
-        total = sum(
-            parameter.numel()
+        zeros = sum(math.prod(m.shape) * (1 - m.pattern.density) for m in self.maskers)
+        weights = {
+            parameter
             for block in decoder_blocks(self.model).values()
             for parameter in base_parameters(block).values()
             if is_block_weight(parameter.shape)
-        )
-        return zeros / total
+        }
+        return zeros / sum(weight.numel() for weight in weights)
 
 
 def _joined(results: Sequence[LayerResult], layer: MaskedLinear) -> LayerResult:

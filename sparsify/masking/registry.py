@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -24,11 +25,17 @@ def plugins(group: str) -> dict[str, EntryPoint]:
     """The entry points of a group by lower-case name: callbacks in the order in which they run,
     others sorted by name.
     """
-    found = sorted(entry_points(group=group), key=lambda point: point.name)
+    found = sorted(_installed(group), key=lambda point: point.name)
     if group == CALLBACKS:
         places = {name: place for place, name in enumerate(CALLBACK_ORDER)}
         found.sort(key=lambda point: places.get(point.name.lower(), len(places)))
     return {point.name.lower(): point for point in found}
+
+
+@cache
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; finding them reads the metadata of every package there is."""
+    return tuple(entry_points(group=group))
 
 
 def own_plugins(group: str) -> dict[str, str]:

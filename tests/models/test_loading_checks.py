@@ -37,6 +37,7 @@ from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun, checkpoint_activations
+from tests.architectures import tiny
 from tests.conftest import Cli, masked_model, tiny_llama, word_tokenizer
 from tests.tiny_models import tiny_gpt2, tiny_mamba, tiny_mixtral, tiny_opt
 
@@ -329,6 +330,16 @@ def test_by_default_it_is_dense_and_the_export_is_the_measured_model(
     export(module.masked, tmp_path / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(plain(TOKENS).logits, module.lm(TOKENS).logits, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny("rwkv")
+    model.config.rescale_every = 1
+    module = SparseCausalLM.from_model(model, tokenizer, Magnitude())
+    with pytest.raises(SparsifyError, match=r'RwkvForCausalLM changes its own.*"rescale_every": 0'):
+        module.configure_model()
 
 
 # -- tokens and positions --------------------------------------------------------------------------
