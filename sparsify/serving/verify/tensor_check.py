@@ -4,6 +4,7 @@ Shapes: O out, I in.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -78,7 +79,10 @@ class TensorCheck:
         for tensor in self._manifest.tensors:
             if tensor not in weights and tensor not in owners:
                 report.problems.append(f"{tensor} is in no readable file, and {MANIFEST} lists it")
+        parts: dict[str, list[str]] = {}  # those of a layer together: its mask is read once
         for tensor in weights:
+            parts.setdefault(owners.get(tensor, [tensor])[0], []).append(tensor)
+        for tensor in chain.from_iterable(parts.values()):
             mine = [(rows[name], layers[name]) for name in owners.get(tensor, [])]
             try:
                 values = weights.get(tensor)
