@@ -11,6 +11,7 @@ Shapes: O out, I in, M group size.
 """
 
 from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -54,16 +55,17 @@ class SparseGPT(SparsityStrategy):
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:
-            factors: dict[int, tuple[Tensor, Tensor]] = {}  # one for layers with the same input
+            # One for layers with the same input, for as long as the engine holds its Hessian.
+            factors = WeakKeyDictionary[Hessian, tuple[Tensor, Tensor]]()
             hessians = block.collect(Hessian)
             for name, layer in block.layers.items():
-                hessian_II = hessians[name].matrix_II
-                if id(hessian_II) not in factors:
-                    factors[id(hessian_II)] = (
-                        inverse_factor(hessian_II, self.damping, name),
-                        hessian_II.diagonal() == 0,
+                hessian = hessians[name]
+                if hessian not in factors:
+                    factors[hessian] = (
+                        inverse_factor(hessian.matrix_II, self.damping, name),
+                        hessian.matrix_II.diagonal() == 0,
                     )
-                factor_II, dead_I = factors[id(hessian_II)]
+                factor_II, dead_I = factors[hessian]
                 weight_OI = layer.weight_OI.float().masked_fill(dead_I, 0)
                 pattern = layer.masker.pattern
                 if self.update_weights:
