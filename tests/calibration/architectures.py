@@ -153,12 +153,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Their experts are of classes of their own, which the hooks on the others do not know.
+OWN_EXPERTS: dict[str, dict[str, Any]] = {
+    "jetmoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "kv_channels": 8,
+        "num_key_value_heads": 4,
+    },
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 64,
+        "head_dim": 8,
+    },
+}
+
 
 def tiny(kind: str) -> PreTrainedModel:
     """A random model of a type, with weights that are large enough to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **(SIZES | ARCHITECTURES[kind]))
+        config = AutoConfig.for_model(kind, **(SIZES | (ARCHITECTURES | OWN_EXPERTS)[kind]))
         model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.ndim > 1:
