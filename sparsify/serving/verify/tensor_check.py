@@ -58,6 +58,7 @@ class TensorCheck:
         self._base, self._device = base, device
         self._against: BaseReport | None = None
         self._read: tuple[str, Tensor | None] = "", None  # the mask that was read last
+        self._rows: dict[str, list[tuple[int, int]]] = {}  # those that a layer's parts hold
         self.sizes: dict[str, tuple[int, ...]] = {}
 
     def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
@@ -90,6 +91,11 @@ class TensorCheck:
                 self._check_tensor(tensor, values, mine, report)
             except Exception as error:  # of a type or a size that nobody foresaw
                 report.problems.append(unchecked(tensor, error))
+        for name, parts_rows in self._rows.items():
+            begin, end = zip(*sorted(parts_rows), strict=True)
+            whole = (*begin, layers[name].shape[0]) == (0, *end)
+            if not whole and all(part in weights for part in layers[name].tensors):
+                rows[name].problems.append("its tensors do not hold each of its rows once")
 
     def _check_tensor(
         self,
@@ -156,6 +162,7 @@ class TensorCheck:
                 f"{layer.shape}"
             )
             return
+        self._rows.setdefault(row.name, []).append((own.start, own.stop))
         row.nonzero = (row.nonzero or 0) + nonzero_share(weight_OI) * len(weight_OI) / layer.shape[
             0
         ]
