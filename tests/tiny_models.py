@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma3ForCausalLM,
@@ -126,6 +128,21 @@ def tiny_mixtral() -> MixtralForCausalLM:
     return _randomised(
         MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     )
+
+
+def tiny_dbrx() -> DbrxForCausalLM:
+    """Two blocks whose four experts are held as one matrix, and one of its kinds transposed."""
+    config = DbrxConfig(
+        vocab_size=64,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=32,
+        initializer_range=0.2,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    )
+    return _randomised(DbrxForCausalLM, config)
 
 
 def tiny_falcon() -> FalconForCausalLM:

@@ -20,7 +20,7 @@ log = logging.getLogger("sparsify")
 
 #: An expert that got fewer tokens is pruned as if its inputs were independent and of equal size.
 MIN_TOKENS = 32
-# Bytes of experts' statistics at one time: a block may have hundreds of large Hessians.
+# Bytes of experts' statistics of a block at one time: it may have hundreds of large Hessians.
 AT_ONCE = 1 << 30
 _ROWS = 1024
 
@@ -132,6 +132,7 @@ class Statistics(Mapping[str, Any]):
         for name, count in tokens.items():
             if count < MIN_TOKENS:
                 self._few[name] = count
+                routed.pop(name, None)  # free it first
                 routed[name] = self._of_equal_inputs(layers[name].masker.shape[1])
         statistics |= routed
         if missing := [name for name in layers if name not in statistics]:

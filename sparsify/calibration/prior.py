@@ -14,6 +14,8 @@ from sparsify.calibration.statistics import Moments
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import SUFFIX, find_file
+from sparsify.masking.experts import Expert
+from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import STRATEGIES, make_strategy, plugins
 from sparsify.masking.strategy import (
@@ -43,9 +45,25 @@ class SavedMasks(SparsityStrategy):
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         saved = read_masks(self._file)
         for block in blocks:
-            for name in block.layers:
-                if name in saved:
-                    yield name, LayerResult(saved[name])
+            read, mask_OI = "", torch.empty(0)  # the mask of all of a block's experts is one
+            for name, layer in block.layers.items():
+                stack = layer.stack if isinstance(layer, Expert) else name
+                if stack not in saved:
+                    continue
+                if stack != read:
+                    read, mask_OI = stack, saved[stack]
+                yield name, LayerResult(_of_expert(layer, mask_OI))
+
+
+def _of_expert(layer: MaskedLinear | Expert, mask_OI: Tensor) -> Tensor:
+    if not isinstance(layer, Expert):
+        return mask_OI
+    if mask_OI.shape != layer.layer.masker.shape:
+        raise SparsifyError(
+            f"{layer.stack}: the prior's mask is {tuple(mask_OI.shape)} but the weights of all "
+            f"experts are {layer.layer.masker.shape}; take a prior made for this model"
+        )
+    return mask_OI[layer.rows]
 
 
 class _Around(SparsityStrategy):

@@ -270,9 +270,10 @@ def _add_parts(content: dict[str, Any], folder: Path, weights: Mapping[str, Tens
         for count in counts:
             for row in range(0, len(rows_OI) - count + 1, count):
                 found.setdefault(hash_tensor(rows_OI[row : row + count]), []).append(row)
-        own = [part for part in parts if found.get(content["tensors"][part])]
-        entry["stored_in"] = {part: found[content["tensors"][part]].pop(0) for part in own}
-        parts = [part for part in parts if part not in own]
+        entry["stored_in"] = {
+            part: rows.pop(0) for part in parts if (rows := found.get(content["tensors"][part]))
+        }
+        parts = [part for part in parts if part not in entry["stored_in"]]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

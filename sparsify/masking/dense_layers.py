@@ -5,6 +5,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sparsify.masking.linear import stacks
+
 _ROUTER = "router: it chooses the experts of a token"
 _SCAN = "Mamba's time steps and state inputs: narrow, and fused kernels read the weight itself"
 _HEADS = "gate of linear attention: one or two outputs a head"
@@ -53,6 +55,8 @@ def why_not_linear(name: str, module: nn.Module) -> str:
         module: anything but a layer that a masked one can replace.
     """
     kind = type(module).__name__
+    if stacks(module):
+        return "biases of experts, whose matrices are by themselves"
     own: list[Tensor] = list(module.parameters(recurse=False))
     if (why := default_reason(name)) is not None:
         return why

@@ -116,12 +116,18 @@ class MaskedExperts(MaskedLinear):
         count = self.masker.shape[0] // self.experts
         return slice(expert * count, (expert + 1) * count)
 
+    def _by_expert(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each expert; a tensor that has others than the layer is used by all."""
+        if tensor.shape[:1] != self.masker.shape[:1]:
+            return [tensor] * self.experts
+        return list(tensor.unflatten(0, (self.experts, -1)).unbind())
+
     def forward(self, x_BI: Tensor, expert: int) -> Tensor:  # type: ignore[override]
         if self._stand_in is not None:
             return self.multiply(x_BI, self._stand_in(expert), None)
         if self._rows is None:
             whole = [self.weight_OI, *self.masker_parameters().values()]
-            self._rows = [list(t.unflatten(0, (self.experts, -1)).unbind()) for t in whole]
+            self._rows = [self._by_expert(tensor) for tensor in whole]
         weight_OI, *tensors = (rows[expert] for rows in self._rows)
         return self.masked_product(x_BI, weight_OI, self.rows(expert).start, tensors)
 
@@ -145,7 +151,21 @@ class MaskedExperts(MaskedLinear):
     # -- as the block sees it ----------------------------------------------------------------------
 
     def __getitem__(self, expert: Any) -> "_Matrix":
-        return _Matrix(self, int(expert))
+        try:
+            number = range(self.experts)[expert]
+        except TypeError:
+            number = None
+        if not isinstance(number, int):
+            raise _unknown(self, "a selection of several at once")
+        return _Matrix(self, number)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(Tensor, name):
+                raise _unknown(self, name) from None
+            raise
 
     @classmethod
     def __torch_function__(
@@ -169,6 +189,9 @@ class _Matrix:
     def __init__(self, layer: MaskedExperts, expert: int) -> None:
         self.layer, self.expert = layer, expert
 
+    def __getattr__(self, name: str) -> Any:
+        raise _unknown(self.layer, name) if hasattr(Tensor, name) else AttributeError(name)
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -188,9 +211,13 @@ class _Matrix:
         raise _unknown(next(a for a in values if isinstance(a, cls)).layer, function)
 
 
+class _Unknown(SparsifyError, AttributeError):
+    """Also an AttributeError, for code that asks whether there is an attribute."""
+
+
 def _unknown(layer: MaskedExperts, use: Any) -> SparsifyError:
     what = getattr(use, "__name__", use)
-    return SparsifyError(
+    return _Unknown(
         f"{layer.masker.name}: {type(layer.stack.owner).__name__} uses its experts' matrices in "
         f"{what}, which no mask is known for; leave them dense with --model.exclude "
         f"'*.{layer.stack.key}'"

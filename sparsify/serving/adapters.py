@@ -149,7 +149,8 @@ class MaskAdapters:
         for layer, module in self._masked.items():
             plain = self._layers[layer]
             if isinstance(plain, Stack):
-                module.leave(self.model, layer)
+                if getattr(plain.owner, plain.key) is module:  # and not folded
+                    module.leave(self.model, layer)
                 continue
             # Loading a state or moving to another device may have replaced them.
             for key in ("weight", "bias"):

@@ -21,6 +21,7 @@ from sparsify.strategies.magnitude import Magnitude
 from tests.conftest import Cli, masked_model, tiny_llama
 from tests.tiny_models import (
     tied_llama,
+    tiny_dbrx,
     tiny_falcon,
     tiny_gpt2,
     tiny_gpt_oss,
@@ -35,6 +36,7 @@ TABLE = 64 * 32  # embedding or head
 NORMS = 5 * 32
 EXPERTS = 4 * MLP
 MIXTRAL = 2 * (ATTENTION + EXPERTS + 4 * 32)
+EXCLUDED = "excluded by '*experts*'"
 
 
 def told(model: PreTrainedModel, **options: Any) -> tuple[float, float, dict[str, Any]]:
@@ -62,17 +64,38 @@ def test_a_tied_head_counts_once() -> None:
 
 
 def test_experts_are_most_of_mixtral() -> None:
-    _, blocks, dense = told(tiny_mixtral())
+    model, blocks, dense = told(tiny_mixtral())
+    assert blocks == 2 * (ATTENTION + EXPERTS) / MIXTRAL
+    assert model == 2 * (ATTENTION + EXPERTS) / (MIXTRAL + 2 * TABLE + NORMS)
+    assert {name: kind.weights for name, kind in dense.items() if "layers" in name} == {
+        "model.layers.*.mlp.gate": 2 * 4 * 32
+    }
+
+
+def test_experts_that_are_left_dense() -> None:
+    _, blocks, dense = told(tiny_mixtral(), exclude=["*experts*"])
     assert blocks == 2 * ATTENTION / MIXTRAL
-    experts = dense["model.layers.*.mlp.experts"]
+    both = {name: kind for name, kind in dense.items() if "experts" in name}
+    assert {(name, kind.count, kind.weights, kind.reason) for name, kind in both.items()} == {
+        ("model.layers.*.mlp.experts.gate_up_proj", 2, 2 * EXPERTS * 2 // 3, EXCLUDED),
+        ("model.layers.*.mlp.experts.down_proj", 2, 2 * EXPERTS // 3, EXCLUDED),
+    }
+
+
+def test_experts_that_are_no_stacks_stay_dense() -> None:
+    _, blocks, dense = told(tiny_dbrx())
+    assert blocks == 2 * ATTENTION / MIXTRAL  # its blocks have the same sizes
+    experts = dense["transformer.blocks.*.ffn.experts.mlp"]
     assert (experts.count, experts.weights) == (2, 2 * EXPERTS)
-    assert experts.reason == "experts: 3-D parameter of MixtralExperts"
-    assert dense["model.layers.*.mlp.gate"].weights == 2 * 4 * 32
+    assert experts.reason == "DbrxExpertGLU is not a plain linear layer"
 
 
 @pytest.mark.parametrize(
     "make",
-    [tiny_gpt2, tiny_falcon, tiny_mamba, tiny_mixtral, tiny_qwen2_moe, tiny_gpt_oss, tied_llama],
+    [
+        *(tiny_gpt2, tiny_falcon, tiny_mamba, tied_llama),
+        *(tiny_mixtral, tiny_qwen2_moe, tiny_gpt_oss, tiny_dbrx),
+    ],
 )
 def test_what_is_sparse_and_what_is_told_dense_are_the_whole_model(
     make: Callable[[], PreTrainedModel],
@@ -112,11 +135,12 @@ def test_one_kind_for_each_reason() -> None:
 def test_a_warning_below_half_names_the_largest_and_the_fix() -> None:
     none = masked_model(tiny_llama(), Magnitude(), Selection()).coverage()
     assert none.warning() is None
-    mixtral = masked_model(tiny_mixtral(), Magnitude(), Selection()).coverage().warning()
-    assert mixtral is not None
-    assert mixtral.startswith("only 11.1% of the block weights are N:M")
-    assert "model.layers.*.mlp.experts (2), 49,152 weights" in mixtral
-    assert "take a model without such layers" in mixtral
+    assert masked_model(tiny_mixtral(), Magnitude(), Selection()).coverage().warning() is None
+    dbrx = masked_model(tiny_dbrx(), Magnitude(), Selection()).coverage().warning()
+    assert dbrx is not None
+    assert dbrx.startswith("only 11.1% of the block weights are N:M")
+    assert "transformer.blocks.*.ffn.experts.mlp (2), 49,152 weights" in dbrx
+    assert "take a model without such layers" in dbrx
     excluded = masked_model(tiny_llama(), Magnitude(), Selection(exclude=["*mlp*"])).coverage()
     assert "excluded by '*mlp*'; change that setting" in str(excluded.warning())
 
@@ -154,16 +178,18 @@ def test_a_run_its_records_and_its_export_tell_it(
     tiny_mixtral().save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
     words = [f"--model.name_or_path={tmp_path / 'moe'}", "--trainer.enable_progress_bar=true"]
+    words += ["--model.exclude=*experts*"]
     with caplog.at_level(logging.WARNING, "sparsify"):
         cli("fit", "--strategy=magnitude", *words)
     said = capsys.readouterr().out
     assert "N:M in 11.1% of the block weights, 10.3% of all parameters" in said
-    assert "dense: model.layers.*.mlp.experts (2), 49,152 weights: experts: 3-D" in said
+    gate_up = "model.layers.*.mlp.experts.gate_up_proj"
+    assert f"dense: {gate_up} (2), 32,768 weights: {EXCLUDED}" in said
     assert "only 11.1% of the block weights are N:M" in caplog.text
     run = cli.runs()[-1]
     told = json.loads((run / "result.json").read_text())["run"]["coverage"]
     assert told["blocks"] == round(2 * ATTENTION / MIXTRAL, 6)
-    assert told["dense"][0]["name"] == "model.layers.*.mlp.experts"
+    assert told["dense"][0]["name"] == gate_up
     assert json.loads((run / "export/sparsity_manifest.json").read_text())["coverage"] == told
     found = verify(run / "export")
     assert found.ok

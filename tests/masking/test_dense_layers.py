@@ -12,6 +12,7 @@ from sparsify.masking.select import Selection, select
 from tests.conftest import tiny_llama
 from tests.tiny_models import (
     tied_llama,
+    tiny_dbrx,
     tiny_gpt_oss,
     tiny_mamba,
     tiny_mixtral,
@@ -22,16 +23,18 @@ from tests.tiny_models import (
 REASONS = {
     tiny_mixtral: {
         "layers.0.mlp.gate": "router",
-        "layers.1.mlp.experts": "experts: 3-D parameter of MixtralExperts",
     },
     tiny_qwen2_moe: {
         "layers.0.mlp.gate": "router",
         "layers.0.mlp.shared_expert_gate": "gate of the shared expert",
-        "layers.0.mlp.experts": "experts: 3-D parameter of Qwen2MoeExperts",
     },
     tiny_gpt_oss: {
         "layers.0.mlp.router": "router",
-        "layers.0.mlp.experts": "experts: 3-D parameter of GptOssExperts",
+        "layers.0.mlp.experts": "biases of experts",
+    },
+    tiny_dbrx: {
+        "blocks.0.ffn.router.layer": "router",
+        "blocks.1.ffn.experts.mlp": "DbrxExpertGLU is not a plain linear layer",
     },
     tiny_mamba: {
         "layers.0.mixer.x_proj": "Mamba's time steps",
@@ -53,9 +56,10 @@ def test_what_stays_dense_has_its_reason(make: Callable[[], PreTrainedModel]) ->
 
 def test_the_rest_of_the_block_is_masked() -> None:
     chosen, _ = select(tiny_qwen2_moe(), Selection())
-    attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
-    shared = [f"mlp.shared_expert.{kind}_proj" for kind in ("gate", "up", "down")]
-    assert set(chosen) == {f"model.layers.{i}.{n}" for i in (0, 1) for n in attention + shared}
+    parts = [f"self_attn.{kind}_proj" for kind in "qkvo"]
+    parts += [f"mlp.shared_expert.{kind}_proj" for kind in ("gate", "up", "down")]
+    parts += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert set(chosen) == {f"model.layers.{i}.{n}" for i in (0, 1) for n in parts}
     chosen, _ = select(tiny_mamba(), Selection())
     assert {name.rpartition(".")[2] for name in chosen} == {"in_proj", "out_proj"}
 
@@ -100,3 +104,18 @@ def test_a_matrix_of_a_module_that_nobody_knows_is_named_by_its_class() -> None:
     model.model.layers[0].table = nn.Embedding(4, 8)
     why = select(model, Selection())[1]["model.layers.0.table"]
     assert why == "Embedding is not a plain linear layer"
+
+
+class Experts(nn.Module):
+    """Does not say how it stores its matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+def test_experts_that_do_not_say_how_they_are_stored_are_named_by_their_class() -> None:
+    model = tiny_llama()
+    model.model.layers[0].experts = Experts()
+    why = select(model, Selection())[1]["model.layers.0.experts"]
+    assert why == "experts: 3-D parameter of Experts"

@@ -48,6 +48,7 @@ from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun
 from sparsify.training.trainer import Trainer
 from tests.conftest import quiet_trainer, tiny_llama
+from tests.tiny_models import tiny_mixtral
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ UNREAD = ("magnitude", "magnitude prior", "no prior")  # those that need no text
 LEARNING = [case for case in CASES if case.learns]
 BACKWARD = [case for case in LEARNING if case.gradients and not case.in_place]
 PRUNING = [case for case in CASES if case.patterns]
+# One of each class, for what takes a second model.
+PRUNING_ONCE = list({type(case.make()): case for case in reversed(PRUNING)}.values())
+LEARNING_ONCE = [case for case in PRUNING_ONCE if case.learns]
 
 
 def cases(chosen: list[Case] = CASES) -> pytest.MarkDecorator:
@@ -407,15 +411,63 @@ def test_what_is_measured_is_what_ships(case: Case, setting: Setting) -> None:
     score = module.scores["overall"]
     export(module.masked, setting.folder / "out", {})
     plain = AutoModelForCausalLM.from_pretrained(setting.folder / "out", dtype=torch.float32)
-    data = setting.data()
+    assert score.windows >= 20
+    assert perplexity(plain, setting.data()) == pytest.approx(score.perplexity, rel=1e-6)
+
+
+def perplexity(plain: PreTrainedModel, data: TextDataModule) -> float:
+    """Of the test text, window by window."""
     data.setup("test")
     means = []
     with torch.no_grad():
         for window in torch.cat(list(data.test_dataloader()[0])):
             logits = plain(input_ids=window[None]).logits[0]
             means.append(F.cross_entropy(logits[:-1], window[1:]).item())
-    assert len(means) == score.windows >= 20
-    assert math.exp(sum(means) / len(means)) == pytest.approx(score.perplexity, rel=1e-6)
+    return math.exp(sum(means) / len(means))
+
+
+@cases(PRUNING_ONCE)
+def test_experts_are_pruned_as_other_layers_are(case: Case, setting: Setting) -> None:
+    first = state(setting.built(case, model=tiny_mixtral()))
+    module = setting.module(case, tiny_mixtral())
+    trainer, recorder = setting.fit(module, steps=2)
+    assert all(math.isfinite(loss) for loss in recorder.losses)
+    after = state(module)
+    stacks = [name for name, layer in masked_layers(module.lm).items() if layer.experts == 4]
+    assert len(stacks) == 4
+    for name in stacks:
+        learned = {n for n, p in module.named_parameters() if p.requires_grad}
+        own = {n for n in learned if n.startswith(f"model.{name}")}
+        assert bool(own) == case.learns
+        assert all(not torch.equal(after[n], first[n]) for n in own)
+    trainer.test(module, datamodule=setting.data(), verbose=False)
+    export(module.masked, setting.folder / "out", {})
+    plain = AutoModelForCausalLM.from_pretrained(
+        setting.folder / "out", dtype=torch.float32, experts_implementation="eager"
+    )
+    values, dense = dict(plain.named_parameters()), dict(tiny_mixtral().named_parameters())
+    for name, mask in hard_masks(module.lm):
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()), name
+        key = name if name in stacks else f"{name}.weight"
+        weight_OI, dense_OI = (w.view(-1, w.shape[-1]) for w in (values[key], dense[key]))
+        assert not bool(weight_OI[~mask].any()), name
+        if module.strategy.effect.weights == "frozen":
+            assert torch.equal(weight_OI[mask], dense_OI[mask]), name
+    assert module.scores["overall"].perplexity == pytest.approx(
+        perplexity(plain, setting.data()), rel=1e-6
+    )
+
+
+@cases(LEARNING_ONCE)
+def test_a_run_with_experts_resumes_bit_for_bit(case: Case, setting: Setting) -> None:
+    whole = setting.module(case, tiny_mixtral())
+    _, expected = setting.fit(whole, steps=2)
+    _, first = setting.fit(setting.module(case, tiny_mixtral()), steps=2, stop_after=1)
+    torch.manual_seed(3)
+    resumed = setting.module(case, tiny_mixtral(), gradient_checkpointing=True)
+    _, second = setting.fit(resumed, steps=2, ckpt_path=setting.folder / "stopped.ckpt")
+    assert first.losses + second.losses == expected.losses
+    assert_equal(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
 @cases(PRUNING)

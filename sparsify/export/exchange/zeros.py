@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import GROUP_SIZES, stored_shapes
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.base import load_skeleton
+from sparsify.models.base import load_model, load_skeleton
 from sparsify.models.stored_weights import StoredWeights
 
 # A layer with fewer zeros is dense: these are mostly values too small for their type.
@@ -55,10 +55,20 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
     shapes = stored_shapes(model := load_skeleton(str(folder)))
     weights = StoredWeights(folder)
     weights.check()
-    sparse = False
+    sparse, whole = False, dict[str, nn.Parameter]()
     for name, shape in shapes.items():
         if shape.in_block:
-            weight = weights.get(_key(weights, shape.weight_name(name), model.base_model_prefix))
+            key = _key(weights, shape.weight_name(name), model.base_model_prefix)
+            if key is None and shape.experts is not None:  # stored one by one, under other names
+                whole = whole or dict(load_model(str(folder)).named_parameters())
+                weight = whole[name].detach()
+            elif key is not None:
+                weight = weights.get(key)
+            else:
+                raise SparsifyError(
+                    f"{folder}: its files hold no {shape.weight_name(name)!r}; give a folder with "
+                    "the whole model"
+                )
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(
                     f"{folder}: {name} is stored as {tuple(weight.shape)}, but config.json says "
@@ -117,13 +127,8 @@ def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
     )
 
 
-def _key(weights: StoredWeights, weight: str, prefix: str) -> str:
-    """The name that a weight has in the files."""
+def _key(weights: StoredWeights, weight: str, prefix: str) -> str | None:
+    """The name that a weight has in the files; None if it is in none."""
     # Some folders were saved without the head; their names lack the prefix.
     keys = (weight, weight.removeprefix(f"{prefix}."))
-    key = next((key for key in keys if key in weights), None)
-    if key is None:
-        raise SparsifyError(
-            f"{weights.folder}: its files hold no {keys[0]!r}; give a folder with the whole model"
-        )
-    return key
+    return next((key for key in keys if key in weights), None)

@@ -4,6 +4,7 @@ Shapes: O out, I in.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -57,6 +58,7 @@ class TensorCheck:
         self._base, self._device = base, device
         self._against: BaseReport | None = None
         self._read: tuple[str, Tensor | None] = "", None  # the mask that was read last
+        self._rows: dict[str, list[tuple[int, int]]] = {}  # those that a layer's parts hold
         self.sizes: dict[str, tuple[int, ...]] = {}
 
     def run(self, weights: StoredWeights, layers: Mapping[str, Layer], report: Report) -> None:
@@ -78,7 +80,10 @@ class TensorCheck:
         for tensor in self._manifest.tensors:
             if tensor not in weights and tensor not in owners:
                 report.problems.append(f"{tensor} is in no readable file, and {MANIFEST} lists it")
+        parts: dict[str, list[str]] = {}  # those of a layer together: its mask is read once
         for tensor in weights:
+            parts.setdefault(owners.get(tensor, [tensor])[0], []).append(tensor)
+        for tensor in chain.from_iterable(parts.values()):
             mine = [(rows[name], layers[name]) for name in owners.get(tensor, [])]
             try:
                 values = weights.get(tensor)
@@ -86,6 +91,11 @@ class TensorCheck:
                 self._check_tensor(tensor, values, mine, report)
             except Exception as error:  # of a type or a size that nobody foresaw
                 report.problems.append(unchecked(tensor, error))
+        for name, parts_rows in self._rows.items():
+            begin, end = zip(*sorted(parts_rows), strict=True)
+            whole = (*begin, layers[name].shape[0]) == (0, *end)
+            if not whole and all(part in weights for part in layers[name].tensors):
+                rows[name].problems.append("its tensors do not hold each of its rows once")
 
     def _check_tensor(
         self,
@@ -152,6 +162,7 @@ class TensorCheck:
                 f"{layer.shape}"
             )
             return
+        self._rows.setdefault(row.name, []).append((own.start, own.stop))
         row.nonzero = (row.nonzero or 0) + nonzero_share(weight_OI) * len(weight_OI) / layer.shape[
             0
         ]

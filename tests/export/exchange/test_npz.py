@@ -69,12 +69,26 @@ def test_a_transposed_weight_has_its_mask_transposed(tmp_path: Path) -> None:
 
 
 def test_writes_what_numpy_reads(tmp_path: Path) -> None:
-    write_npz(tmp_path / "m.npz", MASKS, transposed=["a.k"])
+    write_npz(tmp_path / "m.npz", MASKS, {"a.k": LayerShape(3, 4, transposed=True)})
     with np.load(tmp_path / "m.npz", allow_pickle=False) as found:
         assert sorted(found) == ["a.k.weight.mask", "a.q.weight.mask"]
         assert np.array_equal(found[KEY], slow_bits(MASKS["a.q"]))
         assert np.array_equal(found["a.k.weight.mask"], slow_bits(MASKS["a.k"].T))
     assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_are_one_mask_under_the_name_of_their_parameter(
+    transposed: bool, tmp_path: Path
+) -> None:
+    masks, shapes = {"a.q": MASKS["a.q"]}, {"a.q": LayerShape(6, 8, transposed, experts=2)}
+    write_npz(tmp_path / "m.npz", masks, shapes)
+    first, second = MASKS["a.q"][:3], MASKS["a.q"][3:]
+    stored = torch.cat([first.T, second.T] if transposed else [first, second])
+    with np.load(tmp_path / "m.npz", allow_pickle=False) as found:
+        assert list(found) == ["a.q.mask"]
+        assert np.array_equal(found["a.q.mask"], slow_bits(stored))
+    assert equal(dict(read_npz(tmp_path / "m.npz", shapes)), masks)
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
@@ -92,7 +106,7 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
 def test_exports_come_back(family: str, pattern: str, tmp_path: Path) -> None:
     masks = exported(family, pattern, tmp_path)
     shapes = stored_shapes(load_skeleton(str(tmp_path / "base")))
-    write_npz(tmp_path / "m.npz", masks, [n for n, shape in shapes.items() if shape.transposed])
+    write_npz(tmp_path / "m.npz", masks, shapes)
     assert equal(dict(read_npz(tmp_path / "m.npz", shapes)), masks)
     with np.load(tmp_path / "m.npz") as found:
         for name, shape in shapes.items():

@@ -111,17 +111,20 @@ def test_an_export_is_ok(family: str, tokenizer: PreTrainedTokenizerFast, tmp_pa
         assert bool(against) == (base is not None)
         assert [row.name for row in report.layers] == list(masked_layers(module.lm))
         assert all(row.nonzero == 0.5 and row.pattern == "2:4" for row in report.layers)
-    # Mixtral's experts are in the files under names that the base's Parameters do not have.
-    assert bool(report.notes) == ("NOT compared" in against) == (family == "mixtral")
-    layers = [row.name for row in report.layers]
+    assert "NOT compared" not in against
+    assert report.notes == []
+    experts = {row.name: row for row in report.layers if "experts" in row.name}
+    assert len(experts) == (4 if family == "mixtral" else 0)
+    dense = ["experts run dense: no backend here multiplies a stack of sparse matrices"]
+    assert all(row.notes == dense and row.backends == [] for row in experts.values())
     compared = report.to_dict()["base"]
     assert compared["base"] == base
-    if family != "mixtral":
-        assert sorted(compared["kept"]) == sorted(layers)
-        assert len(compared["whole"]) == len(load_file(tmp_path / "out/model.safetensors")) - len(
-            layers
-        )
-        assert compared["left"] == {}
+    assert sorted(compared["kept"]) == sorted(row.name for row in report.layers)
+    assert compared["left"] == {}
+    # The files hold w1, w2 and w3 of each of two experts in each of two blocks by themselves.
+    stored = {n for n in load_file(tmp_path / "out/model.safetensors") if ".experts." not in n}
+    linear = {f"{row.name}.weight" for row in report.layers if row.name not in experts}
+    assert set(compared["whole"]) == stored - linear
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
