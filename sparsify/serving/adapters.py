@@ -149,7 +149,7 @@ class MaskAdapters:
         for layer, module in self._masked.items():
             plain = self._layers[layer]
             if isinstance(plain, Stack):
-                if getattr(plain.owner, plain.key) is module:  # and not folded
+                if plain.owner._modules.get(plain.key) is module:  # and not folded
                     module.leave(self.model, layer)
                 continue
             # Loading a state or moving to another device may have replaced them.

@@ -26,26 +26,42 @@ SLOW = {"hrm_text"}
 OWN_WAYS = [*HYBRID, "llama", "gemma3n_text", "gemma4_text", "hrm_text", "mixtral", "zaya"]
 
 
-def expert_inputs(name: str, owner: Any, x_TI: Tensor, chosen_TK: Tensor) -> dict[str, Tensor]:
+def expert_inputs(name: str, owner: Any, x: Tensor, chosen: Any = None) -> dict[str, Tensor]:
     """What enters each matrix of each expert, in a loop over experts as their block is defined."""
-    found = {}
-    first = "gate_up_proj" if owner.has_gate else "up_proj"
-    for e in range(owner.num_experts):
-        own_TI = x_TI[(chosen_TK == e).any(-1)]
-        matrix = getattr(owner, first)[e]
-        y_TF = own_TI @ (matrix if owner.is_transposed else matrix.T)
-        if owner.has_bias:
+    found: dict[str, Tensor] = {}
+    if "weight" in owner._parameters:  # JetMoe: a module for each stack, tokens sorted by expert
+        found = {f"{name}.weight.{e}": part for e, part in enumerate(x.split(chosen))}
+        return {key: part.double() for key, part in found.items()}
+    first = "gate_up_proj" if hasattr(owner, "gate_up_proj") else "up_proj"
+    for e in range(len(owner.down_proj)):
+        if chosen is None:  # Llama 4: all tokens for every expert, zero if routed elsewhere
+            own_TI = x.view(owner.num_experts, -1, x.shape[-1])[e]
+            own_TI = own_TI[own_TI.any(-1)]
+        else:
+            own_TI = x[(chosen == e).any(-1)]
+        y_TF = own_TI @ as_IO(owner, first, e)
+        if getattr(owner, "has_bias", False):
             y_TF = y_TF + getattr(owner, f"{first}_bias")[e]
         found[f"{name}.{first}.{e}"] = own_TI
-        found[f"{name}.down_proj.{e}"] = (
-            owner._apply_gate(y_TF) if owner.has_gate else owner.act_fn(y_TF)
-        )
-    return {key: x.detach().double() for key, x in found.items()}
+        found[f"{name}.down_proj.{e}"] = between(owner, y_TF)
+    for e in range(len(owner.down_proj), len(getattr(owner, first))):
+        found[f"{name}.{first}.{e}"] = x[:0]  # Longcat's experts that compute nothing
+    return {key: part.detach().double() for key, part in found.items()}
 
 
-def prune_expert(owner: Any, key: str, expert: int, mask_OI: Tensor) -> None:
-    stack = getattr(owner, key)
-    stack.data[expert] *= mask_OI.T if owner.is_transposed else mask_OI
+def between(owner: Any, y_TF: Tensor) -> Tensor:
+    """What an expert does between its two products."""
+    if hasattr(owner, "_apply_gate"):
+        return owner._apply_gate(y_TF) if owner.has_gate else owner.act_fn(y_TF)
+    gate_TF, up_TF = y_TF.chunk(2, -1)
+    return owner.act_fn(gate_TF) * up_TF
+
+
+def as_IO(owner: Any, key: str, expert: int) -> Tensor:
+    """A view of an expert's matrix, inputs first."""
+    stack = owner._parameters[key].data
+    transposed = getattr(owner, "is_transposed", type(owner).__name__ == "Llama4TextExperts")
+    return stack[expert] if transposed else stack[expert].T
 
 
 def by_hooks(
@@ -83,7 +99,7 @@ def by_hooks(
             hook.remove()
         for name in set() if dense else set(inside) - set(linear):
             owner, key, expert = name.rsplit(".", 2)
-            prune_expert(model.get_submodule(owner), key, int(expert), results[name].mask)
+            as_IO(model.get_submodule(owner), key, int(expert)).mul_(results[name].mask.T)
         for name in () if dense else linear:
             layer, mask_OI = model.get_submodule(name), results[name].mask
             mask = mask_OI.T if isinstance(layer, Conv1D) else mask_OI

@@ -87,7 +87,7 @@ def test_experts_that_are_no_stacks_stay_dense() -> None:
     assert blocks == 2 * ATTENTION / MIXTRAL  # its blocks have the same sizes
     experts = dense["transformer.blocks.*.ffn.experts.mlp"]
     assert (experts.count, experts.weights) == (2, 2 * EXPERTS)
-    assert experts.reason == "DbrxExpertGLU is not a plain linear layer"
+    assert experts.reason == "experts: 2-D parameter of DbrxExpertGLU"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ REASONS = {
     },
     tiny_dbrx: {
         "blocks.0.ffn.router.layer": "router",
-        "blocks.1.ffn.experts.mlp": "DbrxExpertGLU is not a plain linear layer",
+        "blocks.1.ffn.experts.mlp": "experts: 2-D parameter of DbrxExpertGLU",
     },
     tiny_mamba: {
         "layers.0.mixer.x_proj": "Mamba's time steps",
