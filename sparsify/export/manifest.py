@@ -6,6 +6,7 @@ Somebody may have edited it: whatever can be read is used, and each fault become
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -93,6 +94,15 @@ class Manifest:
     def tensor_of(self, parameter: str) -> str | None:
         """The name of a Parameter in the files."""
         return parameter if parameter in self.tensors else self.stored_as.get(parameter)
+
+    def own_names(self) -> dict[str, str]:
+        """The Parameter that each tensor holds whose name in the files is none of the model's."""
+        modules = {*self.layers, *self.dense}
+        return {
+            stored: own
+            for own, stored in reversed(self.stored_as.items())
+            if stored and modules.isdisjoint(accumulate(stored.split("."), "{}.{}".format))
+        }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.values import first_few
 from sparsify.models.config_checks import check_causal
 from sparsify.models.layer_names import family
+from sparsify.models.multimodal import text_decoder
 
 log = logging.getLogger("sparsify")
 
@@ -143,8 +144,8 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 def correct_tie(model: PreTrainedModel) -> None:
     """Set ``tie_word_embeddings`` to False where the model's weights are not tied.
 
-    If the files hold two different tensors that the configuration calls tied, Transformers loads
-    both; saving the model with that configuration would lose one of them.
+    If the files hold two different tensors that the configuration calls tied, both are loaded;
+    saving the model with that configuration would lose one.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -225,7 +226,8 @@ def check_positions(model: PreTrainedModel, block_size: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or block_size <= positions:
         return
-    for name, table in model.named_modules():
+    _, decoder = text_decoder(model)  # a vision tower may have as many positions
+    for name, table in decoder.named_modules():
         # OPT's table has extra rows before the first position.
         rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
         learned = rows - int(getattr(table, "offset", 0)) == positions
@@ -234,7 +236,7 @@ def check_positions(model: PreTrainedModel, block_size: int) -> None:
                 f"block_size={block_size}: {name} has learned {positions} positions, and a window "
                 f"must not be longer; give --data.block_size {positions} or less"
             )
-    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+    if any(name.endswith("inv_freq") for name, _ in decoder.named_buffers()):
         log.warning(
             "block_size=%d is longer than the %d positions that the model was trained for "
             "(max_position_embeddings); its scores may be worse there",

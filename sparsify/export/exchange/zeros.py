@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import GROUP_SIZES, stored_shapes
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.base import load_skeleton
+from sparsify.models.base import load_model, load_skeleton
 from sparsify.models.stored_weights import StoredWeights
 
 # A layer with fewer zeros is dense: these are mostly values too small for their type.
@@ -55,10 +55,14 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
     shapes = stored_shapes(model := load_skeleton(str(folder)))
     weights = StoredWeights(folder)
     weights.check()
+    prefix, loaded = model.base_model_prefix, dict[str, Tensor]()
+    if not any(_key(weights, name, prefix) for name, shape in shapes.items() if shape.in_block):
+        # All have other names in the files, as in some vision-language models.
+        loaded = load_model(str(folder), "auto").state_dict()
     sparse = False
     for name, shape in shapes.items():
         if shape.in_block:
-            weight = weights.get(_key(weights, name, model.base_model_prefix))
+            weight = loaded[f"{name}.weight"] if loaded else _stored(weights, name, prefix)
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(
                     f"{folder}: {name} is stored as {tuple(weight.shape)}, but config.json says "
@@ -117,13 +121,18 @@ def _why(nonzero_OI: Tensor, pattern: NMPattern | None) -> str:
     )
 
 
-def _key(weights: StoredWeights, name: str, prefix: str) -> str:
-    """The name of a layer's weight in the files."""
+def _key(weights: StoredWeights, name: str, prefix: str) -> str | None:
+    """The name of a layer's weight in the files, if it is there."""
     # Some folders were saved without the head; their names lack the prefix.
     keys = (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."))
-    key = next((key for key in keys if key in weights), None)
+    return next((key for key in keys if key in weights), None)
+
+
+def _stored(weights: StoredWeights, name: str, prefix: str) -> Tensor:
+    key = _key(weights, name, prefix)
     if key is None:
         raise SparsifyError(
-            f"{weights.folder}: its files hold no {keys[0]!r}; give a folder with the whole model"
+            f"{weights.folder}: its files hold no '{name}.weight'; give a folder with the whole "
+            "model"
         )
-    return key
+    return weights.get(key)
