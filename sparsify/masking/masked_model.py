@@ -82,7 +82,7 @@ class MaskedModel:
             SparsifyError: the selection includes such a layer by name, or no layer is left.
         """
         with self.scope.use("dense"):
-            names = not_called(self.model, self.layers)
+            names = not_called(self.model, self.layers, decoder_blocks(self.model))
         if self.selection.include is not None or len(names) == len(self.layers):
             check_called(self.model, names)
         for name in names:
