@@ -85,7 +85,7 @@ def check_read_back(
     odd = [
         name
         for name, value in written.items()
-        if name not in read or not torch.equal(bits(read[name]), bits(value.to(like.dtype)))
+        if name not in read or not torch.equal(bits(read[name]), bits(value.to("cpu", like.dtype)))
     ]
     if like.device.type != "cpu":
         from accelerate import cpu_offload

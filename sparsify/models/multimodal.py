@@ -112,21 +112,21 @@ def processor_files(config: Any, source: str) -> dict[str, bytes]:
 
     Args:
         config: the model's configuration.
-        source: the folder or Hugging Face id that may hold them; a file that cannot be fetched is
-            left out.
+        source: the folder or Hugging Face id that may hold them, empty if there is none; a file
+            that cannot be fetched is left out.
     """
     if config.get_text_config() is config:
         return {}
-    files = {}
-    for name in (*PROCESSOR_FILES, *TEMPLATES):
+    files: dict[str, bytes] = {}
+    for name in (*PROCESSOR_FILES, *TEMPLATES) if source else ():
         with suppress(OSError):
             found = cached_file(source, name, revision=getattr(config, "_commit_hash", None))
-            files[name] = Path(found).read_bytes()
+            files[name] = Path(str(found)).read_bytes()
     if not files.keys() & set(PROCESSOR_FILES):
         log.warning(
             "%r holds no processor (%s), so that the export will hold none; in Python, give the "
             "processor in place of the tokenizer",
-            source,
+            source or type(config).__name__,
             ", ".join(PROCESSOR_FILES),
         )
     return files
