@@ -25,8 +25,8 @@ def check_positions(model: PreTrainedModel, block_size: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or block_size <= positions:
         return
-    _, decoder = text_decoder(model)  # a vision tower's table may be as long
-    for name, table in decoder.named_modules():
+    prefix, decoder = text_decoder(model)  # a vision tower's table may be as long
+    for name, table in decoder.named_modules(prefix=prefix):
         # OPT's table has extra rows before the first position.
         rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
         learned = rows - int(getattr(table, "offset", 0)) == positions
