@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sparsify.common.console import Progress
 from sparsify.common.quiet import quiet
@@ -21,6 +21,7 @@ from sparsify.masking.layer import layer_patterns, masked_layers
 from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.load_checks import check_model
+from sparsify.models.multimodal import tokenizer_of
 from sparsify.training.guards import check_objects
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.trainer import Trainer
@@ -78,7 +79,7 @@ def sparsify(
     model: PreTrainedModel,
     strategy: SparsityStrategy | str,
     data: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     steps: int = 2000,
     trainer: Mapping[str, Any] | None = None,
@@ -92,7 +93,8 @@ def sparsify(
         strategy: a strategy, or its name.
         data: text to learn from: a file, a folder, several, a `datasets.Dataset`, or what else
             `TextDataModule` takes as ``train``; or a data module.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer; of a vision-language model, its processor, which is
+            exported too.
         steps: optimizer steps, for a strategy that learns.
         trainer: more arguments for Lightning's Trainer.
         options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, overrides,
@@ -111,9 +113,9 @@ def sparsify(
     if not isinstance(data, TextDataModule):
         data = TextDataModule(train=data)
     data = copy.copy(data)  # the caller's stays without our tokenizer and Trainer
-    data.tokenizer = tokenizer
+    data.tokenizer = tokenizer_of(tokenizer)
     check_model(model)
-    check_objects(model, tokenizer, strategy)
+    check_objects(model, data.tokenizer, strategy)
     with quiet(), _restored_on_failure(model, strategy.effect.changes_base):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
     return Sparsified(model, module, runner)
@@ -123,7 +125,7 @@ def _run(
     model: PreTrainedModel,
     strategy: SparsityStrategy,
     data: TextDataModule,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     steps: int,
     trainer: Mapping[str, Any],
     options: Mapping[str, Any],

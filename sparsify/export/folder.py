@@ -5,7 +5,8 @@ The folder holds the model with exact zeros, its tokenizer, the packed masks and
 """
 
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def _write(
         with partial_folder(folder) as partial:
             plain = _plain_model(masked.model, weights, dtype)
             plain.save_pretrained(partial)
-            masked.base.tokenizer.save_pretrained(partial)
+            masked.base.save_inputs(partial)
             if masks:
                 write_masks(
                     partial / FILE_NAME,
@@ -242,9 +243,11 @@ def _stored_tensors(folder: Path, plain: PreTrainedModel) -> dict[str, Any]:
     }
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     shared = {id(p): name for name, p in parameters.items() if name in tensors}
-    renamed = {tensors[name]: name for name in tensors if name not in values}
+    renamed: dict[str, list[str]] = {}
+    for name in tensors.keys() - values.keys():
+        renamed.setdefault(tensors[name], []).append(name)
     stored_as = {
-        name: shared.get(id(p)) or renamed.get(hash_tensor(p))
+        name: shared.get(id(p)) or _most_alike(name, renamed.get(hash_tensor(p), []))
         for name, p in parameters.items()
         if name not in tensors
     }
@@ -274,6 +277,14 @@ def _add_parts(content: dict[str, Any], folder: Path, weights: Mapping[str, Tens
             part: rows.pop(0) for part in parts if (rows := found.get(content["tensors"][part]))
         }
         parts = [part for part in parts if part not in entry["stored_in"]]
+
+
+def _most_alike(name: str, others: Iterable[str]) -> str | None:
+    """The name with the longest end in common: tensors of equal values, such as norms that are all
+    ones, differ by name only.
+    """
+    ends = {other: os.path.commonprefix([name[::-1], other[::-1]]) for other in sorted(others)}
+    return max(ends, key=lambda other: len(ends[other]), default=None)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

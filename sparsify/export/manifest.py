@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -98,6 +99,23 @@ class Manifest:
     def tensor_of(self, parameter: str) -> str | None:
         """The name of a Parameter in the files."""
         return parameter if parameter in self.tensors else self.stored_as.get(parameter)
+
+    def own_names(self) -> dict[str, str]:
+        """The Parameter that each tensor holds whose name in the files is none of the model's; of one
+        that holds a part of a layer, the layer and its first row.
+        """
+        modules = {*self.layers, *self.dense}
+        parts = {
+            part: f"{name}.{row}"
+            for name, layer in self.layers.items()
+            for part, row in layer.tensors.items()
+            if len(layer.tensors) > 1
+        }
+        return parts | {
+            stored: own
+            for own, stored in reversed(self.stored_as.items())
+            if stored and modules.isdisjoint(accumulate(stored.split("."), "{}.{}".format))
+        }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class MaskedModel:
         parameters = base_parameters(self.model)
         versions = {name: p._version for name, p in parameters.items()}
         with self.scope.use("dense"):
-            names = not_called(self.model, self.layers)
+            names = not_called(self.model, self.layers, decoder_blocks(self.model))
         if changed := [name for name, p in parameters.items() if p._version != versions[name]]:
             raise SparsifyError(
                 f"{type(self.model).__name__} changes its own weights when it runs "

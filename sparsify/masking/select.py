@@ -20,19 +20,28 @@ from sparsify.masking.linear import Stack, linear_shape, maskable
 from sparsify.masking.overrides import DENSE, Overrides
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.layer_names import family
+from sparsify.models.multimodal import text_decoder, towers
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated blocks by qualified name: the members of its largest ``ModuleList``.
+    """The model's repeated blocks by qualified name: the members of the largest ``ModuleList`` of
+    its text decoder, but for those of a model within that, such as a vision tower.
 
     Raises:
         SparsifyError: the model holds no ``ModuleList``.
     """
+    prefix, decoder = text_decoder(model)
+    within = tuple(
+        f"{name}."
+        for name, m in decoder.named_modules(prefix=prefix)
+        if isinstance(m, PreTrainedModel) and m is not decoder
+    )
     lists = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in decoder.named_modules(prefix=prefix)
         if isinstance(module, nn.ModuleList)
     ]
+    lists = [item for item in lists if not item[0].startswith(within)] or lists
     if not lists:
         raise SparsifyError(
             f"{type(model).__name__} holds no list of decoder blocks "
@@ -122,6 +131,7 @@ def select(
         for key, parameter in module.named_parameters(recurse=False)
         if f"{name}.{key}" not in layers
     }
+    beside = towers(model) if include is None else {}
     head = model.get_output_embeddings()
     candidates: dict[str, nn.Module | Stack] = {}
     dense: dict[str, str] = {}
@@ -137,6 +147,8 @@ def select(
             dense[name] = "output head, shared with the embedding" if tied else "output head"
         elif left_out is not None:
             dense[name] = f"{EXCLUDED} {left_out!r}"
+        elif (tower := _holder(name, beside)) is not None:
+            dense[tower] = beside[tower]
         elif not wanted:
             dense[name] = "outside the decoder blocks" if include is None else NOT_INCLUDED
         elif include is None and (why := default_reason(name)) is not None:
@@ -161,9 +173,18 @@ def select(
         raise SparsifyError(f"no layer is left to mask; there are {_what_there_is(model, layers)}")
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in layers and name not in layers:
+        if parameter.ndim < 2 or owner in layers or name in layers:
+            continue
+        if (tower := _holder(name, beside)) is not None:
+            dense[tower] = beside[tower]
+        else:
             dense[owner or name] = why_not_linear(owner or name, model.get_submodule(owner))
     return chosen, dense
+
+
+def _holder(name: str, modules: Mapping[str, str]) -> str | None:
+    """Which of the modules is or holds the one of this name."""
+    return next((m for m in modules if f"{name}.".startswith(f"{m}.")), None)
 
 
 def _check(name: str, layer: nn.Module | Stack, pattern: NMPattern, others: dict[int, str]) -> None:

@@ -1,7 +1,8 @@
 """Finds and loads the dense model that a run starts from, and computes the hash that names it."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
@@ -21,6 +23,7 @@ from sparsify.models.hashes import hash_parameters
 from sparsify.models.load_checks import check_finite, check_loaded, check_model, correct_tie
 from sparsify.models.load_errors import load_errors
 from sparsify.models.model_files import check_model_files
+from sparsify.models.multimodal import auto_class, processor_files
 
 log = logging.getLogger("sparsify")
 
@@ -53,7 +56,7 @@ def _is_gguf(name_or_path: str) -> bool:
 
 
 def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
-    """Load a causal LM in evaluation mode on CPU.
+    """Load a causal LM in evaluation mode on CPU; a vision-language model whole, with its towers.
 
     Args:
         name_or_path: ``embedded``, a local folder, a Hugging Face id, or a GGUF file in either of
@@ -69,11 +72,12 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         _check(name_or_path)
         location = _location(name_or_path)
         options: dict[str, Any] = {}
+        loader: Any = AutoModelForCausalLM
         if not _is_gguf(name_or_path):
             config = AutoConfig.from_pretrained(**location)
             check_causal(config, repr(name_or_path))
-            options = dequantising(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options, loader = dequantising(config), auto_class(config)
+        loaded: Any = loader.from_pretrained(
             **location,
             dtype=dtype,
             output_loading_info=True,
@@ -104,7 +108,8 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(**_location(name_or_path))
         check_causal(config, repr(name_or_path))
         forget_quantisation(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
+        return model
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -123,6 +128,7 @@ class BaseModel:
         stored_dtype: the type in which its weights are stored.
         hash: hash of its Parameters, see :func:`~sparsify.models.hashes.hash_parameters`.
         own_tokenizer: its tokenizer; while it is None, :attr:`tokenizer` loads it on first use.
+        processor: what makes inputs of its images, or the files of that by name.
     """
 
     model: PreTrainedModel
@@ -130,6 +136,7 @@ class BaseModel:
     stored_dtype: torch.dtype
     hash: str
     own_tokenizer: PreTrainedTokenizerBase | None = None
+    processor: ProcessorMixin | Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -144,6 +151,15 @@ class BaseModel:
             self.own_tokenizer = load_tokenizer(self.name_or_path)
         return self.own_tokenizer
 
+    def save_inputs(self, folder: Path) -> None:
+        """Write what makes its inputs of text and images: tokenizer and processor."""
+        self.tokenizer.save_pretrained(folder)
+        if isinstance(self.processor, ProcessorMixin):
+            self.processor.save_pretrained(folder)
+            return
+        for name, content in self.processor.items():
+            (folder / name).write_bytes(content)
+
 
 def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
     """Load a model and check that it can be masked; arguments and errors as :func:`load_model`.
@@ -152,7 +168,9 @@ def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
         SparsifyError: also if its weights are quantised or not finite.
     """
     model = load_model(name_or_path, dtype)
-    return check_base(model, name_or_path, stored_dtype(name_or_path))
+    base = check_base(model, name_or_path, stored_dtype(name_or_path))
+    base.processor = processor_files(model.config, name_or_path)
+    return base
 
 
 def check_base(
@@ -172,4 +190,5 @@ def stored_dtype(name_or_path: str) -> torch.dtype:
     """The type in which a model's weights are stored; float32 for GGUF files, which mix types."""
     if _is_gguf(name_or_path):
         return torch.float32
-    return AutoConfig.from_pretrained(**_location(name_or_path)).dtype or torch.float32
+    config = AutoConfig.from_pretrained(**_location(name_or_path))
+    return config.dtype or config.get_text_config().dtype or torch.float32

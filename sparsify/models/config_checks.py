@@ -9,13 +9,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from sparsify.common.errors import SparsifyError
+from sparsify.models.multimodal import needed_beside_text
 
 # What Transformers expands while it loads, with no package that the model's files name.
 DEQUANTISED = ("mxfp4", "fp8")
 
 
 def check_causal(config: Any, name: str, kind: str | None = None) -> None:
-    """Refuse an encoder, whose tokens see those after them, and an encoder-decoder.
+    """Refuse an encoder, whose tokens see those after them, an encoder-decoder, and a model that
+    does not run on text alone.
 
     Args:
         config: the model's configuration.
@@ -38,6 +40,8 @@ def check_causal(config: Any, name: str, kind: str | None = None) -> None:
         and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         found = "an encoder, which fills in masked tokens"
+    elif needed := needed_beside_text(config):
+        found = f"a model that needs {', '.join(needed)} beside text"
     else:
         return
     raise SparsifyError(

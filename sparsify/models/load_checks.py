@@ -211,49 +211,21 @@ def _rows(model: PreTrainedModel) -> int:
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
-def check_positions(model: PreTrainedModel, block_size: int) -> None:
-    """Refuse windows longer than the model's table of learned positions. For rotary positions, only
-    warn of windows longer than those of its training.
-
-    Args:
-        model: its weights may be on the meta device.
-        block_size: tokens of a window.
-
-    Raises:
-        SparsifyError: the table has fewer positions than the window has tokens.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or block_size <= positions:
-        return
-    for name, table in model.named_modules():
-        # OPT's table has extra rows before the first position.
-        rows = table.num_embeddings if isinstance(table, nn.Embedding) else 0
-        learned = rows - int(getattr(table, "offset", 0)) == positions
-        if learned and table is not model.get_input_embeddings():
-            raise SparsifyError(
-                f"block_size={block_size}: {name} has learned {positions} positions, and a window "
-                f"must not be longer; give --data.block_size {positions} or less"
-            )
-    if any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
-        log.warning(
-            "block_size=%d is longer than the %d positions that the model was trained for "
-            "(max_position_embeddings); its scores may be worse there",
-            block_size,
-            positions,
-        )
-
-
 @torch.no_grad()
-def not_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[str]:
+def not_called(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], blocks: Iterable[str]
+) -> list[str]:
     """The layers that a forward pass does not call, though it may read their weights: a mask would
     change the exported model, but not the measured one.
 
     The model runs over a few tokens. A layer is judged only if the module that holds it was called,
-    or another layer with its weight, so experts that got no token are not.
+    or another layer with its weight, or if its block was not (some only run if there are images):
+    so experts that got no token are not.
 
     Args:
         model: in evaluation mode, computing with its dense weights.
         layers: linear layers, masked or not, by qualified name.
+        blocks: the qualified names of the decoder blocks.
 
     Returns:
         Their names.
@@ -261,17 +233,19 @@ def not_called(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[
     called: set[str] = set()
     holders = {name.rpartition(".")[0] for name in layers}
     with ExitStack() as stack:
-        for name in {*holders, *layers}:
+        for name in {*holders, *layers, *blocks}:
             module = layers[name] if name in layers else model.get_submodule(name)
             hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
             stack.callback(hook.remove)
         model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
     used = {id(layer.weight) for name, layer in layers.items() if name in called}
-    return [
-        name
-        for name, layer in layers.items()
-        if name not in called and (name.rpartition(".")[0] in called or id(layer.weight) in used)
-    ]
+    silent = tuple(f"{block}." for block in blocks if block not in called)
+
+    def judged(name: str, layer: nn.Module) -> bool:
+        holder = name.rpartition(".")[0]
+        return holder in called or id(layer.weight) in used or name.startswith(silent)
+
+    return [n for n, layer in layers.items() if n not in called and judged(n, layer)]
 
 
 def check_called(model: PreTrainedModel, names: Sequence[str]) -> None:

@@ -1,11 +1,12 @@
 """Gets a run's base model: loads it by name, or borrows an object and gives it back unchanged."""
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsify.models.base import BaseModel, Dtype, check_base, load_base, load_tokenizer
 from sparsify.models.load_checks import correct_tie
+from sparsify.models.multimodal import processor_files, tokenizer_of
 
 
 class Origin:
@@ -22,10 +23,14 @@ class Origin:
         self._model: PreTrainedModel | None = None
         self._modes: Modes | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._processor: ProcessorMixin | None = None
 
-    def give(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def give(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+    ) -> None:
         """Use these objects instead of loading a model and a tokenizer."""
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer = model, tokenizer_of(tokenizer)
+        self._processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -48,6 +53,8 @@ class Origin:
             self._modes.enter()  # dropout would give other statistics, and so other masks
             correct_tie(model)
             base = check_base(model, self._name_or_path, model.dtype)
+            source = model.config._name_or_path
+            base.processor = self._processor or processor_files(model.config, source)
         base.own_tokenizer = self._tokenizer
         return base
 

@@ -6,14 +6,14 @@ for instance, experts that are stored one by one become one tensor.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers import __version__ as transformers_version
 
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.files import read_json
+from sparsify.models.multimodal import auto_class
 
 
 class ConvertedWeights:
@@ -28,9 +28,9 @@ class ConvertedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        loader: Any = AutoModelForCausalLM
         try:
-            loaded, info = loader.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            loaded, info = auto_class(config).from_pretrained(
                 folder,
                 dtype="auto",
                 trust_remote_code=False,

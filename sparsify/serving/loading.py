@@ -9,13 +9,14 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.export.manifest import MANIFEST, manifest_patterns
 from sparsify.masking.linear import Stack, linear_shape, maskable
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.model_files import check_model_files
+from sparsify.models.multimodal import auto_class
 from sparsify.serving.backends import BACKENDS, Backend
 from sparsify.serving.choose import DENSE, Choices, Choose, Layer, choose_layers
 from sparsify.serving.filling import fill, names_by_parameter
@@ -119,7 +120,7 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         check_model_files(str(folder))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(
+            model: Any = auto_class(config).from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError) as error:

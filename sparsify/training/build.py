@@ -16,7 +16,8 @@ from sparsify.calibration import Layerwise
 from sparsify.common.console import tell, tracked
 from sparsify.common.ranks import rank_zero
 from sparsify.masking.masked_model import MaskedModel
-from sparsify.models.load_checks import check_positions, check_tokenizer, check_tokens
+from sparsify.models.load_checks import check_tokenizer, check_tokens
+from sparsify.models.positions import check_positions
 from sparsify.training.guards import check_dtype, check_text
 from sparsify.training.step import checkpoint_activations
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sparsify.calibration import Calibration
 from sparsify.common.ranks import data_parallel
@@ -26,6 +26,7 @@ from sparsify.masking.select import Selection
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import EMBEDDED, Dtype
 from sparsify.models.load_checks import check_model
+from sparsify.models.multimodal import tokenizer_of
 from sparsify.models.origin import Origin
 from sparsify.models.token_batch import TokenBatch
 from sparsify.training import guards, optimizers
@@ -109,13 +110,15 @@ class SparseCausalLM(Evaluation):
     def from_model(
         cls,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         strategy: SparsityStrategy,
         **options: Any,
     ) -> "SparseCausalLM":
-        """Wrap a model object, in place; ``options`` as for the class."""
+        """Wrap a model object, in place; ``options`` as for the class. The processor of a
+        vision-language model may be given in place of the tokenizer, and is exported too.
+        """
         check_model(model)  # which says more of a wrong model
-        guards.check_objects(model, tokenizer, strategy)
+        guards.check_objects(model, tokenizer_of(tokenizer), strategy)
         name = model.config._name_or_path or type(model).__name__
         module = cls(strategy, name_or_path=name, **options)
         module.origin.give(model, tokenizer)

@@ -29,7 +29,8 @@ from sparsify.masking.layer import masked_layers
 from sparsify.masking.masker import Draw
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.base import load_model, load_tokenizer
-from sparsify.models.load_checks import check_positions, check_tokenizer
+from sparsify.models.load_checks import check_tokenizer
+from sparsify.models.positions import check_positions
 from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.verify.base_check import BaseCheck
 from sparsify.strategies.dense import Dense
@@ -464,4 +465,4 @@ def test_experts_in_stacks_count_in_the_share_of_zeros(tokenizer: PreTrainedToke
     ]
     zeros = sum(int((p == 0).sum()) for p in weights)
     assert share == zeros / sum(p.numel() for p in weights)
-    assert 0 < share < 0.2
+    assert 0.45 < share < 0.5

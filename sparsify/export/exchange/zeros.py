@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.exchange.layers import GROUP_SIZES, stored_shapes
@@ -55,19 +55,20 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
     shapes = stored_shapes(model := load_skeleton(str(folder)))
     weights = StoredWeights(folder)
     weights.check()
-    sparse, whole = False, dict[str, nn.Parameter]()
+    prefix, sparse, whole = model.base_model_prefix, False, dict[str, Tensor]()
+    inside = (shape.weight_name(name) for name, shape in shapes.items() if shape.in_block)
+    known = any(_key(weights, name, prefix) is not None for name in inside)
     for name, shape in shapes.items():
         if shape.in_block:
-            key = _key(weights, shape.weight_name(name), model.base_model_prefix)
-            if key is None and shape.experts is not None:  # stored one by one, under other names
-                whole = whole or dict(load_model(str(folder)).named_parameters())
-                weight = whole[name].detach()
-            elif key is not None:
+            own = shape.weight_name(name)
+            if (key := _key(weights, own, prefix)) is not None:
                 weight = weights.get(key)
+            elif shape.experts is not None or not known:  # in parts, or under another name
+                whole = whole or load_model(str(folder), "auto").state_dict()
+                weight = whole[own]
             else:
                 raise SparsifyError(
-                    f"{folder}: its files hold no {shape.weight_name(name)!r}; give a folder with "
-                    "the whole model"
+                    f"{folder}: its files hold no {own!r}; give a folder with the whole model"
                 )
             if tuple(weight.shape) != shape.stored:
                 raise SparsifyError(

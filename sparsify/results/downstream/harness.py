@@ -140,7 +140,9 @@ class Model:
         with quiet_harness():
             from lm_eval.models.huggingface import HFLM
 
-            self._lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            self._lm: Any = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"
+            )
 
     @property
     def bos(self) -> list[str]:

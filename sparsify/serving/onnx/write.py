@@ -83,7 +83,7 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
         graph, opset = _read(partial / file.name)
         layers = check_layers(graph, partial, weights, patterns)
         _move(partial, file)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return OnnxReport(dtype, opset, limit, layers)
 
 

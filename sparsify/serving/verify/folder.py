@@ -84,8 +84,12 @@ def verify(
     tensors.run(weights, layers, report)
     held = {row.name for row in report.layers if row.pattern and not row.problems}
     with _goes_on(report, "the share of N:M weights"):
-        masked = {t for name, layer in layers.items() if name in held for t in layer.tensors}
-        report.coverage = coverage(tensors.sizes, masked, largest_list(tensors.sizes), known.dense)
+        own = known.own_names()
+        sizes = {own.get(name, name): shape for name, shape in tensors.sizes.items()}
+        stored = {t for name, layer in layers.items() if name in held for t in layer.tensors}
+        masked = {own.get(name, name) for name in stored}
+        blocks = largest_list({name: sizes[name] for name in masked} or sizes)
+        report.coverage = coverage(sizes, masked, blocks, known.dense)
     if not known.layers and asked is not None and not any(row.pattern for row in report.layers):
         report.problems.append(f"no matrix of the decoder blocks holds {asked}")
     return report

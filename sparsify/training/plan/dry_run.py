@@ -30,7 +30,7 @@ from sparsify.masking.pattern import NMPattern
 from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import BaseModel, load_skeleton, stored_dtype
-from sparsify.models.load_checks import check_positions
+from sparsify.models.positions import check_positions
 from sparsify.training import optimizers
 from sparsify.training.guards import check_dtype
 from sparsify.training.module import SparseCausalLM
