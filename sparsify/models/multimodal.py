@@ -47,10 +47,11 @@ def loader_of(kind: type[PreTrainedModel], config: Any) -> Any:
     """The auto class that makes a model of this class from its configuration; without one, the
     class itself.
     """
-    for auto, known in (
+    tables: Any = (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    ):
+    )
+    for auto, known in tables:
         if known.get(type(config), None) is kind:
             return auto
     return kind
