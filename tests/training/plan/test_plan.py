@@ -13,7 +13,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from sparsify.calibration import Calibration
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.distillation import Distillation
-from sparsify.masking.layer import _is_linear, base_parameters, masked_layers
+from sparsify.masking.layer import base_parameters, masked_layers
+from sparsify.masking.linear import _is_linear
 from sparsify.masking.masker import Draw
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.registry import make_strategy
