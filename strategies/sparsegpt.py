@@ -109,6 +109,7 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     )
 
 
+@by_shape
 def prune_and_update(
     weight_OI: Tensor, factor_II: Tensor, pattern: NMPattern
 ) -> tuple[Tensor, Tensor]:
