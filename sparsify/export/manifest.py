@@ -101,8 +101,8 @@ class Manifest:
         return parameter if parameter in self.tensors else self.stored_as.get(parameter)
 
     def own_names(self) -> dict[str, str]:
-        """The Parameter that each tensor holds whose name in the files is none of the model's; of one
-        that holds a part of a layer, the layer and its first row.
+        """The Parameter that each tensor holds whose name in the files is none of the model's. Of a
+        tensor that holds a part of a layer, the layer's name and the first row.
         """
         modules = {*self.layers, *self.dense}
         parts = {
