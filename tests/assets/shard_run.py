@@ -34,7 +34,7 @@ from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.training.parallel import Sharded
 from tests.conftest import SIZES, quiet_trainer, tiny_llama, word_tokenizer
-from tests.tiny_models import tiny_gpt2
+from tests.tiny_models import tiny_gpt2, tiny_gpt_oss, tiny_mixtral
 
 # Words of train.txt: twelve batches of two blocks, which are six steps.
 WORDS, BLOCK = 24 * 16, 16
@@ -128,9 +128,11 @@ CASES: dict[str, dict[str, Any]] = {
     "odd": {"strategy": lambda: MaskLLM("magnitude"), **MODELS["odd"]},
     "updated": {"strategy": lambda: SparseGPT(update_weights=True)},
     "gpt2": {"strategy": lambda: MaskLLM("magnitude"), "model": tiny_gpt2},
+    "mixtral": {"strategy": lambda: MaskLLM("wanda"), "model": tiny_mixtral},
+    "gpt_oss": {"strategy": lambda: MaskLLM("magnitude"), "model": tiny_gpt_oss},
 }
 UNDER = {
-    "ddp": ["maskllm", "selfmask", "sr_ste", "magnitude"],
+    "ddp": ["maskllm", "selfmask", "sr_ste", "magnitude", "mixtral"],
     "fsdp": [
         "maskllm",
         "selfmask",
@@ -142,7 +144,7 @@ UNDER = {
         "odd",
         "updated",
     ]
-    + ["gpt2"],
+    + ["gpt2", "mixtral", "gpt_oss"],
 }
 
 

@@ -23,7 +23,7 @@ from tests.conftest import Cli
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "assets" / "shard_run.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-LIMIT = 240  # seconds: what hangs, fails
+LIMIT = 360  # seconds: what hangs, fails
 PAIRS = [(how, name) for how, names in UNDER.items() for name in names]
 
 
