@@ -269,7 +269,9 @@ def _add_parts(content: dict[str, Any], folder: Path, weights: Mapping[str, Tens
     parts = [name for name in stored if name not in weights and len(stored.shape(name)) == 2]
     for name, entry in split.items():
         rows_OI, found = weights[name].flatten(0, 1), dict[str, list[int]]()
-        counts = {rows for rows, columns in map(stored.shape, parts) if columns == rows_OI.shape[1]}
+        of_expert, inputs = len(rows_OI) // entry["experts"], rows_OI.shape[1]
+        shapes = map(stored.shape, parts)
+        counts = {rows for rows, columns in shapes if columns == inputs and not of_expert % rows}
         for count in counts:
             for row in range(0, len(rows_OI) - count + 1, count):
                 found.setdefault(hash_tensor(rows_OI[row : row + count]), []).append(row)

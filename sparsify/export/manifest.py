@@ -17,6 +17,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import parse_hashes
 from sparsify.common.files import read_json
 from sparsify.common.values import cut, short
+from sparsify.masking.linear import weight_name
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import Dtype
 
@@ -252,8 +253,7 @@ def _layer(manifest: Manifest, name: str, entry: Any) -> Layer:
     experts = entry.get("experts")
     if experts is not None and (type(experts) is not int or experts < 1 or rows % experts):
         raise ValueError(f"experts {short(experts)} do not share {rows} rows equally")
-    weight = f"{name}.weight" if experts is None else name
-    if (tensor := manifest.tensor_of(weight)) is not None:
+    if (tensor := manifest.tensor_of(weight_name(name, experts))) is not None:
         tensors = {tensor: 0}
     else:
         tensors = {str(part): int(row) for part, row in entry.get("stored_in", {}).items()}

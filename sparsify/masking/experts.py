@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.layer import MaskedConv1D, MaskedLinear, MaskScope
-from sparsify.masking.linear import Stack, as_rows, as_stored
+from sparsify.masking.linear import Stack
 from sparsify.masking.masker import Masker
 
 T = TypeVar("T")
@@ -62,23 +62,9 @@ class MaskedExperts(MaskedLinear):
         return self.stack.weight
 
     @property
-    def weight_OI(self) -> Tensor:
-        """The weight as ``[E O, I]``."""
-        return self.as_rows(self.weight)
-
-    @property
     def shape(self) -> torch.Size:
         """Of the Parameter, as the block may ask for it."""
         return self.weight.shape
-
-    def as_stored(self, values_OI: Tensor) -> Tensor:
-        return as_stored(values_OI, self.transposed, self.experts)
-
-    def as_rows(self, stored: Tensor) -> Tensor:
-        return as_rows(stored, self.transposed)
-
-    def weight_name(self, name: str) -> str:
-        return name
 
     def put(self, model: nn.Module, name: str) -> None:
         owner, key = self.stack.owner, self.stack.key

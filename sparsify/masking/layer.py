@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.masking.linear import run_kind
+from sparsify.masking.linear import as_rows, as_stored, run_kind, weight_name
 from sparsify.masking.masker import Draw, Masker, Masking
 from sparsify.masking.pattern import NMPattern
 
@@ -142,19 +142,19 @@ class MaskedLinear(nn.Module):
     @property
     def weight_OI(self) -> Tensor:
         """The weight as ``[O, I]``."""
-        return self.weight
+        return self.as_rows(self.weight)
 
     def as_stored(self, values_OI: Tensor) -> Tensor:
         """View values of shape ``[O, I]`` in the layout in which the weight is stored."""
-        return values_OI
+        return as_stored(values_OI, self.transposed, self.experts)
 
     def as_rows(self, stored: Tensor) -> Tensor:
         """View values in the layout in which the weight is stored as ``[O, I]``."""
-        return stored
+        return as_rows(stored, self.transposed)
 
     def weight_name(self, name: str) -> str:
         """The name of the weight among the model's Parameters, where ``name`` is the layer's."""
-        return f"{name}.weight"
+        return weight_name(name, self.experts)
 
     def put(self, model: nn.Module, name: str) -> None:
         """Take the plain layer's place in a model."""
@@ -225,16 +225,6 @@ class MaskedConv1D(MaskedLinear):
     """A masked layer for GPT-2's ``Conv1D``, which stores its weight as ``[I, O]``."""
 
     transposed = True
-
-    @property
-    def weight_OI(self) -> Tensor:
-        return self.weight.T
-
-    def as_stored(self, values_OI: Tensor) -> Tensor:
-        return values_OI.T
-
-    def as_rows(self, stored: Tensor) -> Tensor:
-        return stored.T
 
     def multiply(self, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         y = torch.addmm(cast(Tensor, bias_O), x_BI.reshape(-1, x_BI.shape[-1]), weight_OI.T)

@@ -3,7 +3,7 @@
 Shapes: B any leading dimensions, O out, I in, E experts.
 """
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -102,6 +102,24 @@ def maskable(model: nn.Module) -> dict[str, nn.Module | Stack]:
         else:
             found |= {f"{name}.{key}": stack for key, stack in stacks(module).items()}
     return found
+
+
+def elsewhere(model: nn.Module, layers: Container[str]) -> dict[int, str]:
+    """By the ``id`` of a Parameter, the module that holds it, if it is none of ``layers``."""
+    return {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if name not in layers
+        for key, parameter in module.named_parameters(recurse=False)
+        if f"{name}.{key}" not in layers
+    }
+
+
+def weight_name(name: str, experts: int | None) -> str:
+    """The name of a layer's weight among the model's Parameters. A stack of experts is named like
+    its Parameter; ``experts`` is None for a linear layer.
+    """
+    return f"{name}.weight" if experts is None else name
 
 
 def as_rows(stored: Tensor, transposed: bool) -> Tensor:

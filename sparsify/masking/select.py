@@ -16,7 +16,7 @@ from sparsify.masking.dense_layers import (
     why_not_linear,
 )
 from sparsify.masking.layer import masked_layers
-from sparsify.masking.linear import Stack, linear_shape, maskable
+from sparsify.masking.linear import Stack, elsewhere, linear_shape, maskable
 from sparsify.masking.overrides import DENSE, Overrides
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.layer_names import family
@@ -124,13 +124,7 @@ def select(
                 f"{glob!r} matches no linear layer; there are {_what_there_is(model, layers)}"
             )
     blocks = tuple(f"{name}." for name in decoder_blocks(model)) if include is None else ()
-    others = {
-        id(parameter): name
-        for name, module in model.named_modules()
-        if name not in layers
-        for key, parameter in module.named_parameters(recurse=False)
-        if f"{name}.{key}" not in layers
-    }
+    others = elsewhere(model, layers)
     beside = towers(model) if include is None else {}
     head = model.get_output_embeddings()
     candidates: dict[str, nn.Module | Stack] = {}

@@ -18,7 +18,7 @@ from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.masking.experts import masked
 from sparsify.masking.inject import fold
 from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
-from sparsify.masking.linear import Stack, maskable
+from sparsify.masking.linear import Stack, elsewhere, maskable
 from sparsify.masking.masker import FixedMasker
 
 FROZEN = "frozen"
@@ -50,13 +50,7 @@ class MaskAdapters:
         self._hashes = BaseHashes(model)
         self._shapes = stored_shapes(model)
         self._layers = maskable(model)
-        self._tied = {
-            id(parameter): name
-            for name, module in model.named_modules()
-            if name not in self._layers
-            for key, parameter in module.named_parameters(recurse=False)
-            if f"{name}.{key}" not in self._layers
-        }
+        self._tied = elsewhere(model, self._layers)
         self._maskers: dict[str, dict[str, FixedMasker]] = {}
         self._masked: dict[str, MaskedLinear] = {}  # the layers that are in use at present
         self._active: str | None = None

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.layer import base_parameters
-from sparsify.masking.linear import Stack, as_rows, as_stored, linear_shape, maskable
+from sparsify.masking.linear import Stack, as_rows, as_stored, linear_shape, maskable, weight_name
 from sparsify.masking.pattern import MAX_M, NMPattern
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.hashes import hash_parameters
@@ -57,7 +57,7 @@ class LayerShape:
 
     def weight_name(self, name: str) -> str:
         """The name of the weight of a layer of this name."""
-        return f"{name}.weight" if self.experts is None else name
+        return weight_name(name, self.experts)
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, LayerShape]:
