@@ -114,9 +114,15 @@ class Swaps(SparsityStrategy):
             target_IO: b of every row.
             pattern: of the mask.
         """
+        mask_IO = mask_IO.clone()
+        rows_O = torch.arange(weight_IO.shape[1], device=weight_IO.device)
         for _ in range(self.sweeps):
-            before_IO, mask_IO = mask_IO, sweep(weight_IO, mask_IO, gram_II, target_IO, pattern)
-            if not (mask_IO != before_IO).any():
+            before_IO = mask_IO[:, rows_O]
+            part = weight_IO[:, rows_O], before_IO, gram_II, target_IO[:, rows_O]
+            mask_IO[:, rows_O] = after_IO = sweep(*part, pattern)
+            # A row of which no group was changed is at its end.
+            rows_O = rows_O[(after_IO != before_IO).any(0)]
+            if not len(rows_O):
                 break
         return mask_IO
 

@@ -159,7 +159,7 @@ def test_the_end_is_an_optimum_of_single_swaps(seed: int) -> None:
 
 def test_a_sweep_makes_at_most_one_swap_a_group_and_changes_nothing_it_is_given() -> None:
     layer = small_layer(rows=30)
-    given = [t.T.contiguous() for t in (layer.weight_OI, Magnitude_mask(layer))]
+    given = [t.T.contiguous() for t in (layer.weight_OI, largest(layer))]
     gram_II = torch.from_numpy(layer.h).float()
     target_IO = gram_II @ given[0]
     copies = [tensor.clone() for tensor in (*given, gram_II, target_IO)]
@@ -170,7 +170,7 @@ def test_a_sweep_makes_at_most_one_swap_a_group_and_changes_nothing_it_is_given(
         assert torch.equal(now, before)
 
 
-def Magnitude_mask(layer: Layer) -> torch.Tensor:
+def largest(layer: Layer) -> torch.Tensor:
     return result_of(Magnitude(), layer).mask
 
 
