@@ -37,6 +37,8 @@ RUNS: dict[str, list[str]] = {
     "sparsegpt": ["--strategy=sparsegpt"],
     "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
     "admm": ["--strategy=admm"],
+    "swaps": ["--strategy=swaps"],
+    "swaps, refitted": ["--strategy=swaps", "--model.strategy.refit=true"],
     "maskllm": ["--strategy=maskllm"],
     "maskllm, distilled": ["--strategy=maskllm", *DISTILLED],
     "selfmask": ["--strategy=selfmask"],

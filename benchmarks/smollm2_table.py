@@ -39,6 +39,8 @@ RUNS: dict[str, list[str]] = {
     "sparsegpt, mask": ["--strategy=sparsegpt"],
     "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
     "admm": ["--strategy=admm"],
+    "swaps": ["--strategy=swaps"],
+    "swaps, refitted": ["--strategy=swaps", "--model.strategy.refit=true"],
     "maskpro": [f"--config={RECIPES / 'smollm2_maskpro.yaml'}"],
     "maskllm": [f"--config={RECIPE}"],
     "selfmask": [f"--config={RECIPES / 'smollm2_selfmask.yaml'}"],

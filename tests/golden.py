@@ -17,7 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsify
 from sparsify.data import TextDataModule
 
-ONE_SHOT = ("admm", "dsnot", "gblm", "magnitude", "pruner_zero", "ria", "sparsegpt", "wanda")
+ONE_SHOT = (
+    "admm",
+    "dsnot",
+    "gblm",
+    "magnitude",
+    "pruner_zero",
+    "ria",
+    "sparsegpt",
+    "swaps",
+    "wanda",
+)
 LEARNED = ("maskllm", "maskpro", "selfmask", "sr_ste")
 STEPS = (1, 5, 20)
 FILE = Path(__file__).parent / "assets" / "golden.json"

@@ -2,6 +2,6 @@
 
 from sparsify.calibration.layerwise import Layerwise
 from sparsify.calibration.settings import Calibration
-from sparsify.calibration.statistics import Hessian, Moments
+from sparsify.calibration.statistics import CrossHessian, Hessian, Moments
 
-__all__ = ["Calibration", "Hessian", "Layerwise", "Moments"]
+__all__ = ["Calibration", "CrossHessian", "Hessian", "Layerwise", "Moments"]

@@ -42,6 +42,9 @@ class Statistics(Mapping[str, Any]):
         kind: makes a statistic, given the number of inputs and a device.
         device: where the layers run.
         run: runs the layers over one window at each step.
+        run_dense: the same, on what enters the block in the dense model; None where this is what
+            enters it. Only a paired statistic needs it, which gets both inputs of a window. Of
+            experts it gets the present input twice, as other tokens may come in the dense model.
         few: here the tokens of experts that got too few are noted, by name.
 
     Raises:
@@ -54,10 +57,13 @@ class Statistics(Mapping[str, Any]):
         kind: Kind,
         device: torch.device,
         run: Callable[[], Iterable[object]],
+        run_dense: Callable[[], Iterable[object]] | None,
         few: dict[str, int],
     ) -> None:
         self._layers, self._kind, self._device = layers, kind, device
-        self._run, self._few = run, few
+        self._run, self._run_dense, self._few = run, run_dense, few
+        self._paired = getattr(kind, "paired", False)
+        self._dense = False  # whether the dense model's inputs are passing at present
         experts = {n: layer for n, layer in layers.items() if isinstance(layer, Expert)}
         self._parts = list(_parts(experts, kind, device))
         always = {name: layer for name, layer in layers.items() if name not in experts}
@@ -88,6 +94,7 @@ class Statistics(Mapping[str, Any]):
         owners: set[str] = set()  # the first layer with each input
         window: list[tuple[Tensor, Statistic]] = []  # inputs of this window, to find shared ones
         linear = len(layers) - len(tokens)
+        dense: dict[str, Tensor] = {}  # inputs of this window in the dense model
 
         def see(name: str, x_BI: Tensor) -> None:
             if name not in statistics:
@@ -96,19 +103,22 @@ class Statistics(Mapping[str, Any]):
                     owners.add(name)
                     shared = self._kind(x_BI.shape[-1], x_BI.device)
                 statistics[name] = shared
-            if name in owners:
-                statistics[name].add(x_BI.flatten(0, -2))
+            if name in owners and self._dense:
+                dense[name] = x_BI.flatten(0, -2)
+            elif name in owners:
+                x_TI = x_BI.flatten(0, -2)
+                self._add(statistics[name], x_TI, dense.get(name, x_TI))
                 if len(statistics) < linear:
                     window.append((x_BI, statistics[name]))
 
         def see_expert(names: Mapping[int, str], x_BI: Tensor, number: int) -> None:
-            if (name := names.get(number)) is None:
+            if (name := names.get(number)) is None or self._dense:
                 return
             x_TI = x_BI.flatten(0, -2)
             x_TI = x_TI[(x_TI != 0).any(-1)]  # some blocks give zeros for tokens routed elsewhere
             if name not in routed:
                 routed[name] = self._kind(x_TI.shape[-1], x_TI.device)
-            routed[name].add(x_TI)
+            self._add(routed[name], x_TI, x_TI)
             tokens[name] += len(x_TI)
 
         routed: dict[str, Statistic] = {}
@@ -127,7 +137,7 @@ class Statistics(Mapping[str, Any]):
                     lambda _, args, names=names: see_expert(names, *args)
                 )
                 stack.callback(hook.remove)
-            for _ in self._run():
+            for _ in self._passes():
                 window.clear()
         for name, count in tokens.items():
             if count < MIN_TOKENS:
@@ -142,12 +152,28 @@ class Statistics(Mapping[str, Any]):
             )
         return statistics
 
+    def _passes(self) -> Iterator[None]:
+        """Run window by window; where both inputs are needed, first that of the dense model."""
+        own, done = iter(self._run()), object()
+        dense = iter(self._run_dense()) if self._paired and self._run_dense else iter(())
+        while True:
+            self._dense = True
+            next(dense, done)
+            self._dense = False
+            if next(own, done) is done:
+                return
+            yield
+
+    def _add(self, statistic: Any, x_TI: Tensor, dense_TI: Tensor) -> None:
+        statistic.add(*((x_TI, dense_TI) if self._paired else (x_TI,)))
+
     def _of_equal_inputs(self, inputs: int) -> Statistic:
         statistic: Statistic = self._kind(inputs, self._device)
         for row in range(0, inputs, _ROWS):
             rows = torch.arange(row, min(row + _ROWS, inputs), device=self._device)
             x_TI = torch.zeros(len(rows), inputs, device=self._device)
-            statistic.add(x_TI.scatter_(1, rows[:, None], 1.0))
+            x_TI.scatter_(1, rows[:, None], 1.0)
+            self._add(statistic, x_TI, x_TI)
         return statistic
 
 

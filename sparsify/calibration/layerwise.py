@@ -10,7 +10,7 @@ Shapes: S windows, T tokens, O out, I in.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from sparsify.calibration.settings import Calibration
 from sparsify.calibration.shared import on_rank_zero
 from sparsify.calibration.whole_passes import WholePasses
 from sparsify.common.errors import SparsifyError
-from sparsify.common.machine import device_name
+from sparsify.common.machine import device_name, full_precision
 from sparsify.common.ranks import from_rank_zero
 from sparsify.masking.experts import Expert, matrices
 from sparsify.masking.layer import MaskedLinear
@@ -98,6 +98,7 @@ class Layerwise:
         self._get_windows = windows
         self._windows_ST: Tensor | None = None
         self._activations: Activations | WholePasses | None = None
+        self._dense: Activations | WholePasses | None = None  # as if no block were pruned
         self._results: dict[str, LayerResult] = {}  # of the present block
         self._done: dict[str, LayerResult | None] = {}  # of finished blocks; None if on disk
         self._start_time = 0.0
@@ -125,7 +126,7 @@ class Layerwise:
         self._start_time = start = time.perf_counter()
         folder: Path | None = None
         try:
-            with torch.no_grad(), _full_precision(), self._scope.use("dense"):
+            with torch.no_grad(), full_precision(), self._scope.use("dense"):
                 for name, result in strategy.calibrate(self._blocks()):
                     self._begun = True
                     self._results[name] = result
@@ -169,11 +170,7 @@ class Layerwise:
     def _windows(self) -> Tensor:
         """The text. At the first call, a kept result of an equal run may end the calibration."""
         if self._windows_ST is None:
-            if self._begun:
-                raise SparsifyError(
-                    "the strategy's calibrate asks for statistics after it gave a layer's result; "
-                    "the first request must come before the first result"
-                )
+            self._check_unbegun()
             self._windows_ST = self._get_windows()
             samples, block_size = self._windows_ST.shape
             self.record = {
@@ -187,6 +184,13 @@ class Layerwise:
             if self._settings.cache:
                 self._look_up()
         return self._windows_ST
+
+    def _check_unbegun(self, what: str = "statistics") -> None:
+        if self._begun:
+            raise SparsifyError(
+                f"the strategy's calibrate asks for {what} after it gave a layer's result; "
+                "the first request must come before the first result"
+            )
 
     def _look_up(self) -> None:
         cache_limit()  # raises before the work, not after it, if the limit is wrong
@@ -228,6 +232,8 @@ class Layerwise:
                     yield Block(name, inside, _BlockText(self, name, inside))
                 if self._activations is not None:
                     self._activations.advance(name, self._pruned(name))
+                if self._dense is not None:
+                    self._dense.advance(name, {})
             self._finish_block(stored)
         if left:
             yield Block("", left, _BlockText(self, None, left))
@@ -247,8 +253,14 @@ class Layerwise:
                 "through these block by block; leave it dense, or take a strategy that needs no "
                 "activations"
             )
-        activations = self._activations or self._start(block)
-        return Statistics(layers, kind, self._device, lambda: activations.run(block, {}), self._few)
+        self._activations = self._activations or self._start(block)
+        run, run_dense = partial(self._activations.run, block, {}), None
+        if getattr(kind, "paired", False) and self._settings.activations == "pruned":
+            if self._dense is None:
+                self._check_unbegun("paired statistics")
+                self._dense = self._start(block)
+            run_dense = partial(self._dense.run, block, {})
+        return Statistics(layers, kind, self._device, run, run_dense, self._few)
 
     def gradient_norms(self, layers: Mapping[str, MaskedLinear | Expert]) -> dict[str, Tensor]:
         """See :meth:`Block.gradient_norms`."""
@@ -276,7 +288,6 @@ class Layerwise:
                 break
             with moved([module], self._device):
                 activations.advance(name, {})
-        self._activations = activations
         return activations
 
     def _pruned(self, block: str) -> dict[str, Values]:
@@ -285,14 +296,3 @@ class Layerwise:
             return {}
         found = pruned_weights(self._results, self._whole_layers)
         return {name.removeprefix(f"{block}."): values for name, values in found.items()}
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply fp32 matrices in full fp32: in TF32 a Hessian may have no factorisation."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

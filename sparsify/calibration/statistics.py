@@ -19,6 +19,22 @@ class Statistic(Protocol):
         ...
 
 
+class PairedStatistic(Protocol):
+    """A statistic of the layer's input beside what it would be if no block had been pruned.
+
+    Attributes:
+        paired: True, by which it is told from others.
+    """
+
+    paired: bool
+
+    def __init__(self, inputs: int, device: torch.device) -> None: ...
+
+    def add(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        """Add both inputs of one window, in the model's type."""
+        ...
+
+
 class Moments:
     """First and second moments of each input, in fp32.
 
@@ -63,3 +79,20 @@ class Hessian:
         x_TI = x_TI.float()
         self.matrix_II.addmm_(x_TI.T, x_TI)
         self.tokens += len(x_TI)
+
+
+class CrossHessian:
+    """X_dense^T X over all tokens, in fp32: X is the layer's input, X_dense what it would be in the
+    dense model.
+
+    Attributes:
+        matrix_II: the sum.
+    """
+
+    paired = True
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.matrix_II = torch.zeros(inputs, inputs, device=device)
+
+    def add(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        self.matrix_II.addmm_(dense_TI.T.float(), x_TI.float())

@@ -1,6 +1,8 @@
-"""The names of the GPU and the CPU, for records."""
+"""The names of the GPU and the CPU, for records; and in which precision they multiply."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,3 +21,14 @@ def cpu_name() -> str:
         return platform.processor()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply fp32 matrices in full fp32: in TF32 a Hessian may have no factorisation."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

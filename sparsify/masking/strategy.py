@@ -60,7 +60,9 @@ class Block:
 
         Args:
             kind: :class:`~sparsify.calibration.Moments`, :class:`~sparsify.calibration.Hessian`, or
-                any class that is made with (number of inputs, device) and has ``add(x_TI)``.
+                any class that is made with (number of inputs, device) and has ``add(x_TI)``; or
+                with ``paired = True`` and ``add(x_TI, dense_TI)``, which also gets what the input
+                would be had no block been pruned (:class:`~sparsify.calibration.CrossHessian`).
 
         Returns:
             The statistics by layer name; layers with the same input share one object.

@@ -31,6 +31,7 @@ from sparsify.strategies.dsnot import DSnoT
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.selfmask import SelfMask
 from sparsify.strategies.sparsegpt import SparseGPT
+from sparsify.strategies.swaps import Swaps
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.build import calibrate
 from tests.calibration.engine import TEXT, TWO_FOUR, count_passes, masked
@@ -88,8 +89,8 @@ def assert_same(found: Results, expected: Results) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [Wanda, ADMM, lambda: SparseGPT(update_weights=True), DSnoT],
-    ids=["wanda", "admm", "sparsegpt", "dsnot"],
+    [Wanda, ADMM, lambda: SparseGPT(update_weights=True), DSnoT, lambda: Swaps(refit=True)],
+    ids=["wanda", "admm", "sparsegpt", "dsnot", "swaps"],
 )
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
 def test_an_equal_run_finds_the_result(

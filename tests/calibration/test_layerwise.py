@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import Block, FixedMasker, LayerResult, SparsifyError, SparsityStrategy
-from sparsify.calibration import Calibration, Hessian, Layerwise, Moments
+from sparsify.calibration import Calibration, CrossHessian, Hessian, Layerwise, Moments
 from sparsify.masking.inject import inject
 from sparsify.masking.layer import masked_layers
 from sparsify.masking.select import Selection, decoder_blocks
@@ -64,6 +64,7 @@ def check(model: Callable[[], PreTrainedModel], probe: Probe, results: Any, dens
     """The probe's statistics are those of whole plain models."""
     count = 0
     for block in decoder_blocks(model()):
+        dense_inputs = by_hand(model(), results, block, dense=True)
         for name, x_TI in by_hand(model(), results, block, dense).items():
             if name not in probe.found[Moments]:
                 continue
@@ -73,6 +74,9 @@ def check(model: Callable[[], PreTrainedModel], probe: Probe, results: Any, dens
             close(moments.square_I, x_TI.square().sum(0))
             close(moments.norm_I, x_TI.norm(dim=0))
             close(hessian.matrix_II, x_TI.T @ x_TI)
+            if CrossHessian in probe.found:
+                cross = probe.found[CrossHessian][name]
+                close(cross.matrix_II, dense_inputs[name].T @ x_TI)
             assert moments.tokens == hessian.tokens == len(x_TI) == TEXT.numel()
             assert moments.windows == len(TEXT)
     assert count == len(probe.found[Moments]) == len(results) > 0
@@ -92,14 +96,14 @@ def close(found: Tensor, expected: Tensor, share: float = 1e-5) -> None:
 def test_statistics_are_those_of_the_model_with_all_earlier_blocks_pruned(
     family: str, update: bool, activations: Any
 ) -> None:
-    probe = Probe(Moments, Hessian, update=update)
+    probe = Probe(Moments, Hessian, CrossHessian, update=update)
     settings = Calibration(cache=False, activations=activations)
     results = calibrated(FAMILIES[family](), probe, settings=settings)
     check(FAMILIES[family], probe, results, activations == "dense")
 
 
 def test_what_the_caller_does_with_results_does_not_matter() -> None:
-    kept, applied = (Probe(Moments, Hessian, update=True) for _ in range(2))
+    kept, applied = (Probe(Moments, Hessian, CrossHessian, update=True) for _ in range(2))
     results = calibrated(FAMILIES["llama"](), kept)
     model = FAMILIES["llama"]()
     apply(masked(model), model, applied)
@@ -126,7 +130,7 @@ class NotTheFirst(Probe):
 
 
 def test_a_strategy_may_begin_with_a_later_block() -> None:
-    probe = NotTheFirst(Moments, Hessian)
+    probe = NotTheFirst(Moments, Hessian, CrossHessian)
     results = calibrated(FAMILIES["gemma3"](), probe)
     assert {name.split(".")[2] for name in results} == {"1", "2"}
     check(FAMILIES["gemma3"], probe, results, dense=False)
@@ -297,18 +301,32 @@ def test_the_models_masks_are_in_use_again_afterwards(model: LlamaForCausalLM) -
 
 
 class Late(SparsityStrategy):
-    """Gives results for the first block before it asks for anything."""
+    """Gives results for the first block before it asks for something."""
+
+    def __init__(self, early: list[Any], late: Any) -> None:
+        super().__init__()
+        self.early, self.late = early, late
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         blocks = iter(blocks)
-        yield from Magnitude().calibrate([next(blocks)])
+        first = next(blocks)
+        for kind in self.early:
+            first.collect(kind)
+        yield from Magnitude().calibrate([first])
         for block in blocks:
-            block.collect(Moments)
+            block.collect(self.late)
 
 
-def test_a_strategy_that_asks_late_is_an_error(model: LlamaForCausalLM) -> None:
-    with pytest.raises(SparsifyError, match="first request must come before the first result"):
-        calibrated(model, Late())
+@pytest.mark.parametrize(
+    ("early", "late", "what"),
+    [([], Moments, "statistics"), ([Moments], CrossHessian, "paired statistics")],
+)
+def test_a_strategy_that_asks_late_is_an_error(
+    model: LlamaForCausalLM, early: list[Any], late: Any, what: str
+) -> None:
+    message = f"asks for {what} after .* first request must come before the first result"
+    with pytest.raises(SparsifyError, match=message):
+        calibrated(model, Late(early, late))
 
 
 def test_a_layer_that_no_token_reaches_is_an_error(model: LlamaForCausalLM) -> None:

@@ -26,12 +26,15 @@ PATTERNS = ["2:4", "1:4", "2:8", "4:8", "3:5"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, what enters it, and the norms of its gradient."""
+    """A layer, what enters it, and the norms of its gradient; and what enters it in the dense model
+    if that is something else.
+    """
 
     name: str
     weight_OI: Tensor
     x_STI: Tensor
     gradient_OI: Tensor
+    dense_STI: Tensor | None = None
 
     @cached_property
     def w(self) -> Array:
@@ -112,8 +115,9 @@ class Given:
 
     def collect(self, kind: Callable[[int, torch.device], Any]) -> dict[str, Any]:
         found = kind(self.layer.x_STI.shape[-1], torch.device("cpu"))
-        for x_TI in self.layer.x_STI:
-            found.add(x_TI)
+        dense_STI = self.layer.x_STI if self.layer.dense_STI is None else self.layer.dense_STI
+        for x_TI, dense_TI in zip(self.layer.x_STI, dense_STI, strict=True):
+            found.add(*((x_TI, dense_TI) if getattr(kind, "paired", False) else (x_TI,)))
         return {self.layer.name: found}
 
     def gradient_norms(self) -> dict[str, Tensor]:

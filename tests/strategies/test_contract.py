@@ -43,6 +43,7 @@ from sparsify.strategies.ria import RIA
 from sparsify.strategies.selfmask import SelfMask
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.sr_ste import SRSTE
+from sparsify.strategies.swaps import Swaps
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.build import calibrate
 from sparsify.training.step import BatchRun
@@ -95,6 +96,8 @@ CASES = [
     Case("pruner_zero", PrunerZero, ANY, learns=False),
     Case("admm", ADMM, ANY, learns=False),
     Case("dsnot", lambda: DSnoT(skip=[]), ANY, learns=False),
+    Case("swaps", Swaps, ANY, learns=False),
+    Case("swaps, refitted", lambda: Swaps(refit=True), ANY, learns=False),
     Case("maskllm", MaskLLM, draws=True),
     Case("maskllm, magnitude prior", lambda: MaskLLM(prior="magnitude"), draws=True),
     Case("maskllm, hard samples", lambda: MaskLLM(hard=True), draws=True),

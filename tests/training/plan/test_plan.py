@@ -148,7 +148,9 @@ def test_the_larger_hessian_is_seen(model_folder: Path) -> None:
     assert seen.peaks["calibration"].parts["temporary"] >= 3 * down  # it, its factor, a copy
 
 
-@pytest.mark.parametrize("name", ["wanda", "ria", "gblm", "pruner_zero", "dsnot", "admm", "dense"])
+@pytest.mark.parametrize(
+    "name", ["wanda", "ria", "gblm", "pruner_zero", "dsnot", "swaps", "admm", "dense"]
+)
 def test_every_one_shot_strategy_can_be_planned(name: str, model_folder: Path) -> None:
     peaks = dry_run(settings(model_folder, name)).peaks
     assert "forward" not in peaks
