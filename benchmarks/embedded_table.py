@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, exported, fit, save, spread
+from kept_runs import check_protocol, fit, from_export, save, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -152,9 +152,7 @@ def main() -> None:
                 if name in WITHOUT_SEED and seed != args.seeds[0]:
                     continue
                 options = [*RUNS[name], "--logger=csv", *(watched(name) if args.all else [])]
-                if any("{selfmask}" in option for option in options):
-                    mask = exported(f"selfmask, seed {seed}", folder)
-                    options = [option.replace("{selfmask}", str(mask)) for option in options]
+                options = from_export(options, "selfmask", f"selfmask, seed {seed}", folder)
                 options += [f"--{part}.seed={seed}" for part in SEEDED]
                 result = fit(f"{name}, seed {seed}", options, folder)
                 results.setdefault(name, []).append(result)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -28,10 +28,14 @@ def fit(name: str, options: list[str], folder: Path) -> dict[str, Any]:
     return fit(name, options, folder)
 
 
-def exported(name: str, folder: Path) -> Path:
-    """The model that the run of this name exported."""
-    root = folder / name.replace(", ", "-").replace(" ", "_")
-    return cast(Path, _newest(root, "export"))
+def from_export(options: list[str], word: str, name: str, folder: Path) -> list[str]:
+    """The options, in which the export of the run of this name takes the place of ``{word}``."""
+    if not any(f"{{{word}}}" in option for option in options):
+        return options
+    export = _newest(folder / name.replace(", ", "-").replace(" ", "_"), "export")
+    if export is None:
+        raise SystemExit(f"this row starts from the export of {name!r}: run that first")
+    return [option.replace(f"{{{word}}}", str(export)) for option in options]
 
 
 def _newest(root: Path, what: str) -> Path | None:

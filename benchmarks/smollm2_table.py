@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, fit, save
+from kept_runs import check_protocol, fit, from_export, save
 from rich.console import Console
 from rich.table import Table
 
@@ -44,8 +44,12 @@ RUNS: dict[str, list[str]] = {
     "maskpro": [f"--config={RECIPES / 'smollm2_maskpro.yaml'}"],
     "maskllm": [f"--config={RECIPE}"],
     "selfmask": [f"--config={RECIPES / 'smollm2_selfmask.yaml'}"],
+    "selfmask, from swaps": [
+        f"--config={RECIPES / 'smollm2_selfmask.yaml'}",
+        "--model.strategy.prior={swaps}",
+    ],
 }
-LEARNED = ("maskpro", "maskllm", "selfmask")
+LEARNED = ("maskpro", "maskllm", "selfmask", "selfmask, from swaps")
 
 
 def fetch_model(folder: Path) -> Path:
@@ -136,7 +140,7 @@ def main() -> None:
     results = {}
     for name in args.only:
         # A config's settings come first, so that the common ones win.
-        options = [*RUNS[name], *common]
+        options = [*from_export(RUNS[name], "swaps", "swaps", args.folder), *common]
         if name not in LEARNED:
             options.append("--trainer.limit_val_batches=0")
         elif args.steps:
