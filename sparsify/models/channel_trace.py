@@ -30,10 +30,14 @@ _MOVES = {
 }
 _FILLS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor"}
 _FILLS |= {"zeros_like", "ones_like", "full_like"}
+_EMPTY = {"empty", "new_empty", "empty_like"}
 # The number of the argument that names the axes.
 _REDUCES = {"mean": 1, "sum": 1, "var": 1, "std": 1, "amax": 1, "linalg_vector_norm": 2}
 _ALONG = {"_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1}
 _NORMS = {"native_layer_norm", "_fused_rms_norm"}
+
+
+_MOST = 4  # fields of a tensor
 
 
 class ChannelTrace(TorchDispatchMode):
@@ -66,7 +70,8 @@ class ChannelTrace(TorchDispatchMode):
             for axis, size in enumerate(parameter.shape):
                 self.axes.append((name, axis, count, size))
                 shape = [size if a == axis else 1 for a in range(parameter.ndim)]
-                fields.append(torch.arange(count, count + size).view(shape))
+                if size > 1:
+                    fields.append(torch.arange(count, count + size).view(shape))
                 count += size
             self._fields[id(parameter)] = (parameter, fields)
         self.colours = torch.zeros(count, dtype=torch.int64)
@@ -82,12 +87,13 @@ class ChannelTrace(TorchDispatchMode):
         self.used |= {id(t) for t in tensors}
         name = func._schema.name.removeprefix("aten::")
         self.steps.append(name)
-        if any(id(t) in self._fields for t in tensors):
-            self._follow(func, name, args, kwargs, tensors, out)
-        elif name in _FILLS or (name in _SAME | _MOVES and id(args[0]) in self._filled):
+        if name.endswith("_"):
+            for written in (args[0], args[0]._base):
+                self._filled.pop(id(written), None)
+        if name in _FILLS or (name in _SAME | _MOVES and id(args[0]) in self._filled):
             self._filled |= {id(t): t for t in tree_leaves(out)}
-        elif name.endswith("_"):
-            self._filled.pop(id(args[0]), None)
+        elif name not in _EMPTY and any(id(t) in self._fields for t in tensors):
+            self._follow(func, name, args, kwargs, tensors, out)
         return out
 
     def pin(self, tensor: Tensor) -> None:
@@ -101,7 +107,12 @@ class ChannelTrace(TorchDispatchMode):
         return tensor.shape, self._fields.get(id(tensor), (tensor, []))[1]
 
     def _set(self, tensor: Tensor, fields: list[Tensor]) -> None:
-        kept = [f for f in map(_compact, fields) if bool((f >= 0).any())]
+        kept: list[Tensor] = []
+        for field in map(_compact, fields):
+            if field.numel() > 1 and len(kept) < _MOST:
+                kept.append(field)
+            else:  # one channel by itself, or one of too many
+                self._pin(field)
         self._filled.pop(id(tensor), None)
         self._fields.pop(id(tensor), None)
         if kept:
@@ -196,8 +207,15 @@ class ChannelTrace(TorchDispatchMode):
         for _, fields in aligned:
             for field in fields:
                 for i, other in enumerate(result):
-                    if _shared(other, field):
+                    shared = [a for a in range(ndim) if field.shape[a] > 1 < other.shape[a]]
+                    if shared and shared[-1] == max(_last(field), _last(other)):
                         result[i] = self._unite(other, field)
+                        break
+                    if shared:  # one value for many channels, as a gate of a head
+                        short, long = sorted((field, other), key=_last)
+                        self._pin(short)
+                        self._colour(long, shared)
+                        result[i] = long
                         break
                 else:
                     result.append(field)
@@ -301,9 +319,9 @@ def _compact(field: Tensor) -> Tensor:
     return field
 
 
-def _shared(a: Tensor, b: Tensor) -> bool:
-    """Whether two fields vary along one axis."""
-    return any(x > 1 and y > 1 for x, y in zip(a.shape, b.shape, strict=True))
+def _last(field: Tensor) -> int:
+    """The last axis along which a field varies."""
+    return max(a for a, size in enumerate(field.shape) if size > 1)
 
 
 def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
