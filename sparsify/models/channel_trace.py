@@ -11,12 +11,14 @@ Shapes of a product: N batch, m and n outer, k inner.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsify.models.channel_labels import Labels
 
 # What a tensor is to the trace: its shape, and its fields.
 Traced: TypeAlias = tuple[Sequence[int], list[Tensor]]
@@ -45,21 +47,13 @@ class ChannelTrace(TorchDispatchMode):
 
     Attributes:
         axes: (name of the Parameter, axis, first label, number of labels), in order.
-        edges: pairs of arrays of labels; those at one index are the same channel.
-        colours: a hash by label; channels that may change places have the same.
-        pinned: by label, whether it must stay.
-        read: by label, whether a layer sums over it: whether it is of the layer's inputs.
-        mixed: by label, whether tokens are mixed by a product, as attention does.
-        why: by label, the number in ``steps`` of the operation that last told it from others.
-        steps: the names of operations.
+        labels: what was learned of them.
         used: the ``id`` of each tensor that was an argument.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.axes: list[tuple[str, int, int, int]] = []
-        self.edges: list[tuple[Tensor, Tensor]] = []
-        self.steps: list[str] = []
         self.used: set[int] = set()
         # The tensors are kept, so that no other gets their id.
         self._fields: dict[int, tuple[Tensor, list[Tensor]]] = {}
@@ -74,9 +68,7 @@ class ChannelTrace(TorchDispatchMode):
                     fields.append(torch.arange(count, count + size).view(shape))
                 count += size
             self._fields[id(parameter)] = (parameter, fields)
-        self.colours = torch.zeros(count, dtype=torch.int64)
-        self.pinned, self.read, self.mixed = torch.zeros(3, count, dtype=torch.bool)
-        self.why = torch.full((count,), -1)
+        self.labels = Labels(count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -86,7 +78,7 @@ class ChannelTrace(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.used |= {id(t) for t in tensors}
         name = func._schema.name.removeprefix("aten::")
-        self.steps.append(name)
+        self.labels.steps.append(name)
         if name.endswith("_"):
             for written in (args[0], args[0]._base):
                 self._filled.pop(id(written), None)
@@ -99,7 +91,7 @@ class ChannelTrace(TorchDispatchMode):
     def pin(self, tensor: Tensor) -> None:
         """Keep all channels of a tensor where they are."""
         for field in self._traced(tensor)[1]:
-            self._pin(field)
+            self.labels.pin(field)
 
     def _traced(self, tensor: Tensor | None) -> Traced:
         if tensor is None or id(tensor) in self._filled:
@@ -112,7 +104,7 @@ class ChannelTrace(TorchDispatchMode):
             if field.numel() > 1 and len(kept) < _MOST:
                 kept.append(field)
             else:  # one channel by itself, or one of too many
-                self._pin(field)
+                self.labels.pin(field)
         self._filled.pop(id(tensor), None)
         self._fields.pop(id(tensor), None)
         if kept:
@@ -163,7 +155,7 @@ class ChannelTrace(TorchDispatchMode):
             merged = [1 if a == args[1] % len(shape) else s for a, s in enumerate(shape)]
             for field in fields:
                 if field.shape[args[1]] > 1:
-                    self._pin(field)
+                    self.labels.pin(field)
             self._set(out, self._join([first, (merged, fields)], out.ndim))
         elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor):
             self._set(out, self._join([self._traced(t) for t in tensors], out.ndim))
@@ -209,12 +201,12 @@ class ChannelTrace(TorchDispatchMode):
                 for i, other in enumerate(result):
                     shared = [a for a in range(ndim) if field.shape[a] > 1 < other.shape[a]]
                     if shared and shared[-1] == max(_last(field), _last(other)):
-                        result[i] = self._unite(other, field)
+                        result[i] = self.labels.unite(other, field)
                         break
                     if shared:  # one value for many channels, as a gate of a head
                         short, long = sorted((field, other), key=_last)
-                        self._pin(short)
-                        self._colour(long, shared)
+                        self.labels.pin(short)
+                        self.labels.colour(long, shared)
                         result[i] = long
                         break
                 else:
@@ -227,7 +219,7 @@ class ChannelTrace(TorchDispatchMode):
                     if shape[a] > 1 and field.shape[a] > 1 and all(f.shape[a] == 1 for f in fields)
                 ]
                 if axes:  # values that are no channels vary along them
-                    self._colour(field, axes)
+                    self.labels.colour(field, axes)
         return result
 
     def _product(self, a: Traced, b: Traced, ndim: int) -> list[Tensor]:
@@ -237,21 +229,21 @@ class ChannelTrace(TorchDispatchMode):
         outer = [f for f in left if f.shape[2] == 1] + [f for f in right if f.shape[1] == 1]
         if a[0] and a[0][-1] > 1 and not inner[0] and not inner[1]:
             for field in outer:
-                self.mixed[field[field >= 0]] = True
+                self.labels.mixed[field[field >= 0]] = True
         for fields, own in zip(inner, (left, right), strict=True):
             for field in fields:
                 if len(own) > 1:
-                    self.read[field[field >= 0]] = True
+                    self.labels.read[field[field >= 0]] = True
         for f, g in zip(*inner, strict=False):
             if f.shape[1] > 1 or g.shape[2] > 1:
-                self._pin(f)
-                self._pin(g)
-            self._unite(f[:, 0], g[:, :, 0])
+                self.labels.pin(f)
+                self.labels.pin(g)
+            self.labels.unite(f[:, 0], g[:, :, 0])
         for f in (*inner[0][len(inner[1]) :], *inner[1][len(inner[0]) :]):
-            self._pin(f)  # the other matrix tells them apart
+            self.labels.pin(f)  # the other matrix tells them apart
         for f in (*inner[0], *inner[1], *outer):
             if f.shape[0] > 1:
-                self._colour(f, [0])
+                self.labels.colour(f, [0])
         return [f if ndim == 3 else f[0] for f in outer]
 
     def _attend(self, q: Traced, k: Traced, v: Traced, out: Tensor) -> None:
@@ -262,7 +254,7 @@ class ChannelTrace(TorchDispatchMode):
             [f.repeat_interleave(groups, 0) if f.shape[0] > 1 else f for f in fs] for fs in (ks, vs)
         )
         for field in self._product((q[0], qs), (k[0], [f.mT for f in ks]), 3):
-            self._pin(field)
+            self.labels.pin(field)
         tokens = (k[0][1], q[0][2], k[0][2])
         self._set(out, [f[None] for f in self._product((tokens, []), (v[0], vs), 3)])
 
@@ -272,39 +264,10 @@ class ChannelTrace(TorchDispatchMode):
         summed = {a % ndim for a in axes}
         for field in traced[1]:
             if any(field.shape[a] > 1 for a in summed):
-                self._colour(field, [a for a in range(ndim) if a not in summed])
+                self.labels.colour(field, [a for a in range(ndim) if a not in summed])
             else:
                 kept.append(field)
         return kept
-
-    def _unite(self, a: Tensor, b: Tensor) -> Tensor:
-        """The same channels under two labels; returns one for each element."""
-        a, b = torch.broadcast_tensors(a, b)
-        both = (a >= 0) & (b >= 0)
-        self.edges.append((a[both], b[both]))
-        either = torch.where(a >= 0, a, b)
-        if not bool(both.all()):
-            self._pin(torch.where(both, -1, either))
-        return either
-
-    def _colour(self, field: Tensor, axes: list[int]) -> None:
-        """Tell channels apart by where they are along axes."""
-        at = torch.zeros((), dtype=torch.int64)
-        for axis in axes:
-            shape = [-1 if a == axis else 1 for a in range(field.ndim)]
-            at = at * field.shape[axis] + torch.arange(field.shape[axis]).view(shape)
-        key = at + (len(self.steps) << 32)
-        key = (key ^ (key >> 15)) * -7046029254386353131
-        key = (key ^ (key >> 29)) * -4658895280553007687
-        seen = field >= 0
-        self.colours.index_add_(0, field[seen], key.expand_as(field)[seen])
-        if any(field.shape[a] > 1 for a in axes):
-            self.why[field[seen]] = len(self.steps) - 1
-
-    def _pin(self, field: Tensor) -> None:
-        labels = field[field >= 0]
-        self.pinned[labels] = True
-        self.why[labels] = len(self.steps) - 1
 
 
 def _compact(field: Tensor) -> Tensor:
@@ -322,19 +285,3 @@ def _compact(field: Tensor) -> Tensor:
 def _last(field: Tensor) -> int:
     """The last axis along which a field varies."""
     return max(a for a, size in enumerate(field.shape) if size > 1)
-
-
-def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """By label, the least label that edges join it to."""
-    least = torch.arange(count)
-    if not edges:
-        return least
-    a, b = (torch.cat([e.flatten() for e in side]) for side in zip(*edges, strict=True))
-    while True:
-        low = torch.minimum(least[a], least[b])
-        new = least.scatter_reduce(0, least[a], low, "amin")
-        new = new.scatter_reduce(0, least[b], low, "amin")
-        new = new[new]
-        if torch.equal(new, least):
-            return cast(Tensor, least)
-        least = new

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.models.channel_trace import ChannelTrace, components
+from sparsify.models.channel_trace import ChannelTrace
 from sparsify.models.permutation import Kind, Part, Place, inverse, permute
 
 RESIDUAL = "residual"
@@ -41,22 +41,23 @@ class _Parts:
 
     def __init__(self, model: PreTrainedModel, trace: ChannelTrace) -> None:
         self._model, self._trace = model, trace
+        labels = self._labels = trace.labels
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
-        count = len(trace.pinned)
-        self._root = components(count, trace.edges)
+        count = len(labels.pinned)
+        self._root = labels.roots()
         self._axis_of = torch.repeat_interleave(
             torch.arange(len(trace.axes)), torch.tensor([size for *_, size in trace.axes])
         )
         zero = torch.zeros(count, dtype=torch.int64)
-        self._colour = zero.index_add(0, self._root, trace.colours)
+        self._colour = zero.index_add(0, self._root, labels.colours)
         # What a channel consists of: how often it is on each axis.
         odd = (torch.arange(len(trace.axes)) + 1) * -7046029254386353131
         signs = (odd ^ (odd >> 29)) * -4658895280553007687
         self._sign = zero.index_add(0, self._root, signs[self._axis_of])
-        self._pinned = zero.index_add(0, self._root, trace.pinned.long()) > 0
-        self._mixed = zero.index_add(0, self._root, trace.mixed.long()) > 0
+        self._pinned = zero.index_add(0, self._root, labels.pinned.long()) > 0
+        self._mixed = zero.index_add(0, self._root, labels.mixed.long()) > 0
         # Modules in which tokens are mixed.
-        mixed = self._axis_of[trace.mixed].unique().tolist()
+        mixed = self._axis_of[labels.mixed].unique().tolist()
         self._attention = {_owner(trace.axes[axis][0]) for axis in mixed}
 
     def found(self) -> tuple[dict[str, Part], dict[str, str]]:
@@ -72,7 +73,7 @@ class _Parts:
             roots = self._order(sign, reads[0])
             axes = self._axes(roots)
             name, kind = self._name(roots, axes, reads, parts)
-            reason, runs = self._unread() if kind == RESIDUAL else None, self._runs(roots)
+            reason, runs = (self._unread() if kind == RESIDUAL else None, self._runs(roots))
             if reason is None and runs:
                 parts[name] = self._part(name, kind, roots, runs, axes, set(reads))
                 continue
@@ -83,7 +84,7 @@ class _Parts:
     def _layer(self, axis: int) -> str | None:
         """The layer whose inputs an axis counts, if it is one."""
         name, along, start, size = self._trace.axes[axis]
-        if not bool(self._trace.read[start : start + size].any()):
+        if not bool(self._labels.read[start : start + size].any()):
             return None
         owner, _, key = name.rpartition(".")
         if self._parameters[name].ndim == 3:
@@ -120,9 +121,11 @@ class _Parts:
         if not any(part.isdigit() for part in found):  # in several blocks
             name = _owner(self._trace.axes[reads[0]][0])
         attention = name in self._attention or bool(self._mixed[roots].any())
-        return str(self._layer(reads[0])) if name in taken else name, (
-            "heads" if attention else "mlp"
-        )
+        if name in taken:
+            name = str(self._layer(reads[0]))
+        while name in taken:
+            name += "_"
+        return name, "heads" if attention else "mlp"
 
     def _unread(self) -> str | None:
         """A Parameter that may be used with the residual stream in ways that the run did not show,
@@ -140,8 +143,8 @@ class _Parts:
         return 0 if pinned or split or lengths[0] < 2 else len(lengths)
 
     def _told_apart(self, roots: Tensor) -> str:
-        why = self._trace.why[torch.isin(self._root, roots)]
-        step = self._trace.steps[int(why.max())] if bool((why >= 0).any()) else "their layers"
+        why = self._labels.why[torch.isin(self._root, roots)]
+        step = self._labels.steps[int(why.max())] if bool((why >= 0).any()) else "their layers"
         return f"its channels are told apart by {step}"
 
     def _part(
