@@ -94,12 +94,18 @@ def expand(args: Sequence[str]) -> list[str]:
                     run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
                 before.append(f"--config={json.dumps(settings)}")
             after.append(word)
-    if command == "fit" and not asks:
+    if command in ("fit", BUDGET) and not asks:
         _check_root(Path(root))
-    options = _logger(logger, run_name.lower(), root)
-    if command == BUDGET and logger == "csv":
-        options.append(f"--trainer.logger.version={BUDGET}")  # a second start finds the first's
-    return [command, *options, *before, *after]
+    if command == BUDGET:  # a second start goes on in the folder of the first
+        folder = Path(root) / run_name.lower() / BUDGET
+        return [
+            command,
+            *before,
+            *after,
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={folder}",
+        ]
+    return [command, *_logger(logger, run_name.lower(), root), *before, *after]
 
 
 def _root_in_configs(words: Sequence[str]) -> str | None:
@@ -174,13 +180,14 @@ def _split(args: Sequence[str]) -> list[str]:
 
 
 def _listed(args: Sequence[str]) -> list[str]:
-    """Join ``--patterns A B`` to ``--patterns=["A", "B"]``."""
+    """Make one word of ``--patterns A B``, which is ``--patterns=["A", "B"]``."""
     out = list(args)
     if "--patterns" in out:
         start = out.index("--patterns")
         end = next((i for i in range(start + 1, len(out)) if out[i].startswith("-")), len(out))
-        if not out[start + 1 : start + 2] or not out[start + 1].startswith("["):
-            out[start:end] = [f"--patterns={json.dumps(out[start + 1 : end])}"]
+        given = out[start + 1 : end]
+        if not given or not given[0].startswith("["):
+            out[start:end] = [f"--patterns={json.dumps(given)}"]
     return out
 
 
