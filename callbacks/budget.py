@@ -13,11 +13,13 @@ from sparsify.callbacks.sensitivity import SPLIT, check
 from sparsify.common.console import Progress, tracked
 from sparsify.common.errors import SparsifyError
 from sparsify.common.run_folder import run_folder
+from sparsify.masking.select import decoder_blocks
 from sparsify.models.token_batch import split_batch
 from sparsify.results.budget import report
 from sparsify.results.budget.bank import Bank
 from sparsify.results.budget.goal import Goal
-from sparsify.results.budget.measure import SCORES, Batch, Scores, spread
+from sparsify.results.budget.measure import SCORES, Scores, spread
+from sparsify.results.budget.prefix import Batch, Prefix
 from sparsify.results.budget.search import search
 from sparsify.results.budget.units import Choice, make_units
 from sparsify.results.result import describe_protocol
@@ -69,11 +71,13 @@ class MeasureBudget(Callback):
             "dtype": pl_module.scored_dtype,
             "device": pl_module.device.type,
         }
-        scores = Scores(folder / SCORES, context, bank, losses)
+        scores = Scores(folder / SCORES, context, bank)
         for pattern in goal.patterns:
             if pattern is not None:
                 bank.add(pattern)
-        few, many = (self._windows(trainer, count) for count in (1, MORE))
+        blocks = decoder_blocks(masked.model)
+        few = Prefix(blocks, self._windows(trainer, 1), losses)
+        many = Prefix({}, self._windows(trainer, MORE), losses)  # whole choices: no block is equal
 
         def together(choice: Choice) -> Tensor:
             return scores(bank.calibrated(units.patterns(choice)), many)
@@ -90,7 +94,7 @@ class MeasureBudget(Callback):
         about = {
             "protocol": describe_protocol(masked.base, pl_module.scored_dtype, text, SPLIT),
             "strategy": pl_module.strategy.describe(),
-            "windows": {"changes": sum(map(_count, few)), "choices": sum(map(_count, many))},
+            "windows": {"changes": _count(few), "choices": _count(many)},
             "measured": scores.measured,
         }
         given = pl_module.selection.overrides.describe()
@@ -116,8 +120,8 @@ class MeasureBudget(Callback):
         return spread((b for loader in loaders for b in loader), more * self.goal.windows, size)
 
 
-def _count(batch: Batch) -> int:
-    return len(split_batch(batch)[0])
+def _count(prefix: Prefix) -> int:
+    return sum(len(split_batch(batch)[0]) for batch in prefix.batches)
 
 
 def _window_losses(trainer: Any, pl_module: Any, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: W windows, B of a batch, T tokens.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from sparsify.common.files import write_json
 from sparsify.models.token_batch import TokenBatch, split_batch
 from sparsify.results.budget.bank import Bank, Masks, tensor_hash
+from sparsify.results.budget.prefix import Batch, Prefix
 
 SCORES = "scores.json"
-Batch = Tensor | TokenBatch
 
 
 def spread(batches: Iterable[Batch], windows: int, size: int) -> list[Batch]:
@@ -46,26 +46,23 @@ class Scores:
         path: the file.
         context: all that losses depend on besides windows and masks.
         bank: the masks.
-        losses: measures the windows of a batch, ``[B]``, in the model as it is.
     """
 
-    def __init__(
-        self, path: Path, context: Any, bank: Bank, losses: Callable[[Batch], Tensor]
-    ) -> None:
-        self._path, self._bank, self._losses = path, bank, losses
+    def __init__(self, path: Path, context: Any, bank: Bank) -> None:
+        self._path, self._bank = path, bank
         self._context = json.dumps(context, sort_keys=True)
         self.known = _read(path)
         self.measured = 0
 
-    def __call__(self, masks: Masks, batches: Sequence[Batch]) -> Tensor:
-        """The loss of every window, nats a token: float64 ``[W]``."""
+    def __call__(self, masks: Masks, prefix: Prefix) -> Tensor:
+        """The loss of every window of a prefix's batches, nats a token: float64 ``[W]``."""
         parts = [self._context, self._bank.digest(masks)]
-        for batch in batches:
+        for batch in prefix.batches:
             parts += [tensor_hash(part) for part in split_batch(batch) if part is not None]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         if key not in self.known:
             with self._bank.use(masks):
-                found = torch.cat([self._losses(batch).double().cpu() for batch in batches])
+                found = torch.cat(prefix(masks)).double().cpu()
             self.known[key] = found.tolist()
             self.measured += 1
             write_json(self._path, self.known)
