@@ -39,7 +39,7 @@ class Goal:
     limit: float
     unit: Unit = "layer"
     windows: int = 32
-    rounds: int = 2
+    rounds: int = 1
     tokens: int = 1
 
     @classmethod

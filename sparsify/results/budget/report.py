@@ -111,7 +111,7 @@ def draw_frontier(path: Path, units: Units, found: Found, goal: Goal, title: str
     """
     # Not through pyplot, whose windows and global state nothing here needs.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -140,6 +140,7 @@ def draw_frontier(path: Path, units: Units, found: Found, goal: Goal, title: str
     if goal.name == "max_perplexity_ratio":
         axes.axhline(goal.limit, color=CHOSEN, linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes of the masked layers, as a share of dense")

@@ -227,16 +227,19 @@ class Search:
         """The best choice after changes around the present one; that itself if none is better."""
         changes = [abs(x) for own in around for x in own.values() if x]
         scale = statistics.median(changes) if changes else 0.0
+        knapsacks = []
+        # Where the plain sum fails, as many changes at once no longer add up, fewer may still help.
         for penalty in PENALTIES:
             held: Table = [
                 {p: loss + penalty * scale * (p != own) for p, loss in of.items()}
                 for of, own in zip(around, best.choice, strict=True)
             ]
-            knapsack = Knapsack(self._units.costs, held)
-            if by_ratio:
-                return self._cheapest(knapsack, self._units.cost(best.choice))
+            knapsacks.append(Knapsack(self._units.costs, held))
+        if by_ratio:
+            return self._cheapest(knapsacks[0], self._units.cost(best.choice))
+        for knapsack in knapsacks[1:]:
             self._point(knapsack.at(self._limit))
-        return self._fitting(knapsack)
+        return self._fitting(knapsacks[0])
 
     def _dearer(self, best: Point, knapsack: Knapsack[Pattern]) -> Point:
         """The cheapest choice dearer than the best whose joint run is surer to keep the ratio."""
