@@ -163,7 +163,9 @@ class CommandTrainer(Trainer):
         }
         goal = Goal.parse(patterns, limits, unit, windows, rounds, tokens)
         self.limit_val_batches = 1  # the callback reads the text by itself
-        self._validate_for(MeasureBudget(goal, fit_words(sys.argv[1:])), model, datamodule)
+        words = sys.argv[1:]
+        words.remove("budget")
+        self._validate_for(MeasureBudget(goal, fit_words(words)), model, datamodule)
 
     def _validate_for(
         self,

@@ -186,11 +186,11 @@ def pattern_counts(units: Units, found: Found) -> Table:
 
 
 def fit_words(words: Sequence[str]) -> list[str]:
-    """The words after ``sparsify budget`` that ``fit`` takes too."""
+    """Those of the words after ``sparsify budget`` that ``fit`` takes too."""
     kept, own = [], False
-    for word in words[1:]:
-        if word.startswith("--"):
-            flag = word.partition("=")[0].removeprefix("--")
+    for word in words:
+        if word.startswith("-"):
+            flag = word.partition("=")[0].lstrip("-")
             own = flag in OPTIONS or flag.startswith("output.")
         if not own:
             kept.append(word)

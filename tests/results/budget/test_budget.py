@@ -14,8 +14,10 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.cli.main import main
+from sparsify.cli.short_forms import expand
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import find_file
+from sparsify.results.budget import fit_words
 from sparsify.results.budget.measure import Scores, spread
 from tests.conftest import Cli, tiny_llama
 
@@ -262,6 +264,24 @@ def test_what_cannot_be_done_is_refused(
         budget("budget", "--strategy=magnitude", "--windows=2", "--rounds=0", *words)
     assert re.search(message, capsys.readouterr().err)
     assert not list(budget.folder.rglob("overrides.yaml"))
+
+
+def test_a_strategy_keeps_its_packaged_config_beside_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "overrides.yaml"
+    file.write_text("# a comment\nmodel:\n  overrides:\n    '*.q_proj': 2:4\n")
+    words = ["fit", "--strategy", "maskllm", "--config", str(file)]
+    configs = [word for word in expand(words) if word.startswith("--config=")]
+    assert [config.rpartition("/")[2] for config in configs] == ["maskllm.yaml", "overrides.yaml"]
+    file.write_text("model:\n  overrides: {}\n  seed: 1\n")
+    assert [word for word in expand(words) if word.startswith("--config=")] == configs[1:]
+
+
+def test_the_words_that_fit_takes_too() -> None:
+    given = "--strategy wanda --patterns dense 2:4 --kept 0.5 -c file --unit=block --data.seed 1"
+    assert fit_words(given.split()) == ["--strategy", "wanda", "-c", "file", "--data.seed", "1"]
+    assert fit_words(["--output.folder", "x", "--rounds", "0", "--model.seed=2"]) == [
+        "--model.seed=2"
+    ]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
