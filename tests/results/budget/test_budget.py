@@ -167,7 +167,7 @@ def test_fit_takes_the_overrides_and_makes_what_was_measured(
     budget: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--strategy=wanda", "--model.calibration.samples=8"]
-    own = ["--windows=6", "--rounds=1", "--unit=module", "--bytes=30KiB", "--output.folder=there"]
+    own = ["--windows=7", "--rounds=1", "--unit=module", "--bytes=30KiB", "--output.folder=there"]
     own += ["--patterns", "dense", "2:4", "1:4", "--trainer.enable_progress_bar=true"]
     budget("budget", *words, *own)
     page = re.sub(r"\s+", " ", capsys.readouterr().out)
