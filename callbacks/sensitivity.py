@@ -28,28 +28,7 @@ class MeasureSensitivity(Callback):
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        strategy = pl_module.strategy
-        name = type(strategy).__name__
-        if not strategy.effect.prunes:
-            raise SparsifyError(
-                f"{name} masks nothing, so there is nothing to measure; take another --strategy"
-            )
-        if strategy.effect.changes_base:
-            raise SparsifyError(
-                f"the base weights of {name} are {strategy.effect.weights}, so that a "
-                "dense block would not be that of the base model; take a strategy that only "
-                "chooses masks, or its setting for that"
-            )
-        if not trainer.datamodule.validation_names:
-            raise SparsifyError(
-                "there is no validation text, but blocks must not be chosen on the test text; "
-                "give --data.validation FILE"
-            )
-        if not trainer.limit_val_batches:
-            raise SparsifyError(
-                f"limit_val_batches is {trainer.limit_val_batches}, so that nothing is measured; "
-                "give --trainer.limit_val_batches a number above 0, or leave it out"
-            )
+        check(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
@@ -69,6 +48,36 @@ class MeasureSensitivity(Callback):
         sensitivity = measure_sensitivity(pl_module.lm, scores, watch)
         if trainer.is_global_zero:
             _report(trainer, pl_module, sensitivity)
+
+
+def check(trainer: Any, pl_module: Any) -> None:
+    """Refuse what can be measured neither by block nor by layer.
+
+    Raises:
+        SparsifyError: the strategy masks nothing or changes base weights, or there is no text.
+    """
+    strategy = pl_module.strategy
+    name = type(strategy).__name__
+    if not strategy.effect.prunes:
+        raise SparsifyError(
+            f"{name} masks nothing, so there is nothing to measure; take another --strategy"
+        )
+    if strategy.effect.changes_base:
+        raise SparsifyError(
+            f"the base weights of {name} are {strategy.effect.weights}, so that a "
+            "dense block would not be that of the base model; take a strategy that only "
+            "chooses masks, or its setting for that"
+        )
+    if not trainer.datamodule.validation_names:
+        raise SparsifyError(
+            "there is no validation text, but blocks must not be chosen on the test text; "
+            "give --data.validation FILE"
+        )
+    if not trainer.limit_val_batches:
+        raise SparsifyError(
+            f"limit_val_batches is {trainer.limit_val_batches}, so that nothing is measured; "
+            "give --trainer.limit_val_batches a number above 0, or leave it out"
+        )
 
 
 def _report(trainer: Any, pl_module: Any, sensitivity: Sensitivity) -> None:

@@ -35,6 +35,7 @@ LOGGERS = {
 }
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
 RUNS = "runs"
+BUDGET = "budget"  # the command, and the name of its folder
 LEARNS = ("fit", "plan")  # commands of a run that learns, and resumes if given a checkpoint
 
 
@@ -55,7 +56,7 @@ def expand(args: Sequence[str]) -> list[str]:
     if not args or args[0].startswith("-"):
         return list(args)
     command, rest = args[0], _split(args[1:])
-    given = {word.partition("=")[0] for word in rest}
+    given = {word.partition("=")[0] for word in rest if not _only_overrides(word)}
     asks = any(word.endswith(("-h", "help")) or "print_config" in word for word in given)
     if not asks and not given & {*STRATEGY_FLAGS, "--config", "--ckpt_path"}:
         raise SparsifyError(
@@ -93,8 +94,17 @@ def expand(args: Sequence[str]) -> list[str]:
                     run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
                 before.append(f"--config={json.dumps(settings)}")
             after.append(word)
-    if command == "fit" and not asks:
+    if command in ("fit", BUDGET) and not asks:
         _check_root(Path(root))
+    if command == BUDGET:  # a second start goes on in the folder of the first
+        folder = Path(root) / run_name.lower() / BUDGET
+        return [
+            command,
+            *before,
+            *after,
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={folder}",
+        ]
     return [command, *_logger(logger, run_name.lower(), root), *before, *after]
 
 
@@ -111,6 +121,18 @@ def _root_in_configs(words: Sequence[str]) -> str | None:
                 continue
             found = str(Path(value).expanduser()) if isinstance(value, str) else found
     return found
+
+
+def _only_overrides(word: str) -> bool:
+    """Whether a word names a config that sets nothing but patterns, as ``budget`` writes it. Beside
+    it a strategy keeps its packaged config.
+    """
+    flag, _, path = word.partition("=")
+    try:
+        said = yaml_text.load(Path(path).read_text(encoding="utf-8")) if flag == "--config" else {}
+        return list(said) == ["model"] and list(said["model"]) == ["overrides"]
+    except (OSError, ValueError, yaml.YAMLError, TypeError):
+        return False
 
 
 def _check_root(root: Path) -> None:
@@ -136,7 +158,7 @@ def _packaged_config(name: str) -> list[str]:
 def _split(args: Sequence[str]) -> list[str]:
     """Join ``--flag value`` to ``--flag=value`` for the flags that :func:`expand` reads."""
     out: list[str] = []
-    words = iter(args)
+    words = iter(_listed(args))
     for word in words:
         if word in (
             *STRATEGY_FLAGS,
@@ -154,6 +176,18 @@ def _split(args: Sequence[str]) -> list[str]:
                 raise SparsifyError(f"{word} needs a value")
             word = f"{'--config' if word == '-c' else word}={value}"
         out.append(word)
+    return out
+
+
+def _listed(args: Sequence[str]) -> list[str]:
+    """Make one word of ``--patterns A B``, which is ``--patterns=["A", "B"]``."""
+    out = list(args)
+    if "--patterns" in out:
+        start = out.index("--patterns")
+        end = next((i for i in range(start + 1, len(out)) if out[i].startswith("-")), len(out))
+        given = out[start + 1 : end]
+        if not given or not given[0].startswith("["):
+            out[start:end] = [f"--patterns={json.dumps(given)}"]
     return out
 
 

@@ -39,6 +39,11 @@ TRAINER_COMMANDS = {
         "Measure on the validation text how much each decoder block loses by its masks. A strategy "
         "that learns is measured by its starting masks unless --ckpt_path is given."
     ),
+    "budget": (
+        "Choose a pattern for each layer: the fewest bytes within a perplexity, or the lowest "
+        "perplexity within a size or time. A strategy that learns is measured by its starting "
+        "masks."
+    ),
 }
 TOOLS: dict[str, Tool | Group] = {
     "compare": Tool(

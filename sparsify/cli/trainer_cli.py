@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sparsify.callbacks.budget import MeasureBudget
 from sparsify.callbacks.sensitivity import MeasureSensitivity
 from sparsify.cli.short_forms import RUNS, expand
 from sparsify.cli.table import TRAINER_COMMANDS
@@ -23,6 +24,7 @@ from sparsify.common.ranks import leave_process_group
 from sparsify.common.secrets import holds_redacted, redacted
 from sparsify.data import TextDataModule
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, plugins
+from sparsify.results.budget import PATTERNS, Goal, Unit, fit_words
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.optimizers import ADAMW
 from sparsify.training.trainer import Trainer
@@ -117,8 +119,62 @@ class CommandTrainer(Trainer):
             ckpt_path: the checkpoint, usually ``last.ckpt`` of the run; without one, the strategy's
                 starting masks are measured, before it learns anything.
         """
+        self._validate_for(MeasureSensitivity(), model, datamodule, ckpt_path)
+
+    def budget(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        patterns: list[str] = list(PATTERNS),
+        max_perplexity_ratio: float | None = None,
+        kept: float | None = None,
+        bytes: str | float | None = None,
+        milliseconds: float | None = None,
+        unit: Unit = "layer",
+        windows: int = Goal.windows,
+        rounds: int = Goal.rounds,
+        tokens: int = Goal.tokens,
+    ) -> None:
+        """Choose a pattern for each layer so that the model is the best within a budget.
+
+        Args:
+            model: the module; its strategy leaves the base weights as they are.
+            datamodule: its data.
+            patterns: what a layer may have: N:M, or dense.
+            max_perplexity_ratio: find the fewest bytes at which perplexity is at most so many times
+                the dense model's.
+            kept: find the lowest perplexity at which at most this share of the weights is kept.
+            bytes: find the lowest perplexity at which the masked layers take at most so many bytes,
+                such as 12MiB.
+            milliseconds: the same for the time of one forward pass of these layers, from the times
+                that were measured when an export was loaded on this device.
+            unit: what gets one pattern: a kind of layer in a block, a module of a block such as its
+                attention, or a block.
+            windows: of validation text, in which a change of one unit is measured; whole choices
+                are measured in up to four times as many.
+            rounds: how often changes are measured again around the best choice so far.
+            tokens: with --milliseconds, how many tokens the layers are given.
+        """
+        limits = {
+            "max_perplexity_ratio": max_perplexity_ratio,
+            "kept": kept,
+            "bytes": bytes,
+            "milliseconds": milliseconds,
+        }
+        goal = Goal.parse(patterns, limits, unit, windows, rounds, tokens)
+        self.limit_val_batches = 1  # the callback reads the text by itself
+        words = sys.argv[1:]
+        words.remove("budget")
+        self._validate_for(MeasureBudget(goal, fit_words(words)), model, datamodule)
+
+    def _validate_for(
+        self,
+        callback: Callback,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+    ) -> None:
         self.sensing = True
-        callback = MeasureSensitivity()
         cast(Any, self).callbacks.append(callback)
         try:
             self.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
@@ -153,6 +209,7 @@ class SparsifyCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
             "export": {"model", "datamodule"},
             "sensitivity": {"model", "datamodule"},
+            "budget": {"model", "datamodule"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -267,7 +267,7 @@ def test_help(capsys: pytest.CaptureFixture[str], cli: Cli) -> None:
     )  # noqa: S603
     assert out.stderr == ""
     assert "N:M sparse masks" in out.stdout
-    for command in ("fit", "validate", "test", "export", "sensitivity"):
+    for command in ("fit", "validate", "test", "export", "sensitivity", "budget"):
         assert f"    {command} " in out.stdout
     with pytest.raises(SystemExit, match="^0$"):
         main(["fit", "--help"])
