@@ -65,7 +65,9 @@ class Sparsified:
         patterns, lineage = layer_patterns(self.model), mask_lineage(masked)
         with together():
             if rank_zero():
-                write_masks(Path(path), masks, patterns, masked.base.hash, lineage)
+                orders = masked.base.permutation
+                digest = masked.base.hash
+                write_masks(Path(path), masks, patterns, digest, lineage, permutation=orders)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense
