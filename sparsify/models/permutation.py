@@ -27,6 +27,7 @@ class Place:
         parameter: its name among the model's Parameters.
         axis: which of its axes they are on.
         at_KC: their indices there; each of the K rows is moved by the same order.
+        reads: whether they are the inputs of a layer.
         stacked: whether the first axis counts experts, each with channels of its own: then indices
             are those into experts and ``axis`` together, experts first.
     """
@@ -34,7 +35,8 @@ class Place:
     parameter: str
     axis: int
     at_KC: Tensor
-    stacked: bool = False
+    reads: bool
+    stacked: bool
 
     def sources(self, order_C: Tensor, length: int) -> Tensor:
         """For each of ``length`` indices, the one whose content comes there."""
@@ -77,7 +79,7 @@ class Part:
             ``[I]``; for a stack whose experts have channels of their own ``[E, I]``.
         """
         for place in self.places:
-            if name in self.inputs and place.parameter in (name, f"{name}.weight"):
+            if place.reads and place.parameter in (name, f"{name}.weight"):
                 if not place.stacked:
                     return place.sources(order_C, inputs)
                 return place.sources(order_C, self.runs * inputs).view(self.runs, inputs) % inputs
