@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sparsify.calibration.permuting import NONE
 from sparsify.common.console import Progress
 from sparsify.common.quiet import quiet
 from sparsify.common.ranks import rank_zero, together
@@ -118,7 +119,8 @@ def sparsify(
     data.tokenizer = tokenizer_of(tokenizer)
     check_model(model)
     check_objects(model, data.tokenizer, strategy)
-    with quiet(), _restored_on_failure(model, strategy.effect.changes_base):
+    changes = strategy.effect.changes_base or options.get("permute", NONE) != NONE
+    with quiet(), _restored_on_failure(model, changes):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
     return Sparsified(model, module, runner)
 

@@ -26,7 +26,7 @@ from sparsify.masking.pattern import NMPattern
 
 # Weights of a piece of rows: what is made of it stays in a CPU's cache.
 _PIECE = {"cpu": 1 << 17}
-_PIECE_ELSEWHERE = 1 << 25
+_PIECE_ELSEWHERE = 1 << 23
 
 
 @dataclass
@@ -130,8 +130,8 @@ def _pairs(channels: int, runs: int, width: int, generator: torch.Generator) -> 
 
 
 def _pieces(layer: Inputs, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight and its scores, fp32, by pieces of rows."""
-    weight_OI = layer.weight_OI.to(device, torch.float32)
+    """The weight and its scores by pieces of rows, in the type of X^T X."""
+    weight_OI = layer.weight_OI.to(device, layer.gram_II.dtype)
     score_OI = layer.score(weight_OI, layer.scale_I.to(device))
     most = _PIECE.get(device.type, _PIECE_ELSEWHERE)
     rows = max(1, most // weight_OI.shape[1])
@@ -241,11 +241,11 @@ def _between(
         held_I, new_I = held_I.to(device), new_I.to(device)
         at = layer.columns_KC[:, at_PS].permute(1, 2, 0).flatten().to(device)
         gram_II = layer.gram_II.to(device)[held_I][:, held_I]
-        products_QQ = torch.zeros(len(at), len(at), device=device)
+        products_QQ = gram_II.new_zeros(len(at), len(at))
         for weight_OI, score_OI in _pieces(layer, device):
             mask_OI = layer.pattern.top(score_OI[:, held_I])
             new_OI = layer.pattern.top(score_OI[:, new_I])[:, back_I]
-            change_OI = weight_OI[:, held_I] * (new_OI.float() - mask_OI.float())
+            change_OI = weight_OI[:, held_I] * (new_OI.to(weight_OI) - mask_OI.to(weight_OI))
             change_OQ = change_OI[:, at]
             products_QQ.addmm_(change_OQ.T, change_OQ)
         products_QQ *= gram_II[at][:, at]

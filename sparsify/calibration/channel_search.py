@@ -6,6 +6,7 @@ Shapes: C channels of a part, K columns of a channel, I in.
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ class ChannelSearch(SparsityStrategy):
         for part in parts.values():
             for place in part.places:
                 name = place.parameter.removesuffix(".weight")
-                name = name if name in part.inputs else place.parameter
-                if name in part.inputs:
+                name = name if name in part.inputs else place.parameter  # experts'
+                if place.reads:
                     self._reads.setdefault(name, []).append((part, place))
         self.orders: dict[str, Tensor] = {}
 
@@ -58,6 +59,7 @@ class ChannelSearch(SparsityStrategy):
 
     def _search(self, block: Block) -> None:
         grams = block.collect(Hessian)
+        kept: dict[int, Tensor] = {}
         own: dict[str, list[Inputs]] = {}
         scales: dict[int, Tensor] = {}
         stacks: dict[str, tuple[MaskedExperts, Tensor]] = {}
@@ -71,7 +73,7 @@ class ChannelSearch(SparsityStrategy):
                     scales[id(gram_II)] = self._scores[0](gram_II)
                 for part, place in self._reads[name]:
                     inputs = self._inputs(layer, gram_II, scales[id(gram_II)], place.at_KC)
-                    self._add(own, part, inputs)
+                    self._add(own, part, inputs, kept)
             elif all(place.stacked for _, place in self._reads[stack]):
                 columns_KC = torch.arange(len(gram_II))[None]
                 inputs = self._inputs(layer, gram_II, self._scores[0](gram_II), columns_KC)
@@ -84,7 +86,8 @@ class ChannelSearch(SparsityStrategy):
         for stack, (experts, gram_II) in stacks.items():
             for part, place in self._reads[stack]:
                 scale_I = self._scores[0](gram_II)
-                self._add(own, part, self._inputs(experts, gram_II, scale_I, place.at_KC))
+                inputs = self._inputs(experts, gram_II, scale_I, place.at_KC)
+                self._add(own, part, inputs, kept)
         for name, layers in own.items():
             self._find(self._parts[name], layers)
 
@@ -94,10 +97,14 @@ class ChannelSearch(SparsityStrategy):
         weight_OI, pattern = layer.weight_OI.detach(), layer.masker.pattern
         return Inputs(weight_OI, gram_II, scale_I, self._scores[1], columns_KC, pattern)
 
-    def _add(self, own: dict[str, list[Inputs]], part: Part, inputs: Inputs) -> None:
+    def _add(
+        self, own: dict[str, list[Inputs]], part: Part, inputs: Inputs, kept: dict[int, Tensor]
+    ) -> None:
         if part.kind != "residual":
             own.setdefault(part.name, []).append(inputs)
             return
+        gram_II = kept.setdefault(id(inputs.gram_II), inputs.gram_II.cpu())
+        inputs = replace(inputs, gram_II=gram_II, scale_I=inputs.scale_I.cpu())
         self._shared.setdefault(part.name, []).append(inputs)
 
     def finish(self) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.models.channel_trace import ChannelTrace, components
-from sparsify.models.layer_names import block_and_kind
 from sparsify.models.permutation import Kind, Part, Place, inverse, permute
 
 RESIDUAL = "residual"
