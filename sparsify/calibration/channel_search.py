@@ -122,7 +122,7 @@ class ChannelSearch(SparsityStrategy):
             log.info("%s stays: %d channels are no multiple of M = %d", part.name, run, width)
             return
         order_C, errors = find_order(layers, part.runs if expert is None else 1, self._device)
-        log.info("%s: %.1f %% less error", part.name, 100 * (1 - errors[-1] / errors[0]))
+        log.info("%s: layer error %g, was %g", part.name, errors[-1], errors[0])
         if expert is not None:
             whole_C = self.orders.get(part.name, torch.arange(part.size))
             whole_C[expert * run : (expert + 1) * run] = expert * run + order_C

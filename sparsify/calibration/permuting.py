@@ -30,8 +30,8 @@ from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import Selection
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.base import BaseModel
-from sparsify.models.permutable import permutable
-from sparsify.models.permutation import Kind
+from sparsify.models.permutable import permutable, proven
+from sparsify.models.permutation import Kind, Part
 
 log = logging.getLogger("sparsify")
 
@@ -107,19 +107,8 @@ def _search(
 ) -> Iterator[tuple[str, Tensor]]:
     if not strategy.effect.prunes:
         return
-    parts, reasons = permutable(base.model)
-    for name, why in reasons.items():
-        log.info("%s is not permuted: %s", name, why)
-    for kind in kinds:
-        if not any(part.kind == kind for part in parts.values()) and len(kinds) < len(KINDS):
-            there = ", ".join(dict.fromkeys(part.kind for part in parts.values())) or "none"
-            why = "".join(f"; {name}: {why}" for name, why in list(reasons.items())[:3])
-            raise SparsifyError(
-                f"permute: this {type(base.model).__name__} has no channels of kind {kind!r} that "
-                f"can be permuted at no cost; there are: {there}{why}"
-            )
+    wanted = _wanted(base, kinds)
     windows_ST = windows()
-    wanted = {name: part for name, part in parts.items() if part.kind in kinds}
     search = ChannelSearch(strategy, wanted, device)
     plain = dict(base.model.named_modules())
     masked = MaskedModel(base, search, selection)
@@ -144,6 +133,27 @@ def _search(
             else:  # experts
                 layer.leave(base.model, name)
     yield from orders.items()
+
+
+def _wanted(base: BaseModel, kinds: Sequence[Kind]) -> dict[str, Part]:
+    """The parts of these kinds by name; of all kinds those that there are."""
+    parts, reasons = permutable(base.model)
+    parts, refused = proven(base.model, parts)
+    reasons |= refused
+    for name, why in reasons.items():
+        log.info("the inputs of %s stay in their order: %s", name, why)
+    for kind in kinds:
+        if not any(part.kind == kind for part in parts.values()):
+            there = ", ".join(dict.fromkeys(part.kind for part in parts.values())) or "none"
+            why = "".join(f"; {name}: {why}" for name, why in list(reasons.items())[:3])
+            said = (
+                f"permute: this {type(base.model).__name__} has no channels of kind {kind!r} that "
+                f"can be permuted at no cost; there are: {there}{why}"
+            )
+            if len(kinds) < len(KINDS):
+                raise SparsifyError(said)
+            log.warning("%s", said)
+    return {name: part for name, part in parts.items() if part.kind in kinds}
 
 
 def _kept(folder: Path) -> dict[str, Tensor] | None:

@@ -7,6 +7,7 @@ safetensors file, as some servers read every such file in a folder as weights.
 Shapes: C channels of a part.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
-from sparsify.common.files import read_json, write_json
+from sparsify.common.files import read_json
+from sparsify.common.replace import whole_file
 from sparsify.common.seal import content_hash
 from sparsify.models.layer_names import family
 from sparsify.models.permutable import permutable
@@ -97,7 +99,8 @@ class Permutation:
 
     def write(self, folder: Path) -> None:
         """Write the file of an exported folder."""
-        write_json(folder / FILE, self.to_dict())
+        with whole_file(folder / FILE) as file:
+            file.write(json.dumps(self.to_dict(), separators=(",", ":")).encode())
 
     def apply(self, model: nn.Module) -> None:
         """Put the model's channels into these orders, in place; errors as of ``permute``."""

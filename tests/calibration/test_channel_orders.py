@@ -40,7 +40,8 @@ def error_of(layers: Sequence[Inputs], order_C: Tensor) -> float:
         weight_OI = layer.weight_OI.double()[:, at_I]
         score_OI = layer.score(layer.weight_OI.double(), layer.scale_I.double())[:, at_I]
         lost_OI = weight_OI * ~layer.pattern.top(score_OI)
-        total += float(torch.einsum("oi,ij,oj->", lost_OI, layer.gram_II[at_I][:, at_I].double(), lost_OI))
+        gram_II = layer.gram_II[at_I][:, at_I].double()
+        total += float(torch.einsum("oi,ij,oj->", lost_OI, gram_II, lost_OI))
     return total
 
 
