@@ -12,17 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from torch import nn  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 from sparsify import SparsityStrategy  # noqa: E402
 from sparsify.masking.masked_model import MaskedModel  # noqa: E402
 from sparsify.masking.select import decoder_blocks  # noqa: E402
 from sparsify.models.layer_names import family  # noqa: E402
-from tests.architectures import EXPERTS, HYBRID, PLAIN, tiny  # noqa: E402
+from sparsify.models.permutable import permutable, proven  # noqa: E402
+from tests.architectures import ARCHITECTURES, EXPERTS, HYBRID, PLAIN, tiny  # noqa: E402
 from tests.conftest import masked_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 TABLES = {"plain": PLAIN, "hybrid": HYBRID, "experts": EXPERTS}
 HEAD = "| architecture | masked | dense |\n|---|---|---|"
+PERMUTED_HEAD = "| parts | architectures |\n|---|---|"
 
 
 def answer(masked: MaskedModel) -> tuple[str, str]:
@@ -45,6 +48,32 @@ def row_of(architecture: str, page: str) -> tuple[str, str]:
     if len(found) != 1:
         raise ValueError(f"{len(found)} rows name {architecture}; run docs/make_models.py")
     return found[0][1], found[0][2] if len(found[0]) > 2 else ""
+
+
+def permuted(model: PreTrainedModel) -> str:
+    """The kinds of parts of a model that can be permuted."""
+    parts, _ = proven(model, permutable(model)[0])
+    found = {part.kind for part in parts.values()}
+    return ", ".join(kind for kind in ("mlp", "heads", "residual") if kind in found)
+
+
+def permuted_row(architecture: str, page: str) -> str:
+    """What a page says of an architecture, as :func:`permuted` does."""
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    found = [row[0] for row in rows if f"`{architecture}`" in row[-1].split(", ")]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} rows name {architecture}; run docs/make_models.py")
+    return found[0]
+
+
+def permuted_table() -> str:
+    """A row for all architectures of which the same can be permuted, the longest first."""
+    rows: dict[str, list[str]] = {}
+    for kind in ARCHITECTURES:
+        model = tiny(kind)
+        rows.setdefault(permuted(model), []).append(f"`{type(model).__name__}`")
+    lines = sorted(rows.items(), key=lambda row: -len(row[1]))
+    return "\n".join([PERMUTED_HEAD, *(f"| {row} | {', '.join(names)} |" for row, names in lines)])
 
 
 def table(kinds: Iterable[str]) -> str:
@@ -94,9 +123,11 @@ def _joined(names: Iterable[str]) -> str:
 def main() -> None:
     """Write the page's tables anew."""
     page = PAGE.read_text(encoding="utf-8")
-    for name, kinds in TABLES.items():
+    tables = {name: table(kinds) for name, kinds in TABLES.items()}
+    tables["permuted"] = permuted_table()
+    for name, rows in tables.items():
         page, count = re.subn(
-            rf"(<!-- {name} .*-->\n\n)(?:\|.*\n)*", lambda m, k=kinds: f"{m[1]}{table(k)}\n", page
+            rf"(<!-- {name} .*-->\n\n)(?:\|.*\n)*", lambda m, r=rows: f"{m[1]}{r}\n", page
         )
         if count != 1:
             raise SystemExit(f"{PAGE}: there is no comment <!-- {name} ... --> before a table")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from docs.make_models import PAGE, answer, row_of
+from docs.make_models import PAGE, answer, permuted, permuted_row, row_of
 from sparsify import SparseCausalLM, TextDataModule
 from sparsify.export.folder import export
 from sparsify.serving.verify import verify
@@ -46,11 +46,13 @@ def test_it_is_pruned_learned_exported_reloaded_and_verified(
     model = tiny(kind)
     with torch.no_grad():
         dense = model(input_ids=TOKENS, use_cache=False).logits
+    page, architecture = PAGE.read_text(encoding="utf-8"), type(model).__name__
+    assert permuted(model) == permuted_row(architecture, page)
     module = SparseCausalLM.from_model(model, tokenizer, SelfMask(Wanda()))
     module.configure_model()
     calibrate(module, windows=lambda: TOKENS)
     masked = module.masked
-    assert answer(masked) == row_of(type(model).__name__, PAGE.read_text(encoding="utf-8"))
+    assert answer(masked) == row_of(architecture, page)
     started = [masker.scores_OI.detach().clone() for masker in masked.maskers]
     _learn(module, tmp_path)
     for masker, before in zip(masked.maskers, started, strict=True):

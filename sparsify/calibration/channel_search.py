@@ -42,7 +42,8 @@ class ChannelSearch(SparsityStrategy):
         super().__init__()
         self._scores = strategy.input_scale, strategy.order_score
         self._parts, self._device = parts, device
-        self._shared: dict[str, list[Inputs]] = {}  # of parts that several blocks share
+        # Of parts that several blocks share.
+        self._shared: dict[str, list[tuple[MaskedLinear, Inputs]]] = {}
         self._reads: dict[str, list[tuple[Part, Place]]] = {}
         for part in parts.values():
             for place in part.places:
@@ -73,7 +74,7 @@ class ChannelSearch(SparsityStrategy):
                     scales[id(gram_II)] = self._scores[0](gram_II)
                 for part, place in self._reads[name]:
                     inputs = self._inputs(layer, gram_II, scales[id(gram_II)], place.at_KC)
-                    self._add(own, part, inputs, kept)
+                    self._add(own, part, layer, inputs, kept)
             elif all(place.stacked for _, place in self._reads[stack]):
                 columns_KC = torch.arange(len(gram_II))[None]
                 inputs = self._inputs(layer, gram_II, self._scores[0](gram_II), columns_KC)
@@ -87,7 +88,7 @@ class ChannelSearch(SparsityStrategy):
             for part, place in self._reads[stack]:
                 scale_I = self._scores[0](gram_II)
                 inputs = self._inputs(experts, gram_II, scale_I, place.at_KC)
-                self._add(own, part, inputs, kept)
+                self._add(own, part, experts, inputs, kept)
         for name, layers in own.items():
             self._find(self._parts[name], layers)
 
@@ -98,18 +99,26 @@ class ChannelSearch(SparsityStrategy):
         return Inputs(weight_OI, gram_II, scale_I, self._scores[1], columns_KC, pattern)
 
     def _add(
-        self, own: dict[str, list[Inputs]], part: Part, inputs: Inputs, kept: dict[int, Tensor]
+        self,
+        own: dict[str, list[Inputs]],
+        part: Part,
+        layer: MaskedLinear,
+        inputs: Inputs,
+        kept: dict[int, Tensor],
     ) -> None:
         if part.kind != "residual":
             own.setdefault(part.name, []).append(inputs)
             return
         gram_II = kept.setdefault(id(inputs.gram_II), inputs.gram_II.cpu())
-        inputs = replace(inputs, gram_II=gram_II, scale_I=inputs.scale_I.cpu())
-        self._shared.setdefault(part.name, []).append(inputs)
+        scale_I = inputs.scale_I.cpu()
+        inputs = replace(inputs, weight_OI=torch.empty(0), gram_II=gram_II, scale_I=scale_I)
+        self._shared.setdefault(part.name, []).append((layer, inputs))
 
     def finish(self) -> dict[str, Tensor]:
         """Search the channels that several blocks share; returns all orders that were found."""
-        for name, layers in self._shared.items():
+        for name, found in self._shared.items():
+            # While their block was reached, weights were on the device.
+            layers = [replace(i, weight_OI=layer.weight_OI.detach()) for layer, i in found]
             self._find(self._parts[name], layers)
         self._shared.clear()
         return self.orders

@@ -227,8 +227,9 @@ class StartsFromPrior(SparsityStrategy[M]):
         return torch.ones_like(gram_II.diagonal())  # the largest weights are where it starts
 
     def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
-        chosen = super() if self.prior is None else self.prior
-        return chosen.order_score(weight_OI, scale_I)
+        if self.prior is not None:
+            return self.prior.order_score(weight_OI, scale_I)
+        return super().order_score(weight_OI, scale_I)
 
     def init_masker(
         self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0

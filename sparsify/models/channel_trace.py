@@ -11,12 +11,14 @@ Shapes of a product: N batch, m and n outer, k inner.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsify.models.channel_labels import Labels
 
 # What a tensor is to the trace: its shape, and its fields.
 Traced: TypeAlias = tuple[Sequence[int], list[Tensor]]
@@ -30,10 +32,14 @@ _MOVES = {
 }
 _FILLS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor"}
 _FILLS |= {"zeros_like", "ones_like", "full_like"}
+_EMPTY = {"empty", "new_empty", "empty_like"}
 # The number of the argument that names the axes.
 _REDUCES = {"mean": 1, "sum": 1, "var": 1, "std": 1, "amax": 1, "linalg_vector_norm": 2}
 _ALONG = {"_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1}
 _NORMS = {"native_layer_norm", "_fused_rms_norm"}
+
+
+_MOST = 4  # fields of a tensor
 
 
 class ChannelTrace(TorchDispatchMode):
@@ -41,21 +47,13 @@ class ChannelTrace(TorchDispatchMode):
 
     Attributes:
         axes: (name of the Parameter, axis, first label, number of labels), in order.
-        edges: pairs of arrays of labels; those at one index are the same channel.
-        colours: a hash by label; channels that may change places have the same.
-        pinned: by label, whether it must stay.
-        read: by label, whether a layer sums over it: whether it is of the layer's inputs.
-        mixed: by label, whether tokens are mixed by a product, as attention does.
-        why: by label, the number in ``steps`` of the operation that last told it from others.
-        steps: the names of operations.
+        labels: what was learned of them.
         used: the ``id`` of each tensor that was an argument.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.axes: list[tuple[str, int, int, int]] = []
-        self.edges: list[tuple[Tensor, Tensor]] = []
-        self.steps: list[str] = []
         self.used: set[int] = set()
         # The tensors are kept, so that no other gets their id.
         self._fields: dict[int, tuple[Tensor, list[Tensor]]] = {}
@@ -66,12 +64,11 @@ class ChannelTrace(TorchDispatchMode):
             for axis, size in enumerate(parameter.shape):
                 self.axes.append((name, axis, count, size))
                 shape = [size if a == axis else 1 for a in range(parameter.ndim)]
-                fields.append(torch.arange(count, count + size).view(shape))
+                if size > 1:
+                    fields.append(torch.arange(count, count + size).view(shape))
                 count += size
             self._fields[id(parameter)] = (parameter, fields)
-        self.colours = torch.zeros(count, dtype=torch.int64)
-        self.pinned, self.read, self.mixed = torch.zeros(3, count, dtype=torch.bool)
-        self.why = torch.full((count,), -1)
+        self.labels = Labels(count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,19 +78,20 @@ class ChannelTrace(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.used |= {id(t) for t in tensors}
         name = func._schema.name.removeprefix("aten::")
-        self.steps.append(name)
-        if any(id(t) in self._fields for t in tensors):
-            self._follow(func, name, args, kwargs, tensors, out)
-        elif name in _FILLS or (name in _SAME | _MOVES and id(args[0]) in self._filled):
+        self.labels.steps.append(name)
+        if name.endswith("_"):
+            for written in (args[0], args[0]._base):
+                self._filled.pop(id(written), None)
+        if name in _FILLS or (name in _SAME | _MOVES and id(args[0]) in self._filled):
             self._filled |= {id(t): t for t in tree_leaves(out)}
-        elif name.endswith("_"):
-            self._filled.pop(id(args[0]), None)
+        elif name not in _EMPTY and any(id(t) in self._fields for t in tensors):
+            self._follow(func, name, args, kwargs, tensors, out)
         return out
 
     def pin(self, tensor: Tensor) -> None:
         """Keep all channels of a tensor where they are."""
         for field in self._traced(tensor)[1]:
-            self._pin(field)
+            self.labels.pin(field)
 
     def _traced(self, tensor: Tensor | None) -> Traced:
         if tensor is None or id(tensor) in self._filled:
@@ -101,7 +99,12 @@ class ChannelTrace(TorchDispatchMode):
         return tensor.shape, self._fields.get(id(tensor), (tensor, []))[1]
 
     def _set(self, tensor: Tensor, fields: list[Tensor]) -> None:
-        kept = [f for f in map(_compact, fields) if bool((f >= 0).any())]
+        kept: list[Tensor] = []
+        for field in map(_compact, fields):
+            if field.numel() > 1 and len(kept) < _MOST:
+                kept.append(field)
+            else:  # one channel by itself, or one of too many
+                self.labels.pin(field)
         self._filled.pop(id(tensor), None)
         self._fields.pop(id(tensor), None)
         if kept:
@@ -152,7 +155,7 @@ class ChannelTrace(TorchDispatchMode):
             merged = [1 if a == args[1] % len(shape) else s for a, s in enumerate(shape)]
             for field in fields:
                 if field.shape[args[1]] > 1:
-                    self._pin(field)
+                    self.labels.pin(field)
             self._set(out, self._join([first, (merged, fields)], out.ndim))
         elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor):
             self._set(out, self._join([self._traced(t) for t in tensors], out.ndim))
@@ -196,8 +199,15 @@ class ChannelTrace(TorchDispatchMode):
         for _, fields in aligned:
             for field in fields:
                 for i, other in enumerate(result):
-                    if _shared(other, field):
-                        result[i] = self._unite(other, field)
+                    shared = [a for a in range(ndim) if field.shape[a] > 1 < other.shape[a]]
+                    if shared and shared[-1] == max(_last(field), _last(other)):
+                        result[i] = self.labels.unite(other, field)
+                        break
+                    if shared:  # one value for many channels, as a gate of a head
+                        short, long = sorted((field, other), key=_last)
+                        self.labels.pin(short)
+                        self.labels.colour(long, shared)
+                        result[i] = long
                         break
                 else:
                     result.append(field)
@@ -209,7 +219,7 @@ class ChannelTrace(TorchDispatchMode):
                     if shape[a] > 1 and field.shape[a] > 1 and all(f.shape[a] == 1 for f in fields)
                 ]
                 if axes:  # values that are no channels vary along them
-                    self._colour(field, axes)
+                    self.labels.colour(field, axes)
         return result
 
     def _product(self, a: Traced, b: Traced, ndim: int) -> list[Tensor]:
@@ -219,21 +229,21 @@ class ChannelTrace(TorchDispatchMode):
         outer = [f for f in left if f.shape[2] == 1] + [f for f in right if f.shape[1] == 1]
         if a[0] and a[0][-1] > 1 and not inner[0] and not inner[1]:
             for field in outer:
-                self.mixed[field[field >= 0]] = True
+                self.labels.mixed[field[field >= 0]] = True
         for fields, own in zip(inner, (left, right), strict=True):
             for field in fields:
                 if len(own) > 1:
-                    self.read[field[field >= 0]] = True
+                    self.labels.read[field[field >= 0]] = True
         for f, g in zip(*inner, strict=False):
             if f.shape[1] > 1 or g.shape[2] > 1:
-                self._pin(f)
-                self._pin(g)
-            self._unite(f[:, 0], g[:, :, 0])
+                self.labels.pin(f)
+                self.labels.pin(g)
+            self.labels.unite(f[:, 0], g[:, :, 0])
         for f in (*inner[0][len(inner[1]) :], *inner[1][len(inner[0]) :]):
-            self._pin(f)  # the other matrix tells them apart
+            self.labels.pin(f)  # the other matrix tells them apart
         for f in (*inner[0], *inner[1], *outer):
             if f.shape[0] > 1:
-                self._colour(f, [0])
+                self.labels.colour(f, [0])
         return [f if ndim == 3 else f[0] for f in outer]
 
     def _attend(self, q: Traced, k: Traced, v: Traced, out: Tensor) -> None:
@@ -244,7 +254,7 @@ class ChannelTrace(TorchDispatchMode):
             [f.repeat_interleave(groups, 0) if f.shape[0] > 1 else f for f in fs] for fs in (ks, vs)
         )
         for field in self._product((q[0], qs), (k[0], [f.mT for f in ks]), 3):
-            self._pin(field)
+            self.labels.pin(field)
         tokens = (k[0][1], q[0][2], k[0][2])
         self._set(out, [f[None] for f in self._product((tokens, []), (v[0], vs), 3)])
 
@@ -254,39 +264,10 @@ class ChannelTrace(TorchDispatchMode):
         summed = {a % ndim for a in axes}
         for field in traced[1]:
             if any(field.shape[a] > 1 for a in summed):
-                self._colour(field, [a for a in range(ndim) if a not in summed])
+                self.labels.colour(field, [a for a in range(ndim) if a not in summed])
             else:
                 kept.append(field)
         return kept
-
-    def _unite(self, a: Tensor, b: Tensor) -> Tensor:
-        """The same channels under two labels; returns one for each element."""
-        a, b = torch.broadcast_tensors(a, b)
-        both = (a >= 0) & (b >= 0)
-        self.edges.append((a[both], b[both]))
-        either = torch.where(a >= 0, a, b)
-        if not bool(both.all()):
-            self._pin(torch.where(both, -1, either))
-        return either
-
-    def _colour(self, field: Tensor, axes: list[int]) -> None:
-        """Tell channels apart by where they are along axes."""
-        at = torch.zeros((), dtype=torch.int64)
-        for axis in axes:
-            shape = [-1 if a == axis else 1 for a in range(field.ndim)]
-            at = at * field.shape[axis] + torch.arange(field.shape[axis]).view(shape)
-        key = at + (len(self.steps) << 32)
-        key = (key ^ (key >> 15)) * -7046029254386353131
-        key = (key ^ (key >> 29)) * -4658895280553007687
-        seen = field >= 0
-        self.colours.index_add_(0, field[seen], key.expand_as(field)[seen])
-        if any(field.shape[a] > 1 for a in axes):
-            self.why[field[seen]] = len(self.steps) - 1
-
-    def _pin(self, field: Tensor) -> None:
-        labels = field[field >= 0]
-        self.pinned[labels] = True
-        self.why[labels] = len(self.steps) - 1
 
 
 def _compact(field: Tensor) -> Tensor:
@@ -301,22 +282,6 @@ def _compact(field: Tensor) -> Tensor:
     return field
 
 
-def _shared(a: Tensor, b: Tensor) -> bool:
-    """Whether two fields vary along one axis."""
-    return any(x > 1 and y > 1 for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """By label, the least label that edges join it to."""
-    least = torch.arange(count)
-    if not edges:
-        return least
-    a, b = (torch.cat([e.flatten() for e in side]) for side in zip(*edges, strict=True))
-    while True:
-        low = torch.minimum(least[a], least[b])
-        new = least.scatter_reduce(0, least[a], low, "amin")
-        new = new.scatter_reduce(0, least[b], low, "amin")
-        new = new[new]
-        if torch.equal(new, least):
-            return cast(Tensor, least)
-        least = new
+def _last(field: Tensor) -> int:
+    """The last axis along which a field varies."""
+    return max(a for a, size in enumerate(field.shape) if size > 1)

@@ -1,5 +1,6 @@
 """Which channels of a model can be put in another order, found by a run on a few tokens."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sparsify.models.channel_trace import ChannelTrace, components
+from sparsify.models.channel_trace import ChannelTrace
 from sparsify.models.permutation import Kind, Part, Place, inverse, permute
 
 RESIDUAL = "residual"
-_TOKENS = 16
+_TOKENS = 8
 # By how much logits may change, as a share of the largest, when channels are summed in another
 # order: in 32 bits; and in 16 bits, where a rounding is that much, at most tokens.
 _EXACT, _ROUGH = 1e-4, 0.05
@@ -39,21 +41,23 @@ class _Parts:
 
     def __init__(self, model: PreTrainedModel, trace: ChannelTrace) -> None:
         self._model, self._trace = model, trace
+        labels = self._labels = trace.labels
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
-        count = len(trace.pinned)
-        self._root = components(count, trace.edges)
+        count = len(labels.pinned)
+        self._root = labels.roots()
         self._axis_of = torch.repeat_interleave(
             torch.arange(len(trace.axes)), torch.tensor([size for *_, size in trace.axes])
         )
         zero = torch.zeros(count, dtype=torch.int64)
-        self._colour = zero.index_add(0, self._root, trace.colours)
+        self._colour = zero.index_add(0, self._root, labels.colours)
         # What a channel consists of: how often it is on each axis.
         odd = (torch.arange(len(trace.axes)) + 1) * -7046029254386353131
         signs = (odd ^ (odd >> 29)) * -4658895280553007687
         self._sign = zero.index_add(0, self._root, signs[self._axis_of])
-        self._pinned = zero.index_add(0, self._root, trace.pinned.long()) > 0
+        self._pinned = zero.index_add(0, self._root, labels.pinned.long()) > 0
+        self._mixed = zero.index_add(0, self._root, labels.mixed.long()) > 0
         # Modules in which tokens are mixed.
-        mixed = self._axis_of[trace.mixed].unique().tolist()
+        mixed = self._axis_of[labels.mixed].unique().tolist()
         self._attention = {_owner(trace.axes[axis][0]) for axis in mixed}
 
     def found(self) -> tuple[dict[str, Part], dict[str, str]]:
@@ -68,28 +72,27 @@ class _Parts:
         for sign, reads in groups.items():
             roots = self._order(sign, reads[0])
             axes = self._axes(roots)
-            name, kind = self._name(axes, reads, parts)
-            reason = self._refusal(roots, kind)
-            part = None
-            if reason is None:
-                part = self._part(name, kind, roots, axes, set(reads))
-                reason = None if part else "its channels are in runs of unequal lengths"
-            if part is not None:
-                parts[name] = part
-            else:
-                for each in [name] if kind == RESIDUAL else map(self._layer, reads):
-                    reasons[str(each)] = str(reason)
+            name, kind = self._name(roots, axes, reads, parts)
+            reason, runs = (self._unread() if kind == RESIDUAL else None, self._runs(roots))
+            if reason is None and runs:
+                parts[name] = self._part(name, kind, roots, runs, axes, set(reads))
+                continue
+            for each in [name] if kind == RESIDUAL else map(self._layer, reads):
+                reasons[str(each)] = reason or self._told_apart(roots)
         return parts, reasons
 
     def _layer(self, axis: int) -> str | None:
         """The layer whose inputs an axis counts, if it is one."""
-        name, _, start, size = self._trace.axes[axis]
-        if not bool(self._trace.read[start : start + size].any()):
+        name, along, start, size = self._trace.axes[axis]
+        if not bool(self._labels.read[start : start + size].any()):
             return None
-        owner = name.rpartition(".")[0]
-        if isinstance(self._model.get_submodule(owner), nn.Embedding):
-            return None
-        return name.removesuffix(".weight") if self._parameters[name].ndim < 3 else name
+        owner, _, key = name.rpartition(".")
+        if self._parameters[name].ndim == 3:
+            return name
+        layer = self._model.get_submodule(owner)
+        inputs = {nn.Linear: 1, Conv1D: 0}
+        known = any(isinstance(layer, kind) and along == at for kind, at in inputs.items())
+        return owner if known and key == "weight" else None
 
     def _order(self, sign: int, axis: int) -> Tensor:
         """The roots of channels of one kind, as they follow each other on an axis."""
@@ -106,45 +109,47 @@ class _Parts:
         member = torch.isin(self._root, roots)
         return [int(a) for a in self._axis_of[member].unique()]
 
-    def _name(self, axes: list[int], reads: list[int], taken: Any) -> tuple[str, Kind]:
+    def _name(
+        self, roots: Tensor, axes: list[int], reads: list[int], taken: Any
+    ) -> tuple[str, Kind]:
         names = [self._trace.axes[axis][0] for axis in axes]
         embedding = self._model.get_input_embeddings()
-        for name in names:
-            if self._model.get_submodule(name.rpartition(".")[0]) is embedding:
-                return RESIDUAL, "residual"
-        owners = [name.split(".")[:-2] for name in names]
-        common = []
-        for level in zip(*owners, strict=False):
-            if len(set(level)) > 1:
-                break
-            common.append(level[0])
-        found = ".".join(common)
-        kind: Kind = "heads" if found in self._attention else "mlp"
-        if found in taken:
-            found = str(self._layer(reads[0]))
-        return found, kind
+        if any(self._model.get_submodule(n.rpartition(".")[0]) is embedding for n in names):
+            return RESIDUAL, "residual"
+        found = os.path.commonprefix([_owner(name).split(".") for name in names])
+        name = ".".join(found)
+        if not any(part.isdigit() for part in found):  # in several blocks
+            name = _owner(self._trace.axes[reads[0]][0])
+        attention = name in self._attention or bool(self._mixed[roots].any())
+        if name in taken:
+            name = str(self._layer(reads[0]))
+        while name in taken:
+            name += "_"
+        return name, "heads" if attention else "mlp"
 
-    def _refusal(self, roots: Tensor, kind: Kind) -> str | None:
-        if kind == RESIDUAL:
-            used = self._trace.used
-            unseen = [n for n, p in self._parameters.items() if id(p) not in used]
-            if unseen:
-                return f"{unseen[0]} is not read when the model runs on text"
-        members = torch.isin(self._root, roots)
-        if bool(self._pinned[roots].any()) or len(roots) < 2:
-            why = self._trace.why[members & (self._trace.why >= 0)]
-            step = self._trace.steps[int(why.max())] if len(why) else "nothing"
-            return f"its channels are told apart by {step}"
-        return None
+    def _unread(self) -> str | None:
+        """A Parameter that may be used with the residual stream in ways that the run did not show,
+        as a vision tower's.
+        """
+        used = self._trace.used
+        unread = [name for name, p in self._parameters.items() if id(p) not in used]
+        return f"{unread[0]} is not read when the model runs on text" if unread else None
+
+    def _runs(self, roots: Tensor) -> int:
+        """Into how many equal runs of two or more these channels are divided; 0 if into none."""
+        _, lengths = self._colour[roots].unique_consecutive(return_counts=True)
+        split = len(self._colour[roots].unique()) < len(lengths) or len(lengths.unique()) > 1
+        pinned = bool(self._pinned[roots].any())
+        return 0 if pinned or split or lengths[0] < 2 else len(lengths)
+
+    def _told_apart(self, roots: Tensor) -> str:
+        why = self._labels.why[torch.isin(self._root, roots)]
+        step = self._labels.steps[int(why.max())] if bool((why >= 0).any()) else "their layers"
+        return f"its channels are told apart by {step}"
 
     def _part(
-        self, name: str, kind: Kind, roots: Tensor, axes: list[int], reads: set[int]
-    ) -> Part | None:
-        colours = self._colour[roots]
-        _, lengths = colours.unique_consecutive(return_counts=True)
-        runs = len(lengths)
-        if len(colours.unique()) < runs or len(lengths.unique()) > 1 or lengths[0] < 2:
-            return None
+        self, name: str, kind: Kind, roots: Tensor, runs: int, axes: list[int], reads: set[int]
+    ) -> Part:
         places = []
         number = torch.full((len(self._root),), -1)
         number[roots] = torch.arange(len(roots))

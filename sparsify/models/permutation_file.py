@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
 from sparsify.common.files import read_json
@@ -102,16 +103,16 @@ class Permutation:
         with whole_file(folder / FILE) as file:
             file.write(json.dumps(self.to_dict(), separators=(",", ":")).encode())
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: PreTrainedModel) -> None:
         """Put the model's channels into these orders, in place; errors as of ``permute``."""
         _permute(model, self.orders)
 
-    def undo(self, model: nn.Module) -> None:
+    def undo(self, model: PreTrainedModel) -> None:
         """Put the channels of a model in these orders back, in place, bit for bit."""
         _permute(model, inverse(self.orders))
 
 
-def _permute(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
+def _permute(model: PreTrainedModel, orders: Mapping[str, Tensor]) -> None:
     parts, reasons = permutable(model)
     for name in orders:
         if name not in parts:

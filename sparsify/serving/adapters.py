@@ -4,10 +4,10 @@ Shapes: O out, I in.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,9 @@ class MaskAdapters:
             raise SparsifyError(f"{name!r} masks no layer; give masks of one layer at least")
         maskers = {layer: self._masker(layer, found[layer]) for layer in found}
         permutation = getattr(masks, "permutation", None)
-        with self.use(None) if self._active in self._orders else nullcontext():
+        permuted = self._active in self._orders
+        inactive: AbstractContextManager[Any] = self.use(None) if permuted else nullcontext()
+        with inactive:  # hashes are of the channels in the model's own order
             if permutation is not None and permutation.base_hash in self._hashes:
                 self._orders[name] = permutation
             else:

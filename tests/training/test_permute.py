@@ -41,6 +41,13 @@ def export(run: Path) -> Path:
     return run / "export"
 
 
+def tool(*words: object, status: int = 0) -> None:
+    """Run a command that uses no Trainer."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    assert ended.value.code == status
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return dict(load_model(str(folder)).named_parameters())
 
@@ -102,7 +109,7 @@ def test_masks_applied_to_the_base_give_the_export(
     lone = tmp_path / "lone.nmask"
     lone.write_bytes((export / "masks.nmask").read_bytes())
     out = tmp_path / "out"
-    main(["mask", "export", str(lone), str(out), "--base", str(model_folder)])
+    tool("mask", "export", lone, out, "--base", model_folder)
     found, wanted = weights(out), weights(export)
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
     assert verify(out, base=str(model_folder)).problems == []
@@ -110,11 +117,10 @@ def test_masks_applied_to_the_base_give_the_export(
 
 def test_zeros_and_files_keep_the_order(export: Path, model_folder: Path, tmp_path: Path) -> None:
     file, npz = tmp_path / "zeros.nmask", tmp_path / "masks.npz"
-    main(["mask", "import", str(export), str(file)])
-    main(["mask", "diff", str(export), str(file)])
+    tool("mask", "import", export, file)
+    tool("mask", "diff", export, file)
     assert read_masks(file).digest == read_masks(export).digest
-    with pytest.raises(SystemExit):
-        main(["mask", "export", str(export), str(npz), "--base", str(model_folder)])
+    tool("mask", "export", export, npz, "--base", model_folder, status=2)
     assert not npz.exists()
 
 
@@ -153,7 +159,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--strategy=maskllm", *RUN, "--model.strategy.prior=wanda"]
-    cli("fit", *options, "--checkpoints.every_n_steps=2", steps=4)
+    cli("fit", *options, "--checkpoint.every_n_steps=2", steps=4)
     whole = cli.runs()[-1]
 
     def never(*_: Any, **__: Any) -> None:
