@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import SparsifyError
+from sparsify import Calibration, SparsifyError, TextDataModule, sparsify
 from sparsify.calibration.permuting import parse_permute
 from sparsify.cli.main import main
 from sparsify.export.mask_file.file import read_masks
 from sparsify.models.base import load_model
 from sparsify.models.permutation_file import FILE, Permutation, read_permutation
+from sparsify.results.compare.loading import load_runs
+from sparsify.results.compare.settings import settings
 from sparsify.serving.adapters import MaskAdapters
 from sparsify.serving.verify import verify
+from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategies.wanda import Wanda
 from sparsify.training.module import SparseCausalLM
-from tests.conftest import Cli, start_in
+from tests.conftest import Cli, start_in, tiny_llama, word_tokenizer
 from tests.training.test_two_ranks import TORCHRUN, launch
 
 TOKENS = torch.arange(2, 18)[None]
@@ -81,6 +85,7 @@ def test_records_name_the_permutation(run: Path, export: Path, model_folder: Pat
     assert masks.base_hash == permutation.permuted_hash
     assert masks.permutation is not None
     assert masks.permutation.digest == permutation.digest
+    assert settings(load_runs([run])[0][0])["permuted"] == "mlp, self_attn, residual"
     protocol = json.loads((run / "result.json").read_text())["protocol"]
     assert protocol["base"]["hash"] == permutation.base_hash  # compares with other runs
 
@@ -174,17 +179,39 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     orders = read_permutation(whole / "export")
     assert read_permutation(resumed / "export").digest == orders.digest
     module = SparseCausalLM.load_from_checkpoint(
-        whole / "checkpoints" / "last.ckpt", strategy=_maskllm()
+        whole / "checkpoints" / "last.ckpt", strategy=MaskLLM(prior="wanda")
     )
     assert module.masked.base.hash == orders.permuted_hash
     masks, stored = module.masked.hard_masks(), read_masks(whole / "export")
     assert all(torch.equal(mask, stored[name]) for name, mask in masks.items())
 
 
-def _maskllm() -> Any:
-    from sparsify.strategies.maskllm import MaskLLM
+def test_a_model_object_is_permuted_in_place(text: Path, tmp_path: Path) -> None:
+    model, data = tiny_llama(), TextDataModule(train=str(text / "train.txt"), block_size=16)
+    given = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options: dict[str, Any] = {
+        "steps": 1,
+        "trainer": {"enable_progress_bar": False, "default_root_dir": tmp_path},
+        "calibration": Calibration(samples=8, cache=False),
+    }
+    strategy = Wanda()
+    strategy.calibrate = _fails  # type: ignore[method-assign]
+    with pytest.raises(SparsifyError, match="no luck"):
+        sparsify(model, strategy, data, word_tokenizer(), permute="all", **options)
+    assert all(torch.equal(p, given[name]) for name, p in model.named_parameters())
+    found = sparsify(model, "wanda", data, word_tokenizer(), permute=["mlp"], **options)
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(model.get_parameter(up), given[up])
+    found.save_masks(tmp_path / "lone.nmask")
+    adapters = MaskAdapters(tiny_llama())
+    adapters.add("lone", tmp_path / "lone.nmask")
+    with adapters.use("lone"):
+        assert torch.equal(logits(adapters.model), logits(model))
 
-    return MaskLLM(prior="wanda")
+
+def _fails(blocks: Any) -> Any:
+    next(iter(blocks))
+    raise SparsifyError("no luck")
 
 
 def test_two_processes_find_one_order(
