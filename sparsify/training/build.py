@@ -79,7 +79,7 @@ def permute(module: Any, trainer: Any, base: BaseModel) -> None:
         taken = read_permutation(asked)
         taken.check_base(base.hash, str(asked))
         orders = taken.orders
-    elif orders is None and asked and trainer is not None:
+    elif orders is None and asked:
         orders = find_orders(
             base,
             module.strategy,

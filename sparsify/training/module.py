@@ -164,6 +164,8 @@ class SparseCausalLM(Evaluation):
         if self.model is not None:
             self.origin.enter_modes(self.model, self.gradient_checkpointing)
             return
+        if self._trainer is None and self.permute and self.orders is None:
+            return  # Lightning hands over the checkpoint that holds the orders afterwards
         guards.check_precision(None if self._trainer is None else self.trainer.precision)
         # Build in main memory: Lightning would put the whole model on the device at once, but
         # calibration moves blocks there one by one.
