@@ -260,7 +260,8 @@ class ChannelTrace(TorchDispatchMode):
 
     def _reduce(self, traced: Traced, axes: Sequence[int]) -> list[Tensor]:
         """Sum over axes; returns the fields that the result keeps."""
-        ndim, kept = len(traced[0]), []
+        kept: list[Tensor] = []
+        ndim = len(traced[0])
         summed = {a % ndim for a in axes}
         for field in traced[1]:
             if any(field.shape[a] > 1 for a in summed):
