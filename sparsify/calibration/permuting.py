@@ -50,7 +50,8 @@ def parse_permute(value: str | Sequence[str]) -> tuple[Kind, ...] | Path:
             return KINDS if value == ALL else ()
         if value not in KINDS and ("/" in value or Path(value).exists()):
             return Path(value)
-    asked = [value] if isinstance(value, str) else list(value)
+        value = [kind.strip() for kind in value.strip("[]").split(",")]
+    asked = list(value)
     if odd := [kind for kind in asked if kind not in KINDS]:
         raise SparsifyError(
             f"permute={odd[0]!r}; it must be {NONE}, {ALL}, some of {', '.join(KINDS)}, or the "

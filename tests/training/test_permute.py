@@ -234,6 +234,8 @@ def test_two_processes_find_one_order(
         ("none", ()),
         ("all", ("mlp", "heads", "residual")),
         (["residual", "mlp"], ("mlp", "residual")),
+        ("[mlp, heads]", ("mlp", "heads")),
+        ("runs/a/export", Path("runs/a/export")),
     ],
 )
 def test_what_can_be_asked(value: Any, found: Any) -> None:
