@@ -160,6 +160,7 @@ def test_a_prior_needs_its_own_order(
     assert read_permutation(found).digest == read_permutation(export).digest
 
 
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict")  # frozen weights
 def test_a_resumed_run_is_the_run_that_was_not_stopped(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
