@@ -109,7 +109,7 @@ def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str,
     pattern = pattern_text({"pattern": str(pl_module.selection.pattern), "overrides": overrides})
     return {
         "base": pl_module.masked.base.name,
-        "base_hash": pl_module.masked.base.hash[:SHORT],
+        "base_hash": pl_module.masked.base.original_hash[:SHORT],
         "strategy": strategy_name(type(strategy)),
         "pattern": pattern if strategy.effect.prunes else "dense",
         "weights": strategy.effect.weights,

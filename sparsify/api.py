@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sparsify.calibration.permuting import NONE
 from sparsify.common.console import Progress
 from sparsify.common.quiet import quiet
 from sparsify.common.ranks import rank_zero, together
@@ -65,7 +66,9 @@ class Sparsified:
         patterns, lineage = layer_patterns(self.model), mask_lineage(masked)
         with together():
             if rank_zero():
-                write_masks(Path(path), masks, patterns, masked.base.hash, lineage)
+                orders = masked.base.permutation
+                digest = masked.base.hash
+                write_masks(Path(path), masks, patterns, digest, lineage, permutation=orders)
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense
@@ -116,7 +119,8 @@ def sparsify(
     data.tokenizer = tokenizer_of(tokenizer)
     check_model(model)
     check_objects(model, data.tokenizer, strategy)
-    with quiet(), _restored_on_failure(model, strategy.effect.changes_base):
+    changes = strategy.effect.changes_base or options.get("permute", NONE) != NONE
+    with quiet(), _restored_on_failure(model, changes):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
     return Sparsified(model, module, runner)
 

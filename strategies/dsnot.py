@@ -65,6 +65,12 @@ class DSnoT(SparsityStrategy):
                     )
                 yield name, LayerResult(mask_OI)
 
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        return self.initial.input_scale(gram_II)
+
+    def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
+        return self.initial.order_score(weight_OI, scale_I)
+
     def refine(
         self, weight_OI: Tensor, mask_OI: Tensor, moments: Moments, pattern: NMPattern
     ) -> Tensor:

@@ -4,6 +4,9 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
+from torch import Tensor
+
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 
 
@@ -11,6 +14,9 @@ class Magnitude(SparsityStrategy):
     """Keeps the N weights of largest magnitude in every group of M; needs neither data nor
     training.
     """
+
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        return torch.ones_like(gram_II.diagonal())
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
         for block in blocks:

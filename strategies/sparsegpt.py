@@ -70,6 +70,13 @@ class SparseGPT(SparsityStrategy):
                     score_OI = (weight_OI / factor_II.diagonal()).square()
                     yield name, LayerResult(pattern.top(score_OI))
 
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        """``1 / sqrt([H^-1]_jj)``, as if every column were the first: ``U_jj`` depends on the order
+        of columns.
+        """
+        factor_II = inverse_factor(gram_II, self.damping, "a layer whose channels are permuted")
+        return factor_II.square().sum(0).rsqrt()
+
 
 def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     """U, upper triangular, with U^T U the inverse of the damped Hessian.

@@ -117,10 +117,10 @@ class Layerwise:
         or is None if no text was asked for. In a run of several processes rank 0 computes, and all
         yield its results.
         """
-        yield from on_rank_zero(self._run(strategy), self._model.device)
+        yield from on_rank_zero(self.run_here(strategy), self._model.device)
         (self.record,) = from_rank_zero([self.record])
 
-    def _run(self, strategy: SparsityStrategy) -> Iterator[tuple[str, LayerResult]]:
+    def run_here(self, strategy: SparsityStrategy) -> Iterator[tuple[str, LayerResult]]:
         """Do the work of :meth:`run` in this process."""
         self._strategy = strategy
         self._start_time = start = time.perf_counter()
@@ -195,6 +195,20 @@ class Layerwise:
     def _look_up(self) -> None:
         cache_limit()  # raises before the work, not after it, if the limit is wrong
         strategy = cast(SparsityStrategy, self._strategy).calibrator()
+        folder = result_folder(strategy, self.depends_on())
+        if folder is None:
+            return
+        if is_whole(folder, self._patterns):
+            log.info("calibration's result of an earlier run, from %s", folder)
+            raise _Known(folder)
+        name = self._model.config._name_or_path or type(self._model).__name__
+        about: dict[str, Any] = {"strategy": type(strategy).__name__, "model": Path(name).name}
+        about["samples"] = len(cast(Tensor, self._windows_ST))
+        self._writer = ResultWriter(folder, self._patterns, about, goes_on_by_block(strategy))
+
+    def depends_on(self) -> dict[str, Any]:
+        """What results depend on besides the strategy, in JSON values; it reads the text."""
+        self._windows()
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
         inputs: dict[str, Any] = {"base": self._base_hash, "text": self.record, "layers": patterns}
         # A model with equal weights and another configuration computes something else.
@@ -205,19 +219,7 @@ class Layerwise:
         inputs["dtype"], inputs["device"] = str(self._model.dtype), self._device.type
         # Another number of threads rounds sums differently.
         inputs["threads"] = torch.get_num_threads() if self._device.type == "cpu" else None
-        folder = result_folder(strategy, inputs)
-        if folder is None:
-            return
-        if is_whole(folder, self._patterns):
-            log.info("calibration's result of an earlier run, from %s", folder)
-            raise _Known(folder)
-        about = {
-            "strategy": type(strategy).__name__,
-            "model": Path(config.get("_name_or_path") or type(self._model).__name__).name,
-            "samples": len(cast(Tensor, self._windows_ST)),
-        }
-        goes_on = goes_on_by_block(strategy)
-        self._writer = ResultWriter(folder, self._patterns, about, goes_on)
+        return inputs
 
     def _blocks(self) -> Iterator[Block]:
         left = dict(self._layers)

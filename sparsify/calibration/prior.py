@@ -25,6 +25,7 @@ from sparsify.masking.strategy import (
     SparsityStrategy,
     goes_on_by_block,
 )
+from sparsify.models.permutation_file import Permutation, check_same_order
 
 
 class SavedMasks(SparsityStrategy):
@@ -54,6 +55,25 @@ class SavedMasks(SparsityStrategy):
                     read, mask_OI = stack, saved[stack]
                 yield name, LayerResult(_of_expert(layer, mask_OI))
 
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        raise SparsifyError(
+            f"prior {self.path}: its masks are of one order of channels, so that no other can be "
+            "searched for them; leave --model.permute out, or give it the folder of the prior's "
+            "export, whose orders are taken"
+        )
+
+    def check_order(self, permutation: Permutation | None) -> None:
+        """Refuse masks of another order of channels than the model's.
+
+        Args:
+            permutation: that of the model.
+        """
+        if not self._file.is_file():
+            return
+        check_same_order(
+            read_masks(self._file).permutation, permutation, f"prior {self.path}", "this run"
+        )
+
 
 def _of_expert(layer: MaskedLinear | Expert, mask_OI: Tensor) -> Tensor:
     if not isinstance(layer, Expert):
@@ -77,6 +97,12 @@ class _Around(SparsityStrategy):
         super().__init__()
         self.strategy = strategy
         self.independent_blocks = goes_on_by_block(strategy)
+
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        return self.strategy.input_scale(gram_II)
+
+    def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
+        return self.strategy.order_score(weight_OI, scale_I)
 
 
 class MasksOnly(_Around):
@@ -194,6 +220,16 @@ class StartsFromPrior(SparsityStrategy[M]):
 
     def calibrator(self) -> SparsityStrategy:
         return self if self.prior is None else self.prior
+
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        if self.prior is not None:
+            return self.prior.input_scale(gram_II)
+        return torch.ones_like(gram_II.diagonal())  # the largest weights are where it starts
+
+    def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
+        if self.prior is not None:
+            return self.prior.order_score(weight_OI, scale_I)
+        return super().order_score(weight_OI, scale_I)
 
     def init_masker(
         self, masker: M, weight_OI: Tensor, result: LayerResult | None, row0: int = 0

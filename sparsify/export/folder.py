@@ -132,7 +132,10 @@ def _write(
                     layer_patterns(masked.model),
                     masked.base.hash,
                     mask_lineage(masked),
+                    permutation=masked.base.permutation,
                 )
+            if masked.base.permutation is not None:
+                masked.base.permutation.write(partial)
             content = _manifest(masked, masks, dtype) | _stored_tensors(partial, plain)
             _add_parts(content, partial, weights)
             content["files"] = file_hashes(partial, but=MANIFEST)
@@ -208,9 +211,10 @@ def _manifest(
         "pattern": str(masked.selection.pattern),
         "base": {
             "name": base.name,
-            "hash": base.hash,
+            "hash": base.original_hash,
             "dtype": _dtype_name(masked.model.dtype),
         },
+        **({} if (p := base.permutation) is None else {"permutation": p.describe()}),
         "strategy": masked.strategy.describe(),
         "dtype": _dtype_name(dtype),
         "layers": {

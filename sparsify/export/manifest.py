@@ -79,6 +79,8 @@ class Manifest:
             it is stored in parts.
         dtype: the type of the stored weights.
         base_hash: the hash of the base model's Parameters.
+        permutation: the digest of the orders of channels in the folder; empty if it was made
+            without.
         base_dtype: the type in which that hash was computed.
         changes: which weights of the base the strategy changed: ``nothing``, ``masked layers`` or
             ``all weights``.
@@ -93,6 +95,7 @@ class Manifest:
     stored_as: dict[str, str | None] = field(default_factory=dict)
     dtype: str = ""
     base_hash: str = ""
+    permutation: str = ""
     base_dtype: str = "float32"
     changes: str = "nothing"
     weights: str = "frozen"
@@ -182,6 +185,8 @@ def parse_manifest(content: Any) -> Manifest:
     }
     manifest.dtype = _dtype(read(str, "dtype"), manifest.problems)
     manifest.base_hash = read(str, "base", "hash") or ""
+    if "permutation" in content:
+        manifest.permutation = read(str, "permutation", "sha256") or "unknown"
     manifest.base_dtype = _base_dtype(read(str, "base", "dtype"), manifest.problems)
     _read_changes(manifest, read(str, "strategy", "weights"))
     for name, entry in (read(dict, "layers") or {}).items():

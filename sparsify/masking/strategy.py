@@ -172,6 +172,16 @@ class SparsityStrategy(nn.Module, Generic[M]):
         """
         return self
 
+    def input_scale(self, gram_II: Tensor) -> Tensor:
+        """How much each input counts in the masks of ``calibrate``, ``[I]``, given X^T X of the
+        inputs, in whatever order they are: for a search of their best order.
+        """
+        return gram_II.diagonal().sqrt()
+
+    def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
+        """Scores of which ``calibrate`` keeps about the largest, given :meth:`input_scale`."""
+        return weight_OI.abs() * scale_I
+
     def as_prior(self) -> "SparsityStrategy":
         """What runs where this strategy is named, without settings, as the prior of another: the
         settings that find the best masks for the base weights.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,12 +19,14 @@ from transformers import (
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
+from sparsify.common.errors import SparsifyError
 from sparsify.models.config_checks import check_causal, dequantising, forget_quantisation
 from sparsify.models.hashes import hash_parameters
 from sparsify.models.load_checks import check_finite, check_loaded, check_model, correct_tie
 from sparsify.models.load_errors import load_errors
 from sparsify.models.model_files import check_model_files
 from sparsify.models.multimodal import auto_class, processor_files
+from sparsify.models.permutation_file import Permutation
 
 log = logging.getLogger("sparsify")
 
@@ -129,6 +132,7 @@ class BaseModel:
         hash: hash of its Parameters, see :func:`~sparsify.models.hashes.hash_parameters`.
         own_tokenizer: its tokenizer; while it is None, :attr:`tokenizer` loads it on first use.
         processor: what makes inputs of its images, or the files of that by name.
+        permutation: the orders of its channels, if they are not those in which it was loaded.
     """
 
     model: PreTrainedModel
@@ -137,6 +141,33 @@ class BaseModel:
     hash: str
     own_tokenizer: PreTrainedTokenizerBase | None = None
     processor: ProcessorMixin | Mapping[str, bytes] = field(default_factory=dict)
+    permutation: Permutation | None = None
+
+    @property
+    def original_hash(self) -> str:
+        """The hash that names the model before its channels were permuted."""
+        return self.hash if self.permutation is None else self.permutation.base_hash
+
+    def permute(self, orders: Mapping[str, Tensor]) -> None:
+        """Put its channels into other orders, in place: it computes the same as before.
+
+        Args:
+            orders: int64 ``[C]`` by part, see :mod:`sparsify.models.permutation`; none at all
+                leaves it as it is.
+
+        Raises:
+            SparsifyError: they do not fit the model, or it is permuted already.
+        """
+        if self.permutation is not None:
+            raise SparsifyError(
+                f"{self.name}: its channels are permuted already; load the model again"
+            )
+        if not orders:
+            return
+        before = self.hash
+        Permutation(orders, before, "").apply(self.model)
+        self.hash = hash_parameters(dict(self.model.named_parameters()))
+        self.permutation = Permutation(orders, before, self.hash)
 
     @property
     def name(self) -> str:

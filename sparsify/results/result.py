@@ -56,6 +56,8 @@ POSSIBLE = {
     "run.coverage.dense": LIST,
     "run.overrides": TABLE,
     "run.distillation": TABLE,
+    "run.permutation": TABLE,
+    "run.permutation.parts": LIST,
     "run.peak_memory_gib": SECONDS,
     "run.device": TEXT,
     "run.cpu": TEXT,
@@ -102,7 +104,7 @@ def describe_protocol(
     return {
         "metric": METRIC,
         "split": split,
-        "base": {"name": base.name, "hash": base.hash, "dtype": dtype},
+        "base": {"name": base.name, "hash": base.original_hash, "dtype": dtype},
         "data": dict(text),
     }
 

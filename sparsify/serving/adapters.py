@@ -4,9 +4,10 @@ Shapes: O out, I in.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from sparsify.masking.inject import fold
 from sparsify.masking.layer import MaskedLinear, MaskScope, masked_layers
 from sparsify.masking.linear import Stack, elsewhere, maskable
 from sparsify.masking.masker import FixedMasker
+from sparsify.models.permutable import permutable
+from sparsify.models.permutation import Part, inverse, permute
+from sparsify.models.permutation_file import Permutation
 
 FROZEN = "frozen"
 MaskSource = Mapping[str, Tensor] | str | Path
@@ -54,6 +58,8 @@ class MaskAdapters:
         self._maskers: dict[str, dict[str, FixedMasker]] = {}
         self._masked: dict[str, MaskedLinear] = {}  # the layers that are in use at present
         self._active: str | None = None
+        self._orders: dict[str, Permutation] = {}  # those of masks that have any, by name
+        self._parts: Mapping[str, Part] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -80,11 +86,19 @@ class MaskAdapters:
             raise SparsifyError(
                 f"{name!r} is there already; remove it first, or choose another name"
             )
-        found, base_hash = _read(masks)
+        masks, base_hash = _read(masks)
+        found = masks
         if not found:
             raise SparsifyError(f"{name!r} masks no layer; give masks of one layer at least")
         maskers = {layer: self._masker(layer, found[layer]) for layer in found}
-        self._hashes.check(base_hash, repr(name))
+        permutation = getattr(masks, "permutation", None)
+        permuted = self._active in self._orders
+        inactive: AbstractContextManager[Any] = self.use(None) if permuted else nullcontext()
+        with inactive:  # hashes are of the channels in the model's own order
+            if permutation is not None and permutation.base_hash in self._hashes:
+                self._orders[name] = permutation
+            else:
+                self._hashes.check(base_hash, repr(name))
         self._maskers[name] = maskers
 
     def _masker(self, layer: str, mask_OI: Tensor) -> FixedMasker:
@@ -130,6 +144,7 @@ class MaskAdapters:
             # The plain layer stays behind when a masked one is in its place.
             masker.to(cast(Tensor, self._masked.get(layer, self._layers[layer]).weight).device)
         self._restore()
+        self._permute(self._orders.get(name or ""), undo=False)
         for layer, masker in maskers.items():
             plain = self._layers[layer]
             training = (plain.owner if isinstance(plain, Stack) else plain).training
@@ -151,7 +166,16 @@ class MaskAdapters:
                 plain.register_parameter(key, cast(nn.Parameter | None, getattr(module, key)))
             self.model.set_submodule(layer, plain.train(module.training))
         self._masked.clear()
+        self._permute(self._orders.get(self._active or ""), undo=True)
         self._active = None
+
+    def _permute(self, permutation: Permutation | None, undo: bool) -> None:
+        if permutation is None:
+            return
+        if self._parts is None:
+            self._parts = permutable(self.model)[0]
+        orders = permutation.orders
+        permute(self.model, self._parts, inverse(orders) if undo else orders)
 
     def remove(self, name: str) -> None:
         """Forget a mask; if it is active, the model becomes dense.
@@ -163,11 +187,13 @@ class MaskAdapters:
         if self._active == name:
             self.use(None)
         del self._maskers[name]
+        self._orders.pop(name, None)
 
     def detach(self) -> None:
         """Remove all masks; the model is dense again and has its original layer objects."""
         self.use(None)
         self._maskers.clear()
+        self._orders.clear()
 
     def fold(self, name: str) -> PreTrainedModel:
         """Apply a mask to the weights, in place, and remove all masks; the dense weights are lost
@@ -178,6 +204,7 @@ class MaskAdapters:
         """
         self.use(name)
         fold(self.model)
+        self._orders.clear()  # only in the mask's order of channels are its groups N:M
         self.detach()
         self._hashes = BaseHashes(self.model)
         return self.model

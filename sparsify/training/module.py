@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sparsify.calibration import Calibration
+from sparsify.calibration.permuting import parse_permute
 from sparsify.common.ranks import data_parallel
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters
@@ -49,6 +50,9 @@ class SparseCausalLM(Evaluation):
         exclude: a glob, or several, of layers to leave dense.
         overrides: other patterns for some of the layers: 'N:M' or 'dense', by glob; if several
             globs match a layer, the last one counts.
+        permute: put channels in an order under which the strategy's masks lose less, at no cost
+            when the model runs: all, none, some of mlp, heads and residual, or the path of an
+            exported folder whose orders to take.
         dtype: the type of the base weights; maskers learn in the type that they declare, usually
             fp32.
         gradient_checkpointing: recompute each block in backward instead of storing its activations.
@@ -72,6 +76,7 @@ class SparseCausalLM(Evaluation):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         overrides: dict[str, str] | None = None,
+        permute: str | list[str] = "none",
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         calibration: Calibration = Calibration(),
@@ -89,6 +94,8 @@ class SparseCausalLM(Evaluation):
         self.name_or_path = name_or_path
         self.origin = Origin(name_or_path, dtype)
         self.selection = Selection.parse(pattern, include, exclude, overrides)
+        self.permute = parse_permute(permute)
+        self.orders: dict[str, Tensor] | None = None  # those of a checkpoint, once it is read
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration
@@ -157,6 +164,8 @@ class SparseCausalLM(Evaluation):
         if self.model is not None:
             self.origin.enter_modes(self.model, self.gradient_checkpointing)
             return
+        if self._trainer is None and self.permute and self.orders is None:
+            return  # Lightning hands over the checkpoint that holds the orders afterwards
         guards.check_precision(None if self._trainer is None else self.trainer.precision)
         # Build in main memory: Lightning would put the whole model on the device at once, but
         # calibration moves blocks there one by one.

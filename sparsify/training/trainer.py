@@ -53,12 +53,13 @@ class Trainer(LightningTrainer):
     Attributes:
         exporting: whether ``export`` is running.
         sensing: whether the run measures the sensitivity of blocks instead of the model.
-        restores: whether a checkpoint is about to be loaded; what it holds is then not computed.
+        restores: the checkpoint that is about to be loaded, if one is; what it holds is then not
+            computed.
     """
 
     exporting = False
     sensing = False
-    restores = False
+    restores: Any = None
 
     # 1 means one batch, 1.0 all of them. Lightning's types are typing's Union[int, float], which
     # Python takes for the same as Union[float, int]; the command line would read "1" by the order
@@ -95,7 +96,7 @@ class Trainer(LightningTrainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Lightning calls no hook before it loads the checkpoint, and by then the model is built.
-        self.restores = kwargs.get("ckpt_path") is not None
+        self.restores = kwargs.get("ckpt_path")
         try:
             return super()._run(*args, **kwargs)
         except KeyboardInterrupt:

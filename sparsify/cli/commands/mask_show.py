@@ -38,4 +38,6 @@ def show(file: Path) -> None:
     if index.prior:
         say(f"changes  {index.prior}")
     say(f"base     {index.base_hash or 'not known'}")
+    if index.permutation is not None:
+        say(f"         permuted from {index.permutation.base_hash}")
     say(f"lineage  {dumps(index.lineage)}")

@@ -22,6 +22,7 @@ from sparsify.export.mask_file.file import MaskFile, MaskWriter, read_masks, wri
 from sparsify.export.mask_file.index import SUFFIX
 from sparsify.masking.pattern import NMPattern
 from sparsify.models.base import load_skeleton
+from sparsify.models.permutation_file import check_same_order, permutation_of
 from sparsify.results.mask_diff import DiffMatrix, MaskDiff, diff_matrix
 from sparsify.results.mask_diff import diff as diff_of
 
@@ -41,7 +42,8 @@ def import_masks(
     """
     check_free(out)
     lineage = {"imported": source.resolve().name}
-    with MaskWriter(out, "", lineage) as file:
+    permutation = permutation_of(source) if source.is_dir() else None
+    with MaskWriter(out, "", lineage, permutation=permutation) as file:
         for name, mask, own in _foreign(source, base, pattern):
             file.add(name, mask, own)
     say_written(out)
@@ -107,6 +109,11 @@ def export_masks(
         )
     masks = read_masks(file)
     if out.suffix == ".npz":
+        if masks.permutation is not None:
+            raise SparsifyError(
+                f"{masks.path}: its masks are for permuted channels, and npz files cannot say so; "
+                "export them to a folder, whose weights are in the same order"
+            )
         if not overwrite:
             check_free(out)
         known = stored_shapes(load_skeleton(base))
@@ -122,6 +129,7 @@ def export_masks(
             masks.patterns,
             out,
             base_hash=masks.base_hash,
+            permutation=masks.permutation,
             source=file.resolve().name,
             dtype=dtype,
             overwrite=overwrite,
@@ -147,6 +155,8 @@ def diff(
     """
     files = [a, b, *(more or [])]
     masks = [read_masks(file) for file in files]
+    for file, one in zip(files[1:], masks[1:], strict=True):
+        check_same_order(masks[0].permutation, one.permutation, str(a), str(file))
     found: MaskDiff | DiffMatrix
     if more:
         found = diff_matrix(dict(zip(_file_names(files), masks, strict=True)))
@@ -203,5 +213,6 @@ def join(prior: Path, delta: Path, out: Path) -> None:
 
 def _copy(masks: MaskFile, out: Path, prior: MaskFile | None) -> None:
     check_free(out)
-    write_masks(out, masks, masks.patterns, masks.base_hash, masks.index.lineage, prior)
+    lineage, permutation = masks.index.lineage, masks.permutation
+    write_masks(out, masks, masks.patterns, masks.base_hash, lineage, prior, permutation)
     say_written(out)

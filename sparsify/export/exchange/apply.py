@@ -28,6 +28,7 @@ from sparsify.masking.pattern import NMPattern
 from sparsify.masking.select import Selection
 from sparsify.masking.strategy import LayerResult, SparsityStrategy
 from sparsify.models.base import Dtype, load_base, load_skeleton
+from sparsify.models.permutation_file import Permutation
 
 __all__ = [
     "GivenMasks",
@@ -95,6 +96,7 @@ def apply_masks(
     folder: Path,
     *,
     base_hash: str = "",
+    permutation: Permutation | None = None,
     source: str = "",
     dtype: Dtype = "float32",
     overwrite: bool = False,
@@ -107,6 +109,7 @@ def apply_masks(
         patterns: the pattern of each mask.
         folder: the folder to write.
         base_hash: the hash of the model that the masks were made for; empty if unknown.
+        permutation: the orders of channels of that model, into which the base is put first.
         source: where the masks come from, for the manifest.
         dtype: the type in which the weights are loaded; the folder stores them in the type in
             which the base stores them.
@@ -127,7 +130,11 @@ def apply_masks(
         include=list(masks),
         overrides={name: str(patterns[name]) for name in masks if patterns[name] != most},
     )
-    masked = MaskedModel(load_base(base, dtype), GivenMasks(masks, source), selection)
+    model = load_base(base, dtype)
+    if permutation is not None:
+        permutation.check_base(model.hash, "the masks")
+        model.permute(permutation.orders)
+    masked = MaskedModel(model, GivenMasks(masks, source), selection)
     masked.check_called()
     BaseHashes(masked.model).check(base_hash, "the masks")
     masked.calibrate()

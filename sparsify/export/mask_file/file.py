@@ -31,6 +31,7 @@ from sparsify.export.mask_file.index import (
     unreadable,
 )
 from sparsify.masking.pattern import NMPattern
+from sparsify.models.permutation_file import Permutation
 
 
 class MaskFile(Mapping[str, Tensor]):
@@ -64,6 +65,11 @@ class MaskFile(Mapping[str, Tensor]):
     def base_hash(self) -> str:
         """The hash of the model that the masks were made for; empty if it is not known."""
         return self.index.base_hash
+
+    @property
+    def permutation(self) -> Permutation | None:
+        """The orders of channels of the model that the masks were made for; None for none."""
+        return self.index.permutation
 
     @property
     def digest(self) -> str:
@@ -138,6 +144,7 @@ class MaskWriter:
         base_hash: the hash of the model that the masks were made for; empty if it is not known.
         lineage: where the masks come from, in plain JSON values.
         prior: if given, write a delta file against these masks.
+        permutation: the orders of channels of that model, if its channels were permuted.
     """
 
     def __init__(
@@ -146,11 +153,12 @@ class MaskWriter:
         base_hash: str,
         lineage: Mapping[str, Any] | None = None,
         prior: MaskFile | None = None,
+        permutation: Permutation | None = None,
     ) -> None:
         self._path, self._prior = path, prior
         self._layers: dict[str, LayerEntry] = {}
         digest = None if prior is None else prior.digest
-        self._index = Index(base_hash, dict(lineage or {}), digest, self._layers)
+        self._index = Index(base_hash, dict(lineage or {}), digest, self._layers, permutation)
 
     def __enter__(self) -> "MaskWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,12 +213,13 @@ def write_masks(
     base_hash: str,
     lineage: Mapping[str, Any] | None = None,
     prior: MaskFile | None = None,
+    permutation: Permutation | None = None,
 ) -> None:
     """Write masks, bool ``[O, I]`` by layer name, with one pattern for each or for all.
 
     The other arguments are those of :class:`MaskWriter`.
     """
-    with MaskWriter(path, base_hash, lineage, prior) as file:
+    with MaskWriter(path, base_hash, lineage, prior, permutation) as file:
         for name, mask_OI in masks.items() if isinstance(masks, Mapping) else masks:
             file.add(name, mask_OI, patterns if isinstance(patterns, NMPattern) else patterns[name])
 

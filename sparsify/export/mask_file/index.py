@@ -16,6 +16,7 @@ from typing import Any
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.sizes import code_bytes, delta_bytes
 from sparsify.masking.pattern import NMPattern
+from sparsify.models.permutation_file import Permutation
 
 SUFFIX = ".nmask"
 FILE_NAME = f"masks{SUFFIX}"
@@ -93,12 +94,15 @@ class Index:
         lineage: where the masks come from, as their maker stated it.
         prior: the digest of the prior of a delta file; None if the file is whole by itself.
         layers: the entries by layer name, in the order of the file.
+        permutation: the orders of channels of the model that the masks were made for; None if they
+            are those in which it is loaded.
     """
 
     base_hash: str
     lineage: Mapping[str, Any]
     prior: str | None
     layers: Mapping[str, LayerEntry]
+    permutation: Permutation | None = None
 
     @property
     def digest(self) -> str:
@@ -125,6 +129,8 @@ class Index:
             "prior": self.prior,
             "layers": {name: entry.to_dict() for name, entry in self.layers.items()},
         }
+        if self.permutation is not None:
+            content["permutation"] = self.permutation.to_dict()
         index = json.dumps(content, separators=(",", ":")).encode()
         length = len(index).to_bytes(8, "little")
         return index + hashlib.sha256(index).digest() + length + MAGIC
@@ -166,7 +172,9 @@ def read_index(path: Path) -> Index:
     layers = {name: LayerEntry.from_dict(entry) for name, entry in content["layers"].items()}
     if odd := next((name for name in layers if not name.isprintable()), None):
         raise ValueError(f"the layer name {odd!r} holds control characters")
-    index = Index(content["base"], content["lineage"], content["prior"], layers)
+    stored = content.get("permutation")
+    permutation = None if stored is None else Permutation.from_dict(stored, path)
+    index = Index(content["base"], content["lineage"], content["prior"], layers, permutation)
     if not isinstance(index.base_hash, str) or not isinstance(index.lineage, dict):
         raise ValueError("base or lineage of a wrong type")
     if index.prior is None and any(entry.changed is not None for entry in layers.values()):

@@ -10,6 +10,7 @@ from functools import partial
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.models.layer_names import block_number
+from sparsify.models.permutation_file import check_same_order
 from sparsify.results.compare.curves import FLIPS, Curve, intervals
 from sparsify.results.compare.drawing import chart, letter, row_name, style
 from sparsify.results.compare.figures import Picture, curves_of, lines
@@ -123,6 +124,9 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     if len(found) < 2:
         return Picture(title, f"It takes the exports of two rows. {about}")
     try:
+        first, *others = found.values()
+        for other in others:
+            check_same_order(first.permutation, other.permutation, "one row", "another")
         matrix = diff_matrix(found)
     except SparsifyError as error:
         return Picture(title, f"These masks do not compare: {error}. {about}")

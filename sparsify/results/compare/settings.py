@@ -38,6 +38,9 @@ def settings(run: Run, fitting: bool = True) -> dict[str, str]:
     if record.get("distillation"):
         found["distilled"] = "yes"
         found |= _flat("distilled", record["distillation"])
+    if permuted := record.get("permutation"):
+        parts = [str(part).rpartition(".")[2] for part in permuted.get("parts", ())]
+        found["permuted"] = ", ".join(parts)
     for key in ("samples", "block_size", "bos", "activations"):
         if key in run.calibration:
             found[f"calibration.{key}"] = _text(run.calibration[key])

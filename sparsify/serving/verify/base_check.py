@@ -10,6 +10,7 @@ from sparsify.export.manifest import MANIFEST, Manifest
 from sparsify.masking.layer import base_parameters
 from sparsify.models.base import Dtype, load_model
 from sparsify.models.hashes import hash_parameters
+from sparsify.models.permutation_file import Permutation
 from sparsify.models.stored_weights import StoredWeights
 
 
@@ -34,6 +35,7 @@ class BaseCheck:
         base: its name or folder.
         manifest: what the folder says of it; None where it says nothing.
         weights: the folder's tensors.
+        permutation: the orders of channels in which they are stored; None for the base's own.
 
     Attributes:
         problems: what is wrong with the folder as a whole.
@@ -43,7 +45,13 @@ class BaseCheck:
         SparsifyError: there is no such model.
     """
 
-    def __init__(self, base: str, manifest: Manifest | None, weights: StoredWeights) -> None:
+    def __init__(
+        self,
+        base: str,
+        manifest: Manifest | None,
+        weights: StoredWeights,
+        permutation: Permutation | None = None,
+    ) -> None:
         known = manifest or Manifest()
         # A hash names values of one type: it must be computed in the same again.
         dtype = known.base_dtype if manifest else "auto"
@@ -52,6 +60,8 @@ class BaseCheck:
         self.notes: list[str] = []
         if (problem := wrong_base(base, model, known)) is not None:
             self.problems.append(problem)
+        elif permutation is not None:
+            permutation.apply(model)
         self._values: dict[str, Tensor] = {}
         parameters = base_parameters(model, all_names=True)
         for name, parameter in parameters.items():

@@ -14,6 +14,8 @@ from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.coverage import coverage, largest_list
 from sparsify.masking.pattern import NMPattern
+from sparsify.models.permutation_file import FILE as PERMUTATION
+from sparsify.models.permutation_file import Permutation, check_same_order, permutation_of
 from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.device_check import cuda_check
 from sparsify.serving.verify.base_check import BaseCheck
@@ -72,14 +74,17 @@ def verify(
     if asked is not None and not layers:
         with _goes_on(report, "the decoder blocks"):
             layers = matrices_of_blocks(folder, weights, asked)
-    base_check = None if base is None else BaseCheck(base, manifest, weights)
+    permutation = None
+    with _goes_on(report, PERMUTATION):
+        permutation = _permutation(folder, known, report)
+    base_check = None if base is None else BaseCheck(base, manifest, weights, permutation)
     if base_check is not None:
         report.base = BaseReport(str(base))
         report.problems += base_check.problems
         report.notes += base_check.notes
     masks = None
     with _goes_on(report, FILE_NAME):
-        masks = _masks(folder, known, report)
+        masks = _masks(folder, known, permutation, report)
     tensors = TensorCheck(known, asked, masks, base_check, check)
     tensors.run(weights, layers, report)
     held = {row.name for row in report.layers if row.pattern and not row.problems}
@@ -138,16 +143,37 @@ def _manifest(folder: Path, asked: NMPattern | None, report: Report) -> Manifest
     return manifest
 
 
-def _masks(folder: Path, manifest: Manifest, report: Report) -> MaskFile | None:
+def _permutation(folder: Path, manifest: Manifest, report: Report) -> Permutation | None:
+    """The orders of channels in which the folder's weights are stored."""
+    found = permutation_of(folder)
+    digest = "" if found is None else found.digest
+    if digest != manifest.permutation:
+        stated = manifest.permutation[:12] or "no orders of channels"
+        report.problems.append(
+            f"{PERMUTATION} holds {digest[:12] or 'nothing'}, and {MANIFEST} says {stated}"
+        )
+    elif found is not None and manifest.base_hash and found.base_hash != manifest.base_hash:
+        report.problems.append(
+            f"{PERMUTATION} is for base {found.base_hash[:12]}, and {MANIFEST} says "
+            f"{manifest.base_hash[:12]}"
+        )
+    return found
+
+
+def _masks(
+    folder: Path, manifest: Manifest, permutation: Permutation | None, report: Report
+) -> MaskFile | None:
     """The stored masks, None where there are none to compare with."""
     if not manifest.layers and not (manifest.tensors and (folder / FILE_NAME).exists()):
         return None
     masks = read_masks(folder)
-    if manifest.base_hash and masks.base_hash != manifest.base_hash:
+    wanted = manifest.base_hash if permutation is None else permutation.permuted_hash
+    if wanted and masks.base_hash != wanted:
         report.problems.append(
-            f"{FILE_NAME} is for base {masks.base_hash[:12]}, and {MANIFEST} says "
-            f"{manifest.base_hash[:12]}"
+            f"{FILE_NAME} is for base {masks.base_hash[:12]}, and the folder says {wanted[:12]}"
         )
+    with _goes_on(report, FILE_NAME):
+        check_same_order(masks.permutation, permutation, FILE_NAME, PERMUTATION)
     for name, pattern in masks.patterns.items():
         if name not in manifest.layers:
             report.problems.append(f"{name}: {FILE_NAME} masks it, and {MANIFEST} does not")

@@ -37,7 +37,7 @@ TRAINING = {
     "lr_schedulers": LIST,
 }
 # These may be missing; checkpoints of one-shot runs do not have the first.
-POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE}
+POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE, "orders": TABLE}
 
 
 def check_content(checkpoint: Any, path: Any) -> None:
@@ -64,6 +64,9 @@ def check_content(checkpoint: Any, path: Any) -> None:
         local = value.to_local() if isinstance(value, DTensor) else value
         if local.is_floating_point() and not torch.isfinite(local).all():
             _refuse(path, f"state_dict.{name}", "not finite", "finite in every element")
+    for name, value in (checkpoint.get("orders") or {}).items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            _refuse(path, f"orders.{name}", _shown(value), "a tensor")
     for name, value in (checkpoint.get("schedule_values") or {}).items():
         _check_number(path, f"schedule_values.{name}", value)
 

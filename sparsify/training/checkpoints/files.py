@@ -90,6 +90,18 @@ class WholeFileIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
+def stored_orders(path: Any) -> Any:
+    """The orders of channels in a checkpoint, without reading its other tensors; None if its run
+    had none. They are checked when they are applied.
+    """
+    file = Path(path) / METADATA if Path(path).is_dir() else path
+    local = "://" not in str(path)
+    if local:
+        check_whole(Path(path))
+    content = torch.load(file, "cpu", weights_only=True, mmap=local)
+    return content.get("orders") if isinstance(content, dict) else None
+
+
 def step_path(folder: Path, step: int) -> Path:
     """The path of an optimizer step's checkpoint."""
     return folder / f"step-{step:08d}.ckpt"

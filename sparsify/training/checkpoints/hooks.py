@@ -26,6 +26,8 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
         key: value for key, value in checkpoint["state_dict"].items() if key in kept
     }
     checkpoint["base_hash"] = module.masked.base.hash
+    if (permutation := module.masked.base.permutation) is not None:
+        checkpoint["orders"] = dict(permutation.orders)
     if "config" in (settings := checkpoint.get("hyper_parameters", {})):
         checkpoint["settings_sha256"] = content_hash(settings["config"])
     checkpoint["schedule_values"] = dict(module.strategy.values)
@@ -47,6 +49,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
         SparsifyError: the checkpoint is damaged, or belongs to another run.
     """
     check_content(checkpoint, getattr(trainer, "ckpt_path", None) or "the checkpoint")
+    module.orders = checkpoint.get("orders") or {}
     module.configure_model()
     module.steps_before = checkpoint["global_step"]
     module.calibrated = checkpoint.get("calibration")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from sparsify.calibration import Calibration, Layerwise, layerwise
+from sparsify.calibration import layerwise
 from sparsify.calibration.activations import Activations
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.masking.layer import base_parameters, masked_layers
@@ -35,6 +35,7 @@ from sparsify.training import optimizers
 from sparsify.training.guards import check_dtype
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.parallel.shard_model import check_sharding
+from sparsify.training.plan.calibration import calibrate
 from sparsify.training.plan.experts import balanced
 from sparsify.training.plan.ledger import Ledger, Peak, live_bytes
 from sparsify.training.plan.replay import replayed
@@ -42,7 +43,6 @@ from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.plan.work import Work, WorkCounter
 from sparsify.training.step import BatchRun, checkpoint_activations
 
-WINDOWS = 1  # calibration windows that are run; the memory of the others' inputs is added
 WEIGHTS, MASKERS, TEACHER = "weights", "masker tensors", "teacher"
 GRADIENTS, OPTIMIZER, ACTIVATIONS = "gradients", "optimizer states", "activations"
 LOGGED = "mask logging"
@@ -111,7 +111,7 @@ def dry_run(settings: PlanSettings) -> DryRun:
         params = [p for p in model.parameters() if p.requires_grad]
         kept: dict[str, int] = {}
         with balanced(model):
-            reads_text = _calibrate(masked, settings)
+            reads_text = calibrate(masked, settings)
             if params:
                 kept = _train(ledger, masked, teacher, params, settings)
         blocks = decoder_blocks(model).values()
@@ -178,21 +178,6 @@ def _masked(base: BaseModel, strategy: SparsityStrategy, module: SparseCausalLM)
 def _masker_tensors(module: nn.Module) -> list[Tensor]:
     maskers = [layer.masker for layer in masked_layers(module).values()]
     return [t for m in maskers for t in (*m.parameters(), *m.buffers())]
-
-
-def _calibrate(masked: MaskedModel, settings: PlanSettings) -> bool:
-    """Run calibration; returns whether it reads text."""
-    asked = settings.module.calibration
-    plain = Calibration(activations=asked.activations, cache=False)
-    windows = min(WINDOWS, asked.samples), settings.block_size
-    tokens_ST = torch.zeros(windows, dtype=torch.long)
-    engine = Layerwise(masked, lambda: tokens_ST, plain, torch.device("cpu"))
-    with (
-        patch.object(layerwise, "text_hash", lambda _: ""),
-        patch.object(layerwise, "warn_of_few", lambda *_: None),  # no value is not zero here
-    ):
-        masked.calibrate(engine.run(masked.strategy))
-    return engine.record is not None
 
 
 def _train(

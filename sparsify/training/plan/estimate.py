@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from sparsify.data.windows import logit_bytes, vocabulary_of
+from sparsify.training.plan.calibration import WINDOWS
 from sparsify.training.plan.dry_run import (
     CALIBRATION,
     GRADIENTS,
@@ -11,7 +12,6 @@ from sparsify.training.plan.dry_run import (
     STEP,
     TEACHER,
     WEIGHTS,
-    WINDOWS,
     DryRun,
 )
 from sparsify.training.plan.hours import device_work

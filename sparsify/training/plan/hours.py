@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from sparsify.training.plan.dry_run import BACKWARD, CALIBRATION, FORWARD, STEP, WINDOW, WINDOWS
+from sparsify.training.plan.calibration import WINDOWS
+from sparsify.training.plan.dry_run import BACKWARD, CALIBRATION, FORWARD, STEP, WINDOW
 from sparsify.training.plan.settings import PlanSettings
 from sparsify.training.plan.work import Work
 

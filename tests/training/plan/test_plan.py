@@ -447,3 +447,13 @@ def test_grouped_products_have_the_shapes_of_real_ones() -> None:
         with Ledger():
             fake = torch._grouped_mm(torch.empty(a), torch.empty(b), offs=offs)
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+def test_a_search_of_orders_holds_every_block_s_inputs(model_folder: Path) -> None:
+    def peak(permute: str) -> int:
+        seen = dry_run(settings(model_folder, "wanda", permute=permute))
+        return sum(seen.peaks["calibration"].parts.values())
+
+    gram = 4 * 32 * 32
+    assert peak("residual") >= peak("none") + 3 * gram  # of two blocks' attention and MLP
+    assert peak("none") < peak("heads") < peak("residual")
