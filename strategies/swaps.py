@@ -43,9 +43,10 @@ class Swaps(SparsityStrategy):
     Args:
         initial: gives the mask to refine: a strategy by name or as an object, a mask file or an
             exported folder.
-        target: what the layer's output is compared with: ``dense``, its output in the dense model,
-            which makes up for the blocks that were pruned before; or ``own``, the output of its
-            dense weights on its present input.
+        target: what the layer's output is compared with: ``own``, the output of its dense weights
+            on its present input; or ``dense``, its output in the dense model, to make up for the
+            blocks that were pruned before. The latter is better in a model of few blocks, and
+            harmful in one of many, where masks alone cannot make up for what was lost.
         refit: afterwards change the kept weights, row by row, to those with the least error.
         sweeps: how many times each group is visited at most.
         damping: of the refit: its loss also holds the squared change of the weights, times this
@@ -57,7 +58,7 @@ class Swaps(SparsityStrategy):
     def __init__(
         self,
         initial: SparsityStrategy | str = "sparsegpt",
-        target: Literal["dense", "own"] = "dense",
+        target: Literal["dense", "own"] = "own",
         refit: bool = False,
         sweeps: int = 50,
         damping: float = 0.1,

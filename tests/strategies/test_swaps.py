@@ -128,7 +128,7 @@ def test_the_change_of_error_of_every_swap() -> None:
 def test_no_sweep_raises_the_error_of_any_row(name: str, pattern: str) -> None:
     layer = drifted(real_layers()[name])
     masks = [
-        result_of(Swaps("magnitude", sweeps=sweeps), layer, pattern).mask.numpy()
+        result_of(Swaps("magnitude", "dense", sweeps=sweeps), layer, pattern).mask.numpy()
         for sweeps in (0, 1, 2, 4, 8, 50)
     ]
     found = [errors(layer, layer.w * mask) for mask in masks]
@@ -141,8 +141,8 @@ def test_no_sweep_raises_the_error_of_any_row(name: str, pattern: str) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_end_is_an_optimum_of_single_swaps(seed: int) -> None:
     layer = drifted(small_layer(seed, rows=8, columns=12))
-    mask = result_of(Swaps(), layer).mask.numpy()
-    initial = result_of(Swaps(sweeps=0), layer).mask.numpy()
+    mask = result_of(Swaps(target="dense"), layer).mask.numpy()
+    initial = result_of(Swaps(target="dense", sweeps=0), layer).mask.numpy()
     wanted = dense_output(layer, "dense")
     table = NMPattern(2, 4).table().numpy()
     for row, weight in enumerate(layer.w):
@@ -199,8 +199,8 @@ def least_squares(layer: Layer, mask: Array, damping: float) -> Array:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_refitted_weights_are_those_of_least_squares(pattern: str, damping: float) -> None:
     layer = drifted(small_layer(rows=25))
-    masks = result_of(Swaps(), layer, pattern).mask
-    result = result_of(Swaps(refit=True, damping=damping), layer, pattern)
+    masks = result_of(Swaps(target="dense"), layer, pattern).mask
+    result = result_of(Swaps(target="dense", refit=True, damping=damping), layer, pattern)
     assert torch.equal(result.mask, masks)
     best = least_squares(layer, masks.numpy(), damping)
     np.testing.assert_allclose(kept(layer, result), best, rtol=0, atol=1e-4 * np.abs(best).max())
@@ -209,7 +209,9 @@ def test_refitted_weights_are_those_of_least_squares(pattern: str, damping: floa
 
 def test_refitting_a_real_layer_lowers_its_error() -> None:
     layer = drifted(real_layers()[REAL[1]])
-    plain, refitted = result_of(Swaps(), layer), result_of(Swaps(refit=True), layer)
+    plain, refitted = (
+        result_of(Swaps(target="dense", refit=refit), layer) for refit in (False, True)
+    )
     assert plain.weight is None
     best = errors(layer, least_squares(layer, refitted.mask.numpy(), 0.1)).sum()
     found, before = (
@@ -231,7 +233,7 @@ def test_dead_inputs() -> None:
 
 def test_a_layer_of_which_no_swap_helps_keeps_its_mask() -> None:
     layer = small_layer()
-    best = result_of(Swaps(), layer).mask
+    best = result_of(Swaps(target="dense"), layer).mask
     block = block_of(layer, "2:4")
     grams, crosses = block.collect(Hessian), block.collect(CrossHessian)
     weight_IO = layer.weight_OI.T.contiguous()
@@ -266,4 +268,4 @@ def test_wrong_settings(settings: dict[str, object], message: str) -> None:
 def test_it_says_what_it_changes() -> None:
     assert Swaps().effect.weights == "frozen"
     assert Swaps(refit=True).effect.weights == "updated"
-    assert Swaps(Wanda()).describe()["settings"]["target"] == "dense"
+    assert Swaps(Wanda()).describe()["settings"]["target"] == "own"
