@@ -173,7 +173,7 @@ class SparsityStrategy(nn.Module, Generic[M]):
         return self
 
     def input_scale(self, gram_II: Tensor) -> Tensor:
-        """How much each input counts in ``calibrate``'s masks, ``[I]``, given X^T X in any order."""
+        """How much each input counts in ``calibrate``, ``[I]``, given X^T X in any order."""
         return gram_II.diagonal().sqrt()
 
     def order_score(self, weight_OI: Tensor, scale_I: Tensor) -> Tensor:
