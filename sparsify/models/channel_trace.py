@@ -52,7 +52,7 @@ class ChannelTrace(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.axes: list[tuple[str, int, int, int]] = []
         self.used: set[int] = set()
         # The tensors are kept, so that no other gets their id.
@@ -133,7 +133,8 @@ class ChannelTrace(TorchDispatchMode):
             product = self._product(self._traced(args[1]), self._traced(args[2]), out.ndim)
             self._set(out, self._join([first, (out.shape, product)], out.ndim))
         elif name.startswith("_scaled_dot_product"):
-            self._attend(*map(self._traced, args[:3]), out[0])
+            q, k, v = map(self._traced, args[:3])
+            self._attend(q, k, v, out[0])
         elif name in _NORMS:
             axes = [a - len(args[1]) for a in range(len(args[1]))]
             self._reduce(first, axes)

@@ -223,7 +223,7 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     words = int(model.config.get_text_config().vocab_size)
     tokens = torch.randint(words, (1, _TOKENS), generator=generator)
-    return tokens.to(model.get_input_embeddings().weight.device)
+    return tokens.to(model.device)
 
 
 @contextmanager

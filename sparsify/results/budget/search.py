@@ -243,7 +243,7 @@ class Search:
 
     def _dearer(self, best: Point, knapsack: Knapsack[Pattern]) -> Point:
         """The cheapest choice dearer than the best whose joint run is surer to keep the ratio."""
-        cost, one = self._units.cost(best.choice), (knapsack.most - knapsack.least) / 100
+        cost, one = float(self._units.cost(best.choice)), (knapsack.most - knapsack.least) / 100
         while (cost := cost + one) <= knapsack.most:
             point = self._point(knapsack.at(cost))
             if point.increase < best.increase and point.keeps(self._goal.limit):

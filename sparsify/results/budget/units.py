@@ -6,7 +6,6 @@ Shapes: O out, I in.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -104,8 +103,10 @@ def make_units(
     def kept_of(layer: MaskedLinear, pattern: Pattern) -> int:
         return int(math.prod(layer.masker.shape) * density(pattern))
 
-    cost_of = {"kept": kept_of}.get(goal.name, bytes_of)
-    if goal.name == "milliseconds":
+    cost_of: Callable[[MaskedLinear, Pattern], int] = bytes_of
+    if goal.name == "kept":
+        cost_of = kept_of
+    elif goal.name == "milliseconds":
         cost_of = _nanoseconds(device, goal.tokens)
 
     def costs(unit: str, of: Callable[[MaskedLinear, Pattern], int]) -> dict[Pattern, int]:
@@ -168,4 +169,4 @@ def describe(choice: Choice) -> list[str]:
 def uniform(units: Units, pattern: Pattern) -> Choice | None:
     """The choice of one pattern for all units; None if it does not fit them all."""
     fits = all(pattern in of for of in units.costs)
-    return cast(Choice, (pattern,) * len(units.costs)) if fits else None
+    return (pattern,) * len(units.costs) if fits else None

@@ -52,7 +52,7 @@ def _search_orders(masked: MaskedModel, settings: PlanSettings) -> bool:
     kinds = settings.module.permute
     if isinstance(kinds, Path) or not kinds or not masked.strategy.effect.prunes:
         return False
-    engine = _engine(masked, settings)
+    engine, residual = _engine(masked, settings), "residual" in kinds
     width = masked.model.config.get_text_config().hidden_size
     held: list[Tensor] = []
 
@@ -61,7 +61,7 @@ def _search_orders(masked: MaskedModel, settings: PlanSettings) -> bool:
             for block in blocks:
                 grams = block.collect(Hessian)
                 found = {id(grams[name]): grams[name].matrix_II for name in block.layers}
-                if "residual" in kinds:
+                if residual:
                     held.extend(gram for gram in found.values() if len(gram) == width)
                 largest = max(found.values(), key=len)
                 _ = [largest.clone() for _ in range(2)]  # in the present order, and products
