@@ -1,8 +1,11 @@
 """The index of a mask file, which says what layers it holds, for which model, and from where.
 
 It stands at the end of the file, as JSON, with its own SHA-256. The place of a layer's bytes is not
-stored: it follows from the sizes of the layers before it, so it cannot contradict them.
+stored: it follows from the sizes of the layers before it, so it cannot contradict them. To read an
+index need not wait for PyTorch.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -11,12 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.sizes import code_bytes, delta_bytes
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.permutation_file import Permutation
+
+if TYPE_CHECKING:
+    from sparsify.models.permutation_file import Permutation
 
 SUFFIX = ".nmask"
 FILE_NAME = f"masks{SUFFIX}"
@@ -58,7 +63,7 @@ class LayerEntry:
             return code_bytes(self.groups, candidates)
         return delta_bytes(self.changed, self.groups, candidates)
 
-    def same_layer(self, other: "LayerEntry | None") -> bool:
+    def same_layer(self, other: LayerEntry | None) -> bool:
         """Whether the other entry has the same shape and pattern."""
         return other is not None and (other.shape, other.pattern) == (self.shape, self.pattern)
 
@@ -68,7 +73,7 @@ class LayerEntry:
         return entry if self.changed is None else {**entry, "changed": self.changed}
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> "LayerEntry":
+    def from_dict(cls, entry: dict[str, Any]) -> LayerEntry:
         """Parse an entry; ValueError, KeyError or TypeError if it is not valid."""
         rows, columns = entry["shape"]
         pattern, changed = NMPattern.parse(str(entry["pattern"])), entry.get("changed")
@@ -172,8 +177,11 @@ def read_index(path: Path) -> Index:
     layers = {name: LayerEntry.from_dict(entry) for name, entry in content["layers"].items()}
     if odd := next((name for name in layers if not name.isprintable()), None):
         raise ValueError(f"the layer name {odd!r} holds control characters")
-    stored = content.get("permutation")
-    permutation = None if stored is None else Permutation.from_dict(stored, path)
+    permutation = None
+    if (stored := content.get("permutation")) is not None:
+        from sparsify.models.permutation_file import Permutation
+
+        permutation = Permutation.from_dict(stored, path)
     index = Index(content["base"], content["lineage"], content["prior"], layers, permutation)
     if not isinstance(index.base_hash, str) or not isinstance(index.lineage, dict):
         raise ValueError("base or lineage of a wrong type")
