@@ -84,13 +84,13 @@ def find_order(
     generator = torch.Generator().manual_seed(seed)
     width = math.lcm(*(layer.pattern.m for layer in layers))
     order_C = torch.arange(layers[0].columns_KC.shape[1])
-    swaps = _swaps(width)
+    exchanges = _exchanges(width)
     own = torch.arange(2 * width)
     errors: list[float] = []
     taken = order_C
     for number in range(rounds + 1):
         at_PS = _pairs(len(order_C), runs, width, generator)
-        error, gain_XP = _gains(layers, order_C, at_PS, swaps, device)
+        error, gain_XP = _gains(layers, order_C, at_PS, exchanges, device)
         if errors and error > errors[-1]:  # by rounding: the last exchanges gained nothing
             return taken, errors
         taken, errors = order_C, [*errors, error]
@@ -98,7 +98,7 @@ def find_order(
             break
         gain_P, best_P = gain_XP.min(0)
         tried = gain_P < 0
-        to_PS = torch.where(tried[:, None], swaps[best_P], own)
+        to_PS = torch.where(tried[:, None], exchanges[best_P], own)
         new_C = order_C.clone()
         new_C[at_PS] = order_C[at_PS.gather(1, to_PS)]
         both_PP = 2 * _between(layers, order_C, new_C, at_PS, device)
@@ -110,13 +110,13 @@ def find_order(
     return taken, errors
 
 
-def _swaps(width: int) -> Tensor:
+def _exchanges(width: int) -> Tensor:
     """All exchanges of a position of one group with one of the other: the position that each of a
     pair's comes to hold, ``[X, S]``.
     """
-    swaps_XS = torch.arange(2 * width).repeat(width * width, 1)
+    exchanges_XS = torch.arange(2 * width).repeat(width * width, 1)
     both = torch.cartesian_prod(torch.arange(width), torch.arange(width, 2 * width))
-    return swaps_XS.scatter(1, both, both.flip(1))
+    return exchanges_XS.scatter(1, both, both.flip(1))
 
 
 def _pairs(channels: int, runs: int, width: int, generator: torch.Generator) -> Tensor:
@@ -142,11 +142,11 @@ def _gains(
     layers: Sequence[Inputs],
     order_C: Tensor,
     at_PS: Tensor,
-    swaps_XS: Tensor,
+    exchanges_XS: Tensor,
     device: torch.device,
 ) -> tuple[float, Tensor]:
     """The error under an order, and how each exchange of each pair changes it, ``[X, P]``."""
-    error, gain_XP = 0.0, torch.zeros(len(swaps_XS), len(at_PS), dtype=torch.float64)
+    error, gain_XP = 0.0, torch.zeros(len(exchanges_XS), len(at_PS), dtype=torch.float64)
     for layer in layers:
         held_I = layer.held(order_C).to(device)
         gram_II = layer.gram_II.to(device)[held_I][:, held_I]
@@ -206,8 +206,8 @@ class _Pairs:
             self._needs.append(last.masked_fill(beaten_by != n - 1, -torch.inf).amax(1))
 
     def changes(self) -> Iterator[Tensor]:
-        """The change of d by each exchange, in the order of :func:`_swaps`: ``[P, S, K, O]``. The
-        tensor is overwritten by the next.
+        """The change of d by each exchange, in the order of :func:`_exchanges`:
+        ``[P, S, K, O]``. The tensor is overwritten by the next.
         """
         m, width = self._m, self._score.shape[1] // 2
         change = torch.zeros_like(self._score)

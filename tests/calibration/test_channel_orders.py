@@ -61,19 +61,19 @@ def test_predicted_changes_are_those_of_the_recomputed_error(layers: list[Inputs
     channels = layers[0].columns_KC.shape[1]
     order_C = torch.randperm(channels, generator=generator)
     at_PS = channel_orders._pairs(channels, 1, width, generator)
-    swaps_XS = channel_orders._swaps(width)
-    error, gain_XP = channel_orders._gains(layers, order_C, at_PS, swaps_XS, CPU)
+    exchanges_XS = channel_orders._exchanges(width)
+    error, gain_XP = channel_orders._gains(layers, order_C, at_PS, exchanges_XS, CPU)
     before = error_of(layers, order_C)
     assert error == pytest.approx(before, rel=1e-9)
-    for x in range(0, len(swaps_XS), 5):
+    for x in range(0, len(exchanges_XS), 5):
         for p in range(len(at_PS)):
             new_C = order_C.clone()
-            new_C[at_PS[p]] = order_C[at_PS[p][swaps_XS[x]]]
+            new_C[at_PS[p]] = order_C[at_PS[p][exchanges_XS[x]]]
             found = error_of(layers, new_C) - before
             assert float(gain_XP[x, p]) == pytest.approx(found, rel=1e-5, abs=1e-9 * before)
     new_C = order_C.clone()  # all pairs at once, each with another exchange
-    chosen_P = torch.arange(len(at_PS)) * 3 % len(swaps_XS)
-    new_C[at_PS] = order_C[at_PS.gather(1, swaps_XS[chosen_P])]
+    chosen_P = torch.arange(len(at_PS)) * 3 % len(exchanges_XS)
+    new_C[at_PS] = order_C[at_PS.gather(1, exchanges_XS[chosen_P])]
     both_PP = channel_orders._between(layers, order_C, new_C, at_PS, CPU)
     alone_P = gain_XP[chosen_P, torch.arange(len(at_PS))]
     together = float(alone_P.sum() + both_PP.sum() - both_PP.diagonal().sum())
