@@ -15,7 +15,7 @@ def fit(name: str, options: list[str], folder: Path) -> dict[str, Any]:
     """The result of one ``sparsify fit``: of an earlier one of this name, where the folder has it;
     a run that was stopped is resumed.
     """
-    root = folder / name.replace(", ", "-").replace(" ", "_")
+    root = _root(name, folder)
     if (result := _newest(root, "result.json")) is not None:
         return json.loads(result.read_text())
     print(f"\n== {name}", flush=True)
@@ -32,10 +32,15 @@ def from_export(options: list[str], word: str, name: str, folder: Path) -> list[
     """The options, in which the export of the run of this name takes the place of ``{word}``."""
     if not any(f"{{{word}}}" in option for option in options):
         return options
-    export = _newest(folder / name.replace(", ", "-").replace(" ", "_"), "export")
+    export = _newest(_root(name, folder), "export")
     if export is None:
         raise SystemExit(f"this row starts from the export of {name!r}: run that first")
     return [option.replace(f"{{{word}}}", str(export)) for option in options]
+
+
+def _root(name: str, folder: Path) -> Path:
+    """Where the run of this name is kept."""
+    return folder / name.replace(", ", "-").replace(" ", "_")
 
 
 def _newest(root: Path, what: str) -> Path | None:
