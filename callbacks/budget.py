@@ -20,7 +20,7 @@ from sparsify.results.budget.bank import Bank
 from sparsify.results.budget.goal import Goal
 from sparsify.results.budget.measure import SCORES, Scores, spread
 from sparsify.results.budget.prefix import Batch, Prefix
-from sparsify.results.budget.search import search
+from sparsify.results.budget.search import Search
 from sparsify.results.budget.units import Choice, make_units
 from sparsify.results.result import describe_protocol
 from sparsify.training.build import calibrate
@@ -82,14 +82,14 @@ class MeasureBudget(Callback):
         def together(choice: Choice) -> Tensor:
             return scores(bank.calibrated(units.patterns(choice)), many)
 
-        found = search(
+        found = Search(
             units,
             goal,
             lambda choice: scores(bank.masks(units.patterns(choice)), few),
             lambda choice: scores(bank.masks(units.patterns(choice)), many),
             together,
             watch,
-        )
+        ).run()
         text = trainer.datamodule.describe(SPLIT)
         about = {
             "protocol": describe_protocol(masked.base, pl_module.scored_dtype, text, SPLIT),

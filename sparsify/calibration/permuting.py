@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -90,50 +91,46 @@ def find_orders(
     Raises:
         SparsifyError: the model has no part of a kind.
     """
-    found = from_rank_zero(
-        _search(base, strategy, selection, kinds, windows, settings, device, watch)
-    )
-    return dict(found)
+
+    def search() -> Iterator[tuple[str, Tensor]]:
+        if not strategy.effect.prunes:
+            return
+        wanted, windows_ST = _wanted(base, kinds), windows()
+        search = ChannelSearch(strategy, wanted, device)
+        with _masked_for(base, search, selection) as masked:
+            plainly = replace(settings, activations="dense", cache=False)
+            engine = Layerwise(masked, lambda: windows_ST, plainly, device, watch)
+            key = engine.depends_on() | {"permute": list(wanted)}
+            folder = result_folder(strategy.calibrator(), key) if settings.cache else None
+            orders = None if folder is None else _kept(folder)
+            if orders is None:
+                start = time.perf_counter()
+                for _ in engine.run_here(search):
+                    pass
+                orders = search.finish()
+                if folder is not None:
+                    _keep(folder, orders, strategy, base, time.perf_counter() - start, device)
+        yield from orders.items()
+
+    return dict(from_rank_zero(search()))
 
 
-def _search(
-    base: BaseModel,
-    strategy: SparsityStrategy,
-    selection: Selection,
-    kinds: Sequence[Kind],
-    windows: Callable[[], Tensor],
-    settings: Calibration,
-    device: torch.device,
-    watch: Callable[[Iterable[str]], Iterable[str]],
-) -> Iterator[tuple[str, Tensor]]:
-    if not strategy.effect.prunes:
-        return
-    wanted = _wanted(base, kinds)
-    windows_ST = windows()
-    search = ChannelSearch(strategy, wanted, device)
+@contextmanager
+def _masked_for(
+    base: BaseModel, strategy: SparsityStrategy, selection: Selection
+) -> Iterator[MaskedModel]:
+    """The model with masked layers, which get their plain layers back at the end."""
     plain = dict(base.model.named_modules())
-    masked = MaskedModel(base, search, selection)
+    masked = MaskedModel(base, strategy, selection)
     try:
         masked.check_called()
-        plainly = replace(settings, activations="dense", cache=False)
-        engine = Layerwise(masked, lambda: windows_ST, plainly, device, watch)
-        key = engine.depends_on() | {"permute": list(wanted)}
-        folder = result_folder(strategy.calibrator(), key) if settings.cache else None
-        orders = None if folder is None else _kept(folder)
-        if orders is None:
-            start = time.perf_counter()
-            for _ in engine.run_here(search):
-                pass
-            orders = search.finish()
-            if folder is not None:
-                _keep(folder, orders, strategy, base, time.perf_counter() - start, device)
+        yield masked
     finally:
         for name, layer in masked_layers(base.model).items():
             if name in plain:
                 base.model.set_submodule(name, plain[name])
             else:  # experts
                 layer.leave(base.model, name)
-    yield from orders.items()
 
 
 def _wanted(base: BaseModel, kinds: Sequence[Kind]) -> dict[str, Part]:

@@ -4,12 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.masker import FixedMasker
 from sparsify.masking.sharded_rows import hard_mask
+from sparsify.models.hashes import hash_tensor
 from sparsify.results.budget.goal import Pattern
 from sparsify.results.sensitivity import kept_dense
 
@@ -97,14 +95,8 @@ class Bank:
 
     def _digest(self, masker: FixedMasker) -> str:
         if masker not in self._digests:
-            self._digests[masker] = f"{masker.pattern} {tensor_hash(masker.rank_OG.data)}"
+            self._digests[masker] = f"{masker.pattern} {hash_tensor(masker.rank_OG.data)}"
         return self._digests[masker]
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values."""
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
 def _hash(*parts: str) -> str:

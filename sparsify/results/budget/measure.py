@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsify.common.files import write_json
+from sparsify.models.hashes import hash_tensor
 from sparsify.models.token_batch import TokenBatch, split_batch
-from sparsify.results.budget.bank import Bank, Masks, tensor_hash
+from sparsify.results.budget.bank import Bank, Masks
 from sparsify.results.budget.prefix import Batch, Prefix
 
 SCORES = "scores.json"
@@ -58,7 +59,7 @@ class Scores:
         """The loss of every window of a prefix's batches, nats a token: float64 ``[W]``."""
         parts = [self._context, self._bank.digest(masks)]
         for batch in prefix.batches:
-            parts += [tensor_hash(part) for part in split_batch(batch) if part is not None]
+            parts += [hash_tensor(part) for part in split_batch(batch) if part is not None]
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         if key not in self.known:
             with self._bank.use(masks):

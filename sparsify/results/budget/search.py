@@ -254,18 +254,6 @@ class Search:
         )
 
 
-def search(
-    units: Units,
-    goal: Goal,
-    few: Callable[[Choice], Tensor],
-    many: Callable[[Choice], Tensor],
-    together: Callable[[Choice], Tensor],
-    watch: Watch[tuple[int, Pattern]],
-) -> Found:
-    """See :class:`Search`."""
-    return Search(units, goal, few, many, together, watch).run()
-
-
 def cheaper_and_better(points: Sequence[Point], cost: Mapping[Choice, int]) -> list[Point]:
     """The points that no other beats at its cost or below, by increasing cost."""
     kept: list[Point] = []
