@@ -27,8 +27,10 @@ LLAMA_2_7B = Shapes(4096, 11008, 32, 32, windows=1, window=2048, device="cuda", 
 OF_LLAMA = 32
 FEW = (1, 3)
 TIMED = 3
-# Sums are added in another order on a GPU; what that changes in the losses grows with the steps.
-FIRST, LATER = 1e-4, 1e-2
+# Sums are added in another order on a GPU, and what that changes in the losses grows with steps. On
+# one CPU, another implementation of attention changed the first four losses by less than 2e-7, and
+# the 56 after them by 2.0e-3 (median) and 1.3e-2 at most.
+FIRST, LATER, MEAN = 1e-4, 3e-2, 1e-2
 
 
 def steps(tiny: bool, report: Report) -> None:
@@ -111,11 +113,13 @@ def losses(accelerator: str, count: int) -> list[float]:
 
 
 def compared(here: list[float], there: list[float]) -> dict[str, Any]:
-    """The largest relative differences, and whether they are those of rounding."""
+    """Relative differences, and whether they can be those of rounding."""
     shares = [abs(a - b) / b for a, b in zip(here, there, strict=True)]
-    return {
+    found = {
         "first_difference": shares[0],
         "largest_difference": max(shares),
-        "tolerances": [FIRST, LATER],
-        "equal": shares[0] <= FIRST and max(shares) <= LATER,
+        "difference_of_means": abs(sum(here) - sum(there)) / sum(there),
     }
+    tolerances = [FIRST, LATER, MEAN]
+    equal = all(one <= most for one, most in zip(found.values(), tolerances, strict=True))
+    return {**found, "tolerances": tolerances, "equal": equal}

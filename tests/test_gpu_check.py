@@ -93,7 +93,9 @@ def test_losses_are_compared(
     assert found["losses"] == found["losses_on_cpu"] == [4.0, 4.0]
     assert found["comparison"]["equal"] is True
     assert gpu_learning.compared([4.0, 3.0], [4.0, 3.01])["equal"] is True
-    assert gpu_learning.compared([4.0, 3.0], [4.0, 3.1])["equal"] is False
+    assert gpu_learning.compared([4.0, 3.0, 3.0], [4.0, 3.0, 3.08])["equal"] is True
+    assert gpu_learning.compared([4.0, 3.0, 3.0], [4.0, 3.08, 3.08])["equal"] is False
+    assert gpu_learning.compared([4.0, 3.0, 3.0], [4.0, 2.95, 3.2])["equal"] is False
     assert gpu_learning.compared([4.01, 3.0], [4.0, 3.0])["equal"] is False
 
 

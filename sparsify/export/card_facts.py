@@ -1,6 +1,7 @@
 """What a model card knows of an export. Its manifest and its result may lack anything."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from sparsify.masking.registry import short_name
 
 _HUB = "hf://"
 _LONGEST = 200
+# OWNER/NAME, by the Hub's rules.
+_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]*/[\w.-]*[a-z0-9_]", re.ASCII | re.IGNORECASE)
+_LONGEST_ID = 96
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -46,20 +50,14 @@ class Facts:
     @property
     def base_id(self) -> str | None:
         """The base's id on the Hub; None if it has none."""
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
-
         name = str(at(self.manifest, "base.name"))
         if name.lower().endswith(".gguf"):  # a file within a repository
             name = name.rpartition("/")[0]
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            return None
-        return name if "/" in name else None  # a record keeps the last part of a local path
+        # A record keeps only the last part of a local path, in which there is no owner.
+        return name if len(name) <= _LONGEST_ID and _ID.fullmatch(name) else None
 
     @property
-    def licence(self) -> dict[str, str]:
+    def licence(self) -> dict[str, Any]:
         stated = table(at(self.manifest, "base.license"))
         return {key: str(stated[key]) for key in _LICENCE if key in stated}
 

@@ -241,6 +241,8 @@ def test_a_fit_leaves_its_results_and_the_command_adds_what_was_measured_since(
         ("owner/model", "owner/model", "[owner/model](https://huggingface.co/owner/model)"),
         ("owner/repo/file.gguf", "owner/repo", "[owner/repo]"),
         ("gpt2", None, "`gpt2`"),
+        ("../models/llama", None, "`llama`"),
+        ("owner/a--b", None, "`a--b`"),
         ("/home/me/models/secret", None, "`secret`"),
         ("C:\\Users\\me\\model", None, "`model`"),
         ("embedded", None, "The embedded model of sparsify"),
