@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,7 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """One process.
-
-    Attributes:
-        name: in the result file; the first word is the kind, the rest the backend.
-        seconds: its limit.
-    """
+    """One process: its kind with the backend, and its limit of seconds."""
 
     name: str
     seconds: float
@@ -119,19 +115,13 @@ def machine(tiny: bool, report: Report) -> None:
     report.add("cpu", cpu_name())
     report.add("cores", os.cpu_count())
     report.add("host", platform.machine())
-    versions = {name: version(name) for name in PACKAGES if installed(name)}
+    versions = {name: version(name) for name in PACKAGES if find_spec(name)}
     report.add("versions", versions | {"python": platform.python_version()})
     report.add("driver", driver())
     for key, value in describe_machine(settings.device).items():
         report.add(key, value)
     for name, backend in settings.backends.items():
         report.add("backends", name, bool(backend.available(settings.device)))
-
-
-def installed(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
 
 
 def driver() -> str | None:
@@ -286,9 +276,9 @@ def run_all(tiny: bool, minutes: float, save: Path) -> Path:
         return found
 
     first = run(Part("machine", 60))
-    if first.get("failed") or not (tiny or str(first.get("capability", "None")) != "None"):
-        print("PyTorch finds no CUDA device here; --tiny goes through all parts on the CPU")
-        return path
+    if not tiny and "failed" not in first and first["capability"] is None:
+        path.unlink()
+        raise SystemExit("PyTorch finds no CUDA device; --tiny goes through all parts on the CPU")
     for part in parts(first.get("backends", {})):
         run(part)
     return path

@@ -3,6 +3,7 @@ learns.
 """
 
 import csv
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -54,6 +55,7 @@ def step_cost(name: str, shapes: Shapes) -> dict[str, float]:
     cuda = shapes.device == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     if cuda:
+        gc.collect()  # what the step before has left
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step: Any = DenseStep(shapes) if name == "dense" else LearningStep(name, shapes, Distillation())

@@ -185,9 +185,19 @@ def test_what_is_cut_from_outside_has_written_what_it_found(
 
 def test_no_part_begins_without_time(scripts: ModuleType, tmp_path: Path) -> None:
     path = scripts.run_all(False, 1 / 6000, tmp_path)
-    assert json.loads(path.read_text())["parts"] == {
-        "machine": {"failed": "no time was left for it"}
-    }
+    found = json.loads(path.read_text())["parts"]
+    assert set(found) == {"machine", "tests", "model dense", "steps", "learning"}
+    assert all(part == {"failed": "no time was left for it"} for part in found.values())
+
+
+def test_without_a_gpu_nothing_is_left(
+    scripts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = SCRIPTS["machine"].replace("[9, 0]", "null")
+    monkeypatch.setitem(SCRIPTS, "machine", script)
+    with pytest.raises(SystemExit, match="no CUDA device; --tiny"):
+        scripts.run_all(False, 8, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_limits_are_eight_minutes_in_all(check: ModuleType) -> None:
