@@ -24,9 +24,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ def machine(tiny: bool, report: Report) -> None:
     report.add("cpu", cpu_name())
     report.add("cores", os.cpu_count())
     report.add("host", platform.machine())
-    versions = {name: version(name) for name in PACKAGES if find_spec(name)}
-    report.add("versions", versions | {"python": platform.python_version()})
+    report.add("versions", "python", platform.python_version())
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            report.add("versions", name, version(name))
     report.add("driver", driver())
     for key, value in describe_machine(settings.device).items():
         report.add(key, value)
