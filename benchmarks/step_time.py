@@ -58,6 +58,8 @@ class Shapes:
     blocks: int = 4
     windows: int = 4
     window: int = 512
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 TINY = Shapes(32, 64, 4, 2, 128, 1, 2, 16)
@@ -74,7 +76,8 @@ def model_of(shapes: Shapes) -> LlamaForCausalLM:
         num_key_value_heads=shapes.kv_heads,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
+    with torch.device(shapes.device):
+        return LlamaForCausalLM(config).eval().to(getattr(torch, shapes.dtype))
 
 
 class DenseStep:

@@ -12,7 +12,7 @@ from sparsify.cli.table import Tool
 from sparsify.common import yaml_text
 from sparsify.common.errors import SparsifyError
 
-FLAGS = ("--overwrite", "--dry_run", "--partial")
+FLAGS = ("--overwrite", "--dry_run", "--partial", "--private", "--create_pr")
 
 
 def run(name: str, tool: Tool, words: list[str]) -> int:

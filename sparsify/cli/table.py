@@ -71,6 +71,16 @@ TOOLS: dict[str, Tool | Group] = {
         "sparsify.cli.commands.exports:onnx",
         loads_models=True,
     ),
+    "card": Tool(
+        "Write the model card of an exported folder.",
+        "sparsify.cli.commands.card:write",
+        loads_models=True,
+    ),
+    "push": Tool(
+        "Verify an exported folder and upload it to the Hugging Face Hub.",
+        "sparsify.cli.commands.card:push",
+        loads_models=True,
+    ),
     "cache": Group(
         "Show or clear kept results of calibration.",
         {

@@ -1,6 +1,6 @@
 """Writes a masked model as a plain Hugging Face folder that loads anywhere.
 
-The folder holds the model with exact zeros, its tokenizer, the packed masks and
+The folder holds the model with exact zeros, its tokenizer, the packed masks, a model card and
 ``sparsity_manifest.json``. It is written under a hidden name and moved to its place when complete.
 """
 
@@ -21,19 +21,17 @@ from sparsify.common.file_hashes import file_hashes
 from sparsify.common.files import full_disk, write_json
 from sparsify.common.ranks import rank_zero, together
 from sparsify.common.replace import partial_folder, replace_folder
+from sparsify.export.card import add_card
 from sparsify.export.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.export.read_back import Measured, Measuring, check_read_back, measure
 from sparsify.export.target import check_target, keep_others
-from sparsify.masking.layer import (
-    MaskedLinear,
-    base_parameters,
-    layer_patterns,
-)
+from sparsify.masking.layer import MaskedLinear, base_parameters, layer_patterns
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.sharded_rows import hard_mask, shipped, whole
 from sparsify.models.hashes import hash_parameters, hash_tensor
+from sparsify.models.licence import licence_of
 from sparsify.models.stored_weights import StoredWeights
 
 
@@ -147,6 +145,7 @@ def _write(
             # Check again: writing takes minutes, in which others may have written here.
             check_target(folder, overwrite, masked.base.name_or_path)
             keep_others(folder, partial)
+            add_card(partial)
             replace_folder(partial, folder)
     except Exception as error:
         if full_disk(error) is None:
@@ -213,6 +212,7 @@ def _manifest(
             "name": base.name,
             "hash": base.original_hash,
             "dtype": _dtype_name(masked.model.dtype),
+            **({"license": licence} if (licence := licence_of(base.name_or_path)) else {}),
         },
         **({} if (p := base.permutation) is None else {"permutation": p.describe()}),
         "strategy": masked.strategy.describe(),

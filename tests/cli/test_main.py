@@ -66,6 +66,8 @@ def in_a_fresh_process(code: str) -> tuple[set[str], float]:
         ["compare", "--help"],
         ["eval", "--help"],
         ["onnx", "--help"],
+        ["card", "--help"],
+        ["push", "--help"],
         ["mask", "show", "m.nmask"],
     ],
     ids=" ".join,
@@ -98,7 +100,7 @@ def test_all_public_names_are_there() -> None:
         exec("from sparsify import Mask")  # noqa: S102
 
 
-@pytest.mark.parametrize("package", ["sparsify", "sparsify.export.mask_file"])
+@pytest.mark.parametrize("package", ["sparsify", "sparsify.export", "sparsify.export.mask_file"])
 def test_type_checkers_and_python_find_the_same_names_in_the_same_modules(package: str) -> None:
     """The lists of a lazy package agree."""
     module = sys.modules[package]

@@ -46,7 +46,7 @@ def evaluate(
     from sparsify.results.downstream import evaluate as measure
 
     export = find_export(folder)
-    out = _report_path(export) if out is None else out
+    out = report_path(export) if out is None else out
     if export.resolve() in out.resolve().parents:
         raise SparsifyError(
             f"--out {out}: an exported folder stays as it was written; name a file outside {export}"
@@ -65,7 +65,7 @@ def evaluate(
     say_written(out)
 
 
-def _report_path(export: Path) -> Path:
+def report_path(export: Path) -> Path:
     """Outside the export, whose files are checked as they are."""
     export = export if export.name else export.resolve()  # "." has no name
     if (export.parent / "result.json").is_file():

@@ -1,41 +1,26 @@
-"""Speed and memory of 2:4 layers on a GPU, in one run of a few minutes and without downloads.
+"""The parts of ``gpu_check.py`` that run layers and whole models, dense and on each backend.
 
-A model of LLaMA-2-7B's shape with random bf16 weights, made on the GPU: each distinct layer alone,
-then prefill and decoding, dense and sparse::
-
-    python benchmarks/runtime_gpu.py --save benchmarks/results
-
-Every phase is a process of its own with a limit of time: one that fails is recorded, and the others
-go on. Decoding is also run as a CUDA graph, as at small batches PyTorch otherwise waits for Python.
-``--tiny`` goes through all of it on any machine, on a model of no interest.
+A model of LLaMA-2-7B's shape with random bf16 weights, 2:4 in its blocks, made on the GPU. Decoding
+is also run as a CUDA graph, as at small batches PyTorch otherwise waits for Python.
 
 Shapes: O out, I in, T tokens, B batch, S sequence.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from sparsify import NMPattern
-from sparsify.common.version import version
 from sparsify.masking.select import decoder_blocks
 from sparsify.serving.backends import BACKENDS
 from sparsify.serving.measure import LayerKind, measure
-from sparsify.serving.timings import describe_machine
 
+DENSE = "dense"
 PATTERN = NMPattern(2, 4)
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,
@@ -57,13 +42,21 @@ TINY = LlamaConfig(
     max_position_embeddings=64,
     tie_word_embeddings=False,
 )
-SECONDS = {"layers": 120, "dense": 90, "sparse": 90, "dense graph": 90, "sparse graph": 90}
+
+
+class Report(Protocol):
+    """Takes what a part found, at once."""
+
+    def add(self, *path_and_value: Any) -> None: ...
 
 
 class Plain:
     """Stands in for a backend where there is none: dense layers."""
 
     name = "none"
+
+    def available(self, device: torch.device) -> bool:
+        return True
 
     def compress(self, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
         layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
@@ -80,15 +73,7 @@ class Settings:
         self.tokens = [1, 8] if tiny else [1, 8, 16, 128, 2048]
         self.prompt, self.new = (8, 4) if tiny else (2048, 128)
         self.batches = [1, 2] if tiny else [1, 8]
-        self.backends: list[Any] = [b for b in BACKENDS if b.available(self.device)]
-        if tiny:
-            self.backends = [Plain()]
-
-    def backend(self) -> Any:
-        """The one that runs whole models."""
-        if not self.backends:
-            raise RuntimeError("no sparse backend runs on this GPU")
-        return self.backends[0]
+        self.backends: dict[str, Any] = {b.name: b for b in ([Plain()] if tiny else BACKENDS)}
 
 
 def random_24(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
@@ -127,24 +112,28 @@ def compress(model: LlamaForCausalLM, backend: Any) -> None:
 
 
 @torch.inference_mode()
-def layers(settings: Settings) -> dict[str, Any]:
-    """Every distinct layer: seconds by tokens, and the errors against the product in fp32."""
+def layers(settings: Settings, report: Report, name: str) -> None:
+    """Every distinct layer, alone and as servers join them: seconds by tokens on one backend and
+    dense, and the errors of both against the product in fp64.
+    """
     wide, narrow = settings.config.intermediate_size, settings.config.hidden_size
-    found: dict[str, Any] = {}
-    for shape in [(narrow, narrow), (wide, narrow), (narrow, wide)]:
+    backend = settings.backends[name]
+    # o, gate or up, down; then q, k and v in one, and gate and up in one.
+    shapes = [(narrow, narrow), (wide, narrow), (narrow, wide), (3 * narrow, narrow)]
+    for shape in [*shapes, (2 * wide, narrow)]:
         kind = LayerKind(shape, torch.bfloat16, False)
-        for backend in settings.backends:
-            times = measure(kind, backend, settings.tokens, settings.device)
-            found[f"{kind} | {backend.name}"] = {
-                "seconds": {
-                    count: {"dense": dense, "sparse": sparse, "speedup": dense / sparse}
-                    for count, (dense, sparse) in times.items()
-                },
-                "relative_error": errors(shape, backend, settings),
-            }
-    if not found:
-        settings.backend()
-    return found
+        report.add(str(kind), "relative_error", errors(shape, backend, settings))
+        for count in settings.tokens:
+            report.add(str(kind), "seconds", str(count), times(kind, backend, count, settings))
+
+
+def times(kind: LayerKind, backend: Any, count: int, settings: Settings) -> dict[str, Any]:
+    """Of one layer at a number of tokens; a backend may refuse that number alone."""
+    try:
+        dense, sparse = measure(kind, backend, [count], settings.device)[count]
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+    return {"dense": dense, "sparse": sparse, "speedup": dense / sparse}
 
 
 def errors(shape: tuple[int, int], backend: Any, settings: Settings) -> dict[str, float]:
@@ -163,28 +152,28 @@ def errors(shape: tuple[int, int], backend: Any, settings: Settings) -> dict[str
 
 
 @torch.inference_mode()
-def whole(settings: Settings, sparse: bool, graph: bool) -> dict[str, Any]:
-    """Prefill and decoding of the whole model."""
+def whole(settings: Settings, report: Report, name: str) -> None:
+    """Prefill and decoding of the whole model, dense or on one backend."""
     model = random_model(settings)
-    found: dict[str, Any] = {"backend": settings.backend().name if sparse else "dense"}
-    if sparse:
-        tokens = random_tokens(1, 64 if settings.prompt > 64 else settings.prompt, settings)
+    if name != DENSE:
+        tokens = random_tokens(1, min(64, settings.prompt), settings)
         before = model(tokens).logits.float()
-        compress(model, settings.backend())
+        compress(model, settings.backends[name])
         after = model(tokens).logits.float()
-        found["logits_relative_error"] = float((after - before).norm() / before.norm())
+        report.add("logits_relative_error", float((after - before).norm() / before.norm()))
         del before, after
-    if settings.device.type == "cuda":
+    cuda = settings.device.type == "cuda"
+    if cuda:
         torch.cuda.empty_cache()
-        found["model_bytes"] = torch.cuda.memory_allocated()
-    for batch in settings.batches:
-        if settings.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run = decode_graph if graph else prefill_and_decode
-        found[f"batch {batch}"] = run(model, batch, settings)
-        if settings.device.type == "cuda":
-            found[f"batch {batch}"]["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        report.add("model_bytes", torch.cuda.memory_allocated())
+    for label, run in (("plain", prefill_and_decode), ("graph", decode_graph)):
+        for batch in settings.batches:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            for what, value in run(model, batch, settings).items():
+                report.add(label, f"batch {batch}", what, value)
+            if cuda:
+                report.add(label, f"batch {batch}", "peak_bytes", torch.cuda.max_memory_allocated())
 
 
 def random_tokens(batch: int, length: int, settings: Settings) -> Tensor:
@@ -257,69 +246,3 @@ def decode_graph(model: Any, batch: int, settings: Settings) -> dict[str, float]
             graph.replay()
 
     return {"decode_seconds": seconds(replays, settings) / settings.new}
-
-
-def run_phase(name: str, tiny: bool) -> dict[str, Any]:
-    """One phase in this process; a failure is its result."""
-    try:
-        settings = Settings(tiny)
-        if name == "layers":
-            return layers(settings)
-        return whole(settings, sparse=name.startswith("sparse"), graph=name.endswith("graph"))
-    except Exception as error:  # whatever it is, the other phases are wanted
-        traceback.print_exc()
-        return {"failed": f"{type(error).__name__}: {error}"}
-
-
-def command(name: str, tiny: bool) -> list[str]:
-    """What runs one phase."""
-    return [sys.executable, __file__, "--phase", name, *(["--tiny"] if tiny else [])]
-
-
-def run_apart(name: str, tiny: bool) -> dict[str, Any]:
-    """One phase in a process of its own, as a failure on a GPU may spoil what comes after."""
-    words = command(name, tiny)
-    try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, timeout=SECONDS[name], text=True)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {SECONDS[name]} s"}
-    except (IndexError, ValueError):
-        return {"failed": f"the process ended with {done.returncode}"}
-
-
-def main(words: list[str] | None = None) -> None:
-    """Run all phases; the file is written after each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--save", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--phase", choices=SECONDS, help="run this one here and print its result")
-    options = parser.parse_args(words)
-    if options.phase:
-        print(json.dumps(run_phase(options.phase, options.tiny)))
-        return
-    settings = Settings(options.tiny)
-    packages = ("torch", "transformers", "sparsify")
-    result: dict[str, Any] = {
-        "benchmark": "runtime_gpu",
-        "date": date.today().isoformat(),
-        "hardware": describe_machine(settings.device) | {"host": platform.machine()},
-        "versions": {name: version(name) for name in packages},
-        "model": settings.config.to_diff_dict(),
-        "prompt": settings.prompt,
-        "new_tokens": settings.new,
-        "phases": {},
-    }
-    options.save.mkdir(parents=True, exist_ok=True)
-    path = options.save / f"runtime_gpu-{result['date']}.json"
-    for name in SECONDS:
-        begin = time.perf_counter()
-        result["phases"][name] = run_apart(name, options.tiny)
-        result["phases"][name]["phase_seconds"] = round(time.perf_counter() - begin, 1)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {json.dumps(result['phases'][name])}", flush=True)
-    print(path)
-
-
-if __name__ == "__main__":
-    main()
