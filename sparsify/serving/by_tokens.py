@@ -14,7 +14,7 @@ def by_tokens(kind: LayerKind, seconds: Mapping[str, Seconds]) -> Choice:
     steps: list[tuple[int, str]] = []
     before = 0
     for count in sorted(next(iter(shares.values()))):
-        best = min(shares, key=lambda backend: shares[backend][count])  # noqa: B023
+        best = min(shares, key=lambda backend: shares[backend][count])
         name = best if shares[best][count] <= 1 - MARGIN else DENSE
         if not steps or steps[-1][1] != name:
             late = steps and steps[-1][1] == DENSE
