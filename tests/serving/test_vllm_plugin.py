@@ -171,8 +171,12 @@ def test_it_compiles_into_one_graph(vllm: Vllm, folder: Path) -> None:
         x = torch.randn(tokens, 32)
         torch.testing.assert_close(compiled(x), layer(x))
     [graph] = graphs
-    assert torch.ops.sparsify.vllm_linear in graph or "vllm_linear" in str(graph)
+    assert "vllm_linear" in str(graph)
+    # Some kernels give the transpose of a product; the operator gives what the compiler was told.
+    sparse = layer.quant_method._sparse["fake"]
+    sparse.register_forward_hook(lambda module, given, out: out.mT.contiguous().mT)
     x = torch.randn(2, 3, 32)
+    assert layer.quant_method.product(layer, x).is_contiguous()
     name = f"{layer.prefix}.sparsify"
     torch.library.opcheck(torch.ops.sparsify.vllm_linear.default, (x, name, 64))
 
