@@ -1,9 +1,8 @@
 """Removes secrets from settings before they are written to files."""
 
 import re
-from typing import Any, cast
-
-from jsonargparse import Namespace
+from argparse import Namespace  # which jsonargparse's is derived from
+from typing import Any
 
 REDACTED = "(redacted)"
 
@@ -49,7 +48,7 @@ def redacted(value: Any) -> Any:
     password in a URL. None and booleans (``use_api_key: true``) stay.
     """
     if isinstance(value, Namespace):
-        return _namespace({key: _entry(key, part) for key, part in vars(value).items()})
+        return type(value)(**{key: _entry(key, part) for key, part in vars(value).items()})
     if isinstance(value, dict):
         return {key: _entry(key, part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -57,10 +56,6 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         return _USER.sub(f"{REDACTED}@", value)
     return value
-
-
-def _namespace(entries: dict[str, Any]) -> Any:
-    return cast(Any, Namespace)(**entries)  # Namespace has no type hints
 
 
 def _entry(key: Any, value: Any) -> Any:
@@ -73,7 +68,7 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _hidden(part) for key, part in value.items()}
     if isinstance(value, Namespace):
-        return _namespace({key: _hidden(part) for key, part in vars(value).items()})
+        return type(value)(**{key: _hidden(part) for key, part in vars(value).items()})
     if isinstance(value, list | tuple):
         return type(value)([_hidden(part) for part in value])
     if value is None or isinstance(value, bool):

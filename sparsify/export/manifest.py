@@ -13,13 +13,13 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
+from sparsify.common.choices import Dtype
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import parse_hashes
 from sparsify.common.files import read_json
 from sparsify.common.values import cut, short
 from sparsify.masking.linear import weight_name
 from sparsify.masking.pattern import NMPattern
-from sparsify.models.base import Dtype
 
 MANIFEST = "sparsity_manifest.json"
 MANIFEST_SCHEMA = "sparsify.manifest/1"

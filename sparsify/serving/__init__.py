@@ -1,6 +1,21 @@
 """Runs exported models, sparse where that is faster."""
 
-from sparsify.serving.choose import Choice, Choices
-from sparsify.serving.loading import choices, load
+from typing import TYPE_CHECKING
+
+from sparsify.common.lazy import lazy
+
+if TYPE_CHECKING:
+    from sparsify.serving.choose import Choice, Choices
+    from sparsify.serving.loading import choices, load
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "Choice": "sparsify.serving.choose",
+            "Choices": "sparsify.serving.choose",
+            "choices": "sparsify.serving.loading",
+            "load": "sparsify.serving.loading",
+        },
+    )
 
 __all__ = ["Choice", "Choices", "choices", "load"]

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.common.errors import SparsifyError
 from sparsify.masking.pattern import NMPattern
 
 log = logging.getLogger("sparsify")
 
 TWO_FOUR = NMPattern(2, 4)
+TOLERANCE = 0.02
+"""Of a compressed layer's product, relative to the dense one: bf16 rounds to 0.004."""
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -96,7 +99,7 @@ class SemiStructured:
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
         """Patterns that keep at most 2 of every aligned 4, such as 1:4 and 2:8, count as 2:4."""
-        if (tile := self.tiles.get(dtype)) is None or not _is_two_four(pattern):
+        if (tile := self.tiles.get(dtype)) is None or not fits_two_four(pattern):
             return False
         return not (shape[0] % tile[0] or shape[1] % tile[1])
 
@@ -151,6 +154,34 @@ def eligible(
     return [backend.name for backend in BACKENDS if backend.takes(shape, dtype, pattern)]
 
 
-def _is_two_four(pattern: NMPattern) -> bool:
+def compressed(
+    name: str, weight_OI: Tensor, bias_O: Tensor | None, backend: Backend, fix: str
+) -> nn.Module:
+    """The layer over the compressed weight; its product is compared with the dense one first.
+
+    Args:
+        name: the layer's name, for the message.
+        weight_OI: the weight, already checked to be 2:4.
+        bias_O: or None.
+        backend: what compresses it.
+        fix: what to do if the product is wrong.
+
+    Raises:
+        SparsifyError: the products differ by more than rounding.
+    """
+    sparse = backend.compress(weight_OI, bias_O)
+    x_TI = torch.randn(8, weight_OI.shape[1], dtype=weight_OI.dtype, device=weight_OI.device)
+    dense_TO = F.linear(x_TI, weight_OI, bias_O).float()
+    error = float((sparse(x_TI).float() - dense_TO).norm() / dense_TO.norm().clamp(min=1e-30))
+    if not error <= TOLERANCE:
+        raise SparsifyError(
+            f"{name}: {backend.name} gives a product that is off by {error:.2g} (at most "
+            f"{TOLERANCE} is rounding); {fix}"
+        )
+    return sparse
+
+
+def fits_two_four(pattern: NMPattern) -> bool:
+    """Whether a weight of this pattern keeps at most 2 of every aligned 4."""
     # Four aligned weights lie in one group of 4, 8 and so on, or in at most two other groups.
     return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)
