@@ -74,10 +74,10 @@ def fill(
         if name in names:
             value = nn.Parameter(value, requires_grad=False)
         for alias in names.get(name, [name]):
-            _check_pattern(model, alias, value, patterns)
+            check_pattern(model, alias, value, patterns)
             _put(model, alias, value)
         del stored, value  # now only the module holds the tensor, until it is compressed
-        _compress_whole(model, name.rpartition(".")[0], backends)
+        compress_whole(model, name.rpartition(".")[0], backends)
 
 
 def _same_names(
@@ -93,10 +93,15 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), own_name, value)
 
 
-def _check_pattern(
+def check_pattern(
     model: nn.Module, name: str, value: Tensor, patterns: Mapping[str, NMPattern]
 ) -> None:
-    """Check the pattern first, because compressing silently drops what exceeds it."""
+    """Check a weight by its Parameter's name, if a pattern is known for it: compressing silently
+    drops what exceeds it.
+
+    Raises:
+        SparsifyError: it does not hold its pattern.
+    """
     layer, _, own_name = name.rpartition(".")
     if name in patterns:  # experts
         layer, stack = name, stacks(model.get_submodule(layer))[own_name]
@@ -113,22 +118,29 @@ def _check_pattern(
         )
 
 
-def _compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
+def compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
     """Compress a layer that has a backend, once its weight and bias are loaded."""
     if name not in backends:
         return
     linear = cast(nn.Linear, model.get_submodule(name))
     if not any(parameter.is_meta for parameter in linear.parameters()):
-        model.set_submodule(name, _compress(name, linear, backends[name]))
+        compressed = compress(name, linear.weight, linear.bias, backends[name])
+        model.set_submodule(name, compressed)
 
 
-def _compress(name: str, linear: nn.Linear, backend: Backend) -> nn.Module:
-    """The compressed layer; its product is compared with the dense one first."""
-    bias = None if linear.bias is None else linear.bias.detach()
-    sparse = backend.compress(linear.weight.detach(), bias)
-    like = linear.weight
-    x_TI = torch.randn(8, linear.in_features, dtype=like.dtype, device=like.device)
-    dense_TO = F.linear(x_TI, linear.weight, linear.bias).float()
+def compress(name: str, weight_OI: Tensor, bias_O: Tensor | None, backend: Backend) -> nn.Module:
+    """The compressed layer of a weight whose pattern was checked.
+
+    Raises:
+        SparsifyError: its product differs from the dense one.
+    """
+    weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
+    sparse = backend.compress(weight_OI, bias_O)
+    generator = torch.Generator(weight_OI.device).manual_seed(0)
+    x_TI = torch.randn(
+        8, weight_OI.shape[1], generator=generator, dtype=weight_OI.dtype, device=weight_OI.device
+    )
+    dense_TO = F.linear(x_TI, weight_OI, bias_O).float()
     error = float((sparse(x_TI).float() - dense_TO).norm() / dense_TO.norm().clamp(min=1e-30))
     if not error <= TOLERANCE:
         raise SparsifyError(
