@@ -139,8 +139,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
-    """The pattern of every masked layer of an exported folder.
+def sound_manifest(folder: Path) -> Manifest:
+    """The manifest of an exported folder.
 
     Raises:
         SparsifyError: there is no manifest, or it is damaged.
@@ -148,7 +148,12 @@ def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
     manifest = parse_manifest(read_manifest(folder))
     if manifest.problems:
         raise SparsifyError(f"{folder}: {manifest.problems[0]}; export the model again")
-    return {name: layer.pattern for name, layer in manifest.layers.items()}
+    return manifest
+
+
+def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
+    """The pattern of every masked layer of an exported folder; errors as :func:`sound_manifest`."""
+    return {name: layer.pattern for name, layer in sound_manifest(folder).layers.items()}
 
 
 def parse_manifest(content: Any) -> Manifest:
