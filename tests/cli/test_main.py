@@ -66,6 +66,7 @@ def in_a_fresh_process(code: str) -> tuple[set[str], float]:
         ["compare", "--help"],
         ["eval", "--help"],
         ["onnx", "--help"],
+        ["merge", "--help"],
         ["mask", "show", "m.nmask"],
     ],
     ids=" ".join,
