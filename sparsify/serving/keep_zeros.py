@@ -55,7 +55,7 @@ class _Zeros:
                 self.clear(parameter.grad)
 
 
-class KeepZeros(TrainerCallback):  # type: ignore[misc]
+class KeepZeros(TrainerCallback):
     """Give it to a Trainer's ``callbacks`` to fine-tune a sparse model: what is zero when training
     begins stays exactly zero, and all else is trained as usual.
 

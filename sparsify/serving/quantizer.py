@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.common.errors import SparsifyError
@@ -102,7 +101,7 @@ class SparsifyConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(NAME)
-class SparsifyQuantizer(HfQuantizer):  # type: ignore[misc]
+class SparsifyQuantizer(HfQuantizer):
     """What Transformers calls while it loads a model with a :class:`SparsifyConfig`.
 
     Transformers hands over weights one by one. Those of layers that run sparse are compressed at

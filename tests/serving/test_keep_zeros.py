@@ -1,6 +1,7 @@
 """``KeepZeros`` under Transformers' Trainer: zeros stay, all else learns as by a plain loop."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sparsify.masking.linear import maskable
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.export.test_folder import masked_module
 from tests.tiny_models import tiny_gpt2, tiny_gpt_oss, tiny_mixtral
+from tests.training.test_two_ranks import ROOT, TORCHRUN, launch
 
 MODELS: dict[str, Any] = {
     "llama": tiny_llama,
@@ -253,3 +255,17 @@ def test_sharded_by_fsdp2(family: str, exports: dict[str, Path]) -> None:
         optimizer.zero_grad()
     after = {name: value.full_tensor() for name, value in weights(model).items()}
     assert_zeros(before, after, listed(exports[family]))
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_the_weights_of_one(exports: dict[str, Path]) -> None:
+    folders = [exports[family] for family in ("llama", "gpt2", "mixtral")]
+    done = launch(*TORCHRUN, ROOT / "tests" / "assets" / "keep_zeros_run.py", *folders)
+    assert done.returncode == 0, done.stderr[-6000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert list(results) == [str(folder) for folder in folders]
+    for folder, found in results.items():
+        layers = len(listed(Path(folder)))
+        assert (found["filled"], found["rows"]) == (0, layers / 2)
+        assert found["moved"] > 0.4 * layers
+        assert found["apart"] < 1e-5
