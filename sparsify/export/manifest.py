@@ -290,12 +290,9 @@ def _check_sparsity(manifest: Manifest, stated: Any) -> None:
     tensors = {tensor for layer in layers.values() for tensor in layer.tensors}
     if len(tensors) < len(layers) or not all(re.search(r"\.\d+\.", name) for name in layers):
         return  # the share counts weights that are shared or outside the blocks differently
-    sizes = [math.prod(layer.shape) for layer in layers.values()]
-    zeros = sum(
-        size * (1 - layer.pattern.density)
-        for size, layer in zip(sizes, layers.values(), strict=True)
-    )
-    most = zeros / sum(sizes) if sizes else 0.0
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    zeros = sum(sizes[name] * (1 - layer.pattern.density) for name, layer in layers.items())
+    most = zeros / sum(sizes.values()) if sizes else 0.0
     if not isinstance(stated, int | float) or not (0 < stated <= most + 1e-9 or stated == most):
         manifest.problems.append(
             f"{MANIFEST}: run.sparsity is {short(stated)}; it must not exceed {most:.4f}, "
