@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsify.masking.run import Run, RunResult
     from sparsify.masking.schedule import Schedule
     from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
+    from sparsify.serving.keep_zeros import KeepZeros
     from sparsify.training.module import SparseCausalLM
 else:
     __getattr__, __dir__ = lazy(
@@ -32,6 +33,7 @@ else:
             "Effect": "sparsify.masking.effect",
             "FixedMasker": "sparsify.masking.masker",
             "Hessian": "sparsify.calibration",
+            "KeepZeros": "sparsify.serving.keep_zeros",
             "LayerResult": "sparsify.masking.strategy",
             "Masker": "sparsify.masking.masker",
             "Moments": "sparsify.calibration",
@@ -57,6 +59,7 @@ __all__ = [
     "Effect",
     "FixedMasker",
     "Hessian",
+    "KeepZeros",
     "LayerResult",
     "Masker",
     "Moments",

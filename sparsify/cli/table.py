@@ -66,6 +66,11 @@ TOOLS: dict[str, Tool | Group] = {
         loads_models=True,
         reads_words=True,
     ),
+    "merge": Tool(
+        "Merge a LoRA adapter into an exported folder, whose zeros stay zeros.",
+        "sparsify.cli.commands.exports:merge_adapter",
+        loads_models=True,
+    ),
     "onnx": Tool(
         "Write an exported folder as an ONNX graph for TensorRT.",
         "sparsify.cli.commands.exports:onnx",

@@ -139,8 +139,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
-    """The pattern of every masked layer of an exported folder.
+def sound_manifest(folder: Path) -> Manifest:
+    """The manifest of an exported folder.
 
     Raises:
         SparsifyError: there is no manifest, or it is damaged.
@@ -148,7 +148,12 @@ def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
     manifest = parse_manifest(read_manifest(folder))
     if manifest.problems:
         raise SparsifyError(f"{folder}: {manifest.problems[0]}; export the model again")
-    return {name: layer.pattern for name, layer in manifest.layers.items()}
+    return manifest
+
+
+def manifest_patterns(folder: Path) -> dict[str, NMPattern]:
+    """The pattern of every masked layer of an exported folder; errors as :func:`sound_manifest`."""
+    return {name: layer.pattern for name, layer in sound_manifest(folder).layers.items()}
 
 
 def parse_manifest(content: Any) -> Manifest:
@@ -285,12 +290,9 @@ def _check_sparsity(manifest: Manifest, stated: Any) -> None:
     tensors = {tensor for layer in layers.values() for tensor in layer.tensors}
     if len(tensors) < len(layers) or not all(re.search(r"\.\d+\.", name) for name in layers):
         return  # the share counts weights that are shared or outside the blocks differently
-    sizes = [math.prod(layer.shape) for layer in layers.values()]
-    zeros = sum(
-        size * (1 - layer.pattern.density)
-        for size, layer in zip(sizes, layers.values(), strict=True)
-    )
-    most = zeros / sum(sizes) if sizes else 0.0
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    zeros = sum(sizes[name] * (1 - layer.pattern.density) for name, layer in layers.items())
+    most = zeros / sum(sizes.values()) if sizes else 0.0
     if not isinstance(stated, int | float) or not (0 < stated <= most + 1e-9 or stated == most):
         manifest.problems.append(
             f"{MANIFEST}: run.sparsity is {short(stated)}; it must not exceed {most:.4f}, "

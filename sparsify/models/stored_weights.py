@@ -1,10 +1,12 @@
 """Reads the weights of a saved model one tensor at a time."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -75,6 +77,25 @@ class StoredWeights:
         """
         with self._reading(name) as file:
             return cast(Tensor, file.get_tensor(name))
+
+    def overwrite(self, name: str, values: Tensor) -> None:
+        """Write other values of the same shape and type over a tensor, in its file.
+
+        Raises:
+            SparsifyError: the file holds it in another shape or type.
+        """
+        path, content = self._file_of[name], values.detach().cpu().contiguous()
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(length))[name]["data_offsets"]
+            same = self.get(name).shape == content.shape and content.nbytes == end - begin
+            if not same:
+                raise SparsifyError(
+                    f"{path.name}: {name} is of another shape or type than the new values, "
+                    f"{tuple(content.shape)} of {content.dtype}; nothing was written"
+                )
+            file.seek(8 + length + begin)
+            file.write(content.view(-1).view(torch.uint8).numpy().data)
 
     def check(self) -> None:
         """Refuse a folder whose files are not whole.

@@ -169,8 +169,11 @@ def compressed(
     Raises:
         SparsifyError: the products differ by more than rounding.
     """
+    weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
     sparse = backend.compress(weight_OI, bias_O)
-    x_TI = torch.randn(8, weight_OI.shape[1], dtype=weight_OI.dtype, device=weight_OI.device)
+    like = {"dtype": weight_OI.dtype, "device": weight_OI.device}
+    generator = torch.Generator(weight_OI.device).manual_seed(0)
+    x_TI = torch.randn(8, weight_OI.shape[1], generator=generator, **like)
     dense_TO = F.linear(x_TI, weight_OI, bias_O).float()
     error = float((sparse(x_TI).float() - dense_TO).norm() / dense_TO.norm().clamp(min=1e-30))
     if not error <= TOLERANCE:

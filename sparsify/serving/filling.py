@@ -22,6 +22,9 @@ from sparsify.models.stored_weights import StoredWeights
 from sparsify.serving.backends import Backend, compressed
 from sparsify.serving.converted import ConvertedWeights
 
+FIX = "load with choose='dense', or with other backends"
+"""What to do where a backend's products are wrong."""
+
 
 def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     """All names of every Parameter, by the Parameter's ``id``."""
@@ -70,10 +73,10 @@ def fill(
         if name in names:
             value = nn.Parameter(value, requires_grad=False)
         for alias in names.get(name, [name]):
-            _check_pattern(model, alias, value, patterns)
+            check_pattern(model, alias, value, patterns)
             _put(model, alias, value)
         del stored, value  # now only the module holds the tensor, until it is compressed
-        _compress_whole(model, name.rpartition(".")[0], backends)
+        compress_whole(model, name.rpartition(".")[0], backends)
 
 
 def _same_names(
@@ -89,10 +92,15 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), own_name, value)
 
 
-def _check_pattern(
+def check_pattern(
     model: nn.Module, name: str, value: Tensor, patterns: Mapping[str, NMPattern]
 ) -> None:
-    """Check the pattern first, because compressing silently drops what exceeds it."""
+    """Check a weight by its Parameter's name, if a pattern is known for it: compressing silently
+    drops what exceeds it.
+
+    Raises:
+        SparsifyError: it does not hold its pattern.
+    """
     layer, _, own_name = name.rpartition(".")
     if name in patterns:  # experts
         layer, stack = name, stacks(model.get_submodule(layer))[own_name]
@@ -109,13 +117,11 @@ def _check_pattern(
         )
 
 
-def _compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
+def compress_whole(model: nn.Module, name: str, backends: Mapping[str, Backend]) -> None:
     """Compress a layer that has a backend, once its weight and bias are loaded."""
     if name not in backends:
         return
     linear = cast(nn.Linear, model.get_submodule(name))
     if not any(parameter.is_meta for parameter in linear.parameters()):
-        bias_O = None if linear.bias is None else linear.bias.detach()
-        fix = "load with choose='dense', or with other backends"
-        weight_OI = linear.weight.detach()
-        model.set_submodule(name, compressed(name, weight_OI, bias_O, backends[name], fix))
+        layer = compressed(name, linear.weight, linear.bias, backends[name], FIX)
+        model.set_submodule(name, layer)

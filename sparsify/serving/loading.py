@@ -55,9 +55,7 @@ def load(
             or an argument is out of its range.
     """
     folder = Path(folder)
-    counts = _counts(tokens)
-    if choose not in get_args(Choose):
-        raise SparsifyError(f"choose={choose!r}: write 'measured', 'sparse' or 'dense'")
+    check_wishes(tokens, choose)
     if dtype is not None and not dtype.is_floating_point:
         raise SparsifyError(f"dtype={dtype}: a model's weights are floats; write torch.bfloat16")
     place = _device(device)
@@ -65,11 +63,8 @@ def load(
     # Measurements and checks draw random numbers; restore the caller's generators afterwards.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         model = _empty_model(folder, dtype)
-        layers = _sparse_layers(model, patterns)
-        how = choose_layers(layers, place, choose, counts, backends, in_turns)
-        by_name = {backend.name: backend for backend in backends}
-        compressed = {n: by_name[c.backend] for n, c in how.items() if c.backend != DENSE}
-        fill(model, folder, place, patterns, compressed)
+        how = choose_for(model, patterns, place, tokens, choose, backends)
+        fill(model, folder, place, patterns, compressing(how, backends))
     model.sparsify_choices = how  # type: ignore[assignment]
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -80,7 +75,8 @@ def choices(model: nn.Module) -> Choices:
     """How the layers of a loaded model run; ``print`` it for a table.
 
     Raises:
-        SparsifyError: :func:`load` did not load it.
+        SparsifyError: neither :func:`load` nor ``from_pretrained`` with a ``SparsifyConfig`` loaded
+            it.
     """
     found = getattr(model, "sparsify_choices", None)
     if not isinstance(found, Choices):
@@ -91,14 +87,49 @@ def choices(model: nn.Module) -> Choices:
     return found
 
 
-def _counts(tokens: int | tuple[int, int]) -> list[int]:
+def check_wishes(tokens: int | tuple[int, int], choose: str) -> None:
+    """Check two arguments of :func:`load`.
+
+    Raises:
+        SparsifyError: one of them is out of its range.
+    """
     ends = tokens if isinstance(tokens, tuple) else (tokens, tokens)
     whole = len(ends) == 2 and all(isinstance(end, int) for end in ends)
     if not whole or not 1 <= ends[0] <= ends[1]:
         raise SparsifyError(
             f"tokens={tokens}: give a number of at least 1, or the least and the most, in order"
         )
-    return token_counts(*ends)
+    if choose not in get_args(Choose):
+        raise SparsifyError(f"choose={choose!r}: write 'measured', 'sparse' or 'dense'")
+
+
+def choose_for(
+    model: PreTrainedModel,
+    patterns: Mapping[str, NMPattern],
+    device: torch.device,
+    tokens: int | tuple[int, int],
+    choose: Choose,
+    backends: Sequence[Backend],
+) -> Choices:
+    """Decide how the sparse layers of a model run; its Parameters need no memory.
+
+    Args:
+        model: the model, in the type that it will have.
+        patterns: the pattern of every layer that was made sparse.
+        device: where it will run; the other arguments are those of :func:`load`.
+
+    Raises:
+        SparsifyError: the model has no such layer, or nothing here runs what is asked for.
+    """
+    counts = token_counts(*(tokens if isinstance(tokens, tuple) else (tokens, tokens)))
+    layers = _sparse_layers(model, patterns)
+    return choose_layers(layers, device, choose, counts, backends, in_turns)
+
+
+def compressing(how: Choices, backends: Sequence[Backend]) -> dict[str, Backend]:
+    """The backend of every layer that is to be compressed."""
+    by_name = {backend.name: backend for backend in backends}
+    return {name: by_name[c.backend] for name, c in how.items() if c.backend != DENSE}
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -68,6 +68,7 @@ def in_a_fresh_process(code: str) -> tuple[set[str], float]:
         ["onnx", "--help"],
         ["card", "--help"],
         ["push", "--help"],
+        ["merge", "--help"],
         ["mask", "show", "m.nmask"],
     ],
     ids=" ".join,

@@ -1,9 +1,10 @@
-"""Commands on exported folders: ``sparsify verify`` and ``sparsify onnx``."""
+"""Commands on exported folders: ``sparsify verify``, ``sparsify merge`` and ``sparsify onnx``."""
 
 from pathlib import Path
 from typing import Literal
 
 from sparsify.cli.commands.output import Format, say, say_json, say_written
+from sparsify.common.errors import SparsifyError
 
 
 def verify_folder(
@@ -30,6 +31,36 @@ def verify_folder(
     else:
         say(report.table())
     return 0 if report.ok else 1
+
+
+def merge_adapter(
+    folder: Path,
+    adapter: Path,
+    output: Path | None = None,
+    base: str | None = None,
+    overwrite: bool = False,
+    format: Format = "table",
+) -> None:
+    """Merge a LoRA adapter into an exported folder under its masks, so that its zeros stay zeros.
+
+    Args:
+        folder: what sparsify export wrote, on which the adapter was trained.
+        adapter: the folder that PEFT saved.
+        output: the folder to write.
+        base: the name by which the adapter knows the folder, where that is another one.
+        overwrite: replace an earlier export.
+        format: table or json: how much of the adapter the masks took away.
+    """
+    if output is None:
+        raise SparsifyError("name the folder to write with --output FOLDER")
+    from sparsify.serving.merge import merge
+
+    merged = merge(folder, adapter, output, base, overwrite)
+    if format == "json":
+        say_json(merged.describe())
+        return
+    say(merged.table())
+    say_written(output)
 
 
 def onnx(

@@ -86,7 +86,7 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
 
 
 def _implied(name: str, nonzero_OI: Tensor, pattern: NMPattern | None) -> LayerZeros:
-    own = pattern or _pattern(nonzero_OI)
+    own = pattern or pattern_of(nonzero_OI)
     if own is not None and nonzero_OI.shape[1] % own.m == 0:
         counts_OG = own.groups(nonzero_OI).sum(-1)
         if bool((counts_OG <= own.n).all()):
@@ -101,7 +101,7 @@ def _implied(name: str, nonzero_OI: Tensor, pattern: NMPattern | None) -> LayerZ
     )
 
 
-def _pattern(nonzero_OI: Tensor) -> NMPattern | None:
+def pattern_of(nonzero_OI: Tensor) -> NMPattern | None:
     """The pattern of lowest density that these weights fit. Most groups must keep exactly N: a
     small layer with scattered zeros would fit some pattern too.
     """
