@@ -7,7 +7,7 @@ from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.file_hashes import hash_file
 from sparsify.common.values import first_few
 from sparsify.export.card import CARD
-from sparsify.export.manifest import MANIFEST, parse_manifest, read_manifest
+from sparsify.export.manifest import MANIFEST, sound_manifest
 
 
 def push_to_hub(
@@ -69,9 +69,7 @@ def own_files(folder: Path) -> list[str]:
         SparsifyError: the manifest is damaged or lists no files, or a file is not the one that the
             export wrote.
     """
-    manifest = parse_manifest(read_manifest(folder))
-    if manifest.problems:
-        raise SparsifyError(f"{folder}: {manifest.problems[0]}; export the model again")
+    manifest = sound_manifest(folder)
     if manifest.files is None:
         raise SparsifyError(
             f"{folder}: {MANIFEST} lists no files, as those of older exports, so nothing says "

@@ -19,13 +19,12 @@ def write(folder: Path, dense: Path | None = None, output: Path | None = None) -
         output: another file than README.md in the folder.
     """
     from sparsify.export.card import CARD, make_card, write_card
-    from sparsify.export.manifest import parse_manifest, read_manifest
+    from sparsify.export.manifest import read_manifest, sound_manifest
     from sparsify.results.downstream import find_export
 
     export = find_export(folder)
+    sound_manifest(export)
     content = read_manifest(export)
-    if problems := parse_manifest(content).problems:
-        raise SparsifyError(f"{export}: {problems[0]}; export the model again")
     try:
         record = _record(export, content)
         scores = None if dense is None else _dense_scores(export, record, dense)

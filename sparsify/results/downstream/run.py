@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsify.common.choices import EMBEDDED, PAPER_TASKS, Dtype
 from sparsify.common.errors import SparsifyError
-from sparsify.export.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from sparsify.export.manifest import MANIFEST, Manifest, read_manifest
 from sparsify.models.base import load_model, load_tokenizer
 from sparsify.results.downstream.harness import BatchSize, Model, TaskScores, find_tasks
 from sparsify.results.downstream.report import make_report
@@ -95,10 +95,7 @@ def evaluate(folder: Path, base: str | None, settings: Settings) -> dict[str, An
         SparsifyError: the manifest is damaged, the base is another model or cannot be found, or a
             task cannot be used.
     """
-    content = read_manifest(folder)
-    manifest = parse_manifest(content)
-    if manifest.problems:
-        raise SparsifyError(f"{folder}: {manifest.problems[0]}; export the model again")
+    manifest, content = sound_manifest(folder), read_manifest(folder)
     dense_name = _base_name(folder, base, content)
     tasks = find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
     dtype = cast(Dtype, manifest.base_dtype if settings.dtype == "auto" else settings.dtype)
