@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.masking.pattern import NMPattern
+from sparsify.serving.decode import DECODE
+from sparsify.serving.two_four import TWO_FOUR as TWO_FOUR
+from sparsify.serving.two_four import is_two_four
 
 log = logging.getLogger("sparsify")
 
-TWO_FOUR = NMPattern(2, 4)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -96,7 +98,7 @@ class SemiStructured:
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
         """Patterns that keep at most 2 of every aligned 4, such as 1:4 and 2:8, count as 2:4."""
-        if (tile := self.tiles.get(dtype)) is None or not _is_two_four(pattern):
+        if (tile := self.tiles.get(dtype)) is None or not is_two_four(pattern):
             return False
         return not (shape[0] % tile[0] or shape[1] % tile[1])
 
@@ -141,7 +143,7 @@ CUTLASS = SemiStructured(
     "SparseSemiStructuredTensorCUTLASS",
     major=8,
 )
-BACKENDS: tuple[Backend, ...] = (CUSPARSELT, CUTLASS)
+BACKENDS: tuple[Backend, ...] = (CUSPARSELT, CUTLASS, DECODE)
 
 
 def eligible(
@@ -149,8 +151,3 @@ def eligible(
 ) -> list[str]:
     """The names of the backends that take such a layer."""
     return [backend.name for backend in BACKENDS if backend.takes(shape, dtype, pattern)]
-
-
-def _is_two_four(pattern: NMPattern) -> bool:
-    # Four aligned weights lie in one group of 4, 8 and so on, or in at most two other groups.
-    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)
