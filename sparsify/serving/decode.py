@@ -49,9 +49,11 @@ def _on_cpu(x_TI: Tensor, values_OV: Tensor, metadata_PCE: Tensor, bias_O: Tenso
     return product(x_TI, PackedWeight(values_OV, metadata_PCE, x_TI.shape[1]), bias_O)
 
 
-@torch.library.register_fake("sparsify::packed_linear", lib=_LIBRARY)
 def _fake(x_TI: Tensor, values_OV: Tensor, metadata_PCE: Tensor, bias_O: Tensor | None) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], values_OV.shape[0])
+
+
+torch.library.register_fake("sparsify::packed_linear", _fake, lib=_LIBRARY)
 
 
 def _check_type(x_TI: Tensor, values_OV: Tensor) -> None:

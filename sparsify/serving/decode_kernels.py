@@ -4,7 +4,7 @@ Shapes: T tokens, O out, I in, P panels of eight rows, C chunks of 16 inputs (fo
 eight rows of a panel, R the rows of a program. Triton's interpreter runs all of it, so nothing here
 is written in PTX.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from typing import Any
 
