@@ -12,9 +12,11 @@ from sparsify.export.folder import export
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking import noise
 from sparsify.masking.masker import Draw
+from sparsify.masking.pattern import TWO_FOUR
 from sparsify.masking.registry import make_strategy
 from sparsify.models.perplexity import token_losses
 from sparsify.serving.backends import BACKENDS, Backend
+from sparsify.serving.decode import DECODE
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.training.build import calibrate
 from sparsify.training.module import SparseCausalLM
@@ -153,3 +155,42 @@ def test_layers_are_measured_on_the_gpu(wide_export: Path) -> None:
         for seconds in choice.seconds.values():
             assert list(seconds) == [1, 2, 4, 8, 16]
             assert all(0 < s < 0.1 for pair in seconds.values() for s in pair)
+
+
+def packed_layer(
+    rows: int, columns: int, dtype: torch.dtype
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A layer of small integers, so that every sum is exact; its dense weight and its bias."""
+    weight = torch.randint(-8, 9, (rows, columns), device="cuda").to(dtype)
+    weight *= TWO_FOUR.top(weight.abs())
+    bias = torch.randint(-8, 9, (rows,), device="cuda").to(dtype)
+    return DECODE.compress(weight, bias), weight, bias
+
+
+@pytest.mark.skipif(DECODE not in SPARSE_BACKENDS, reason="the kernels do not run on this GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 4), (9, 20), (17, 2052), (192, 576), (1024, 4096)])
+@torch.no_grad()
+def test_the_decode_kernels_are_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, weight, bias = packed_layer(*shape, dtype)
+    assert torch.equal(layer(torch.eye(shape[1], dtype=dtype, device="cuda")), weight.T + bias)
+    for tokens in range(1, 18):
+        x = torch.randint(-8, 9, (tokens, shape[1]), device="cuda").to(dtype)
+        wanted = (x.double() @ weight.double().T + bias.double()).to(dtype)
+        assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.skipif(DECODE not in SPARSE_BACKENDS, reason="the kernels do not run on this GPU")
+@pytest.mark.parametrize("tokens", [1, 8])
+@torch.no_grad()
+def test_a_decode_layer_runs_in_a_cuda_graph(tokens: int) -> None:
+    layer, weight, bias = packed_layer(192, 576, torch.bfloat16)
+    x = torch.zeros(tokens, 576, dtype=torch.bfloat16, device="cuda")
+    layer(x)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(torch.randint(-8, 9, x.shape, device="cuda"))
+    graph.replay()
+    wanted = (x.double() @ weight.double().T + bias.double()).bfloat16()
+    assert torch.equal(y, wanted)

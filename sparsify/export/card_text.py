@@ -161,7 +161,9 @@ def _use(facts: Facts) -> Iterator[str]:
 def _limits(facts: Facts) -> Iterator[str]:
     yield "## Limits"
     lines = ["- **No speed is claimed.** Zeros alone make nothing faster: measure on your own GPU."]
-    odd = sum(count for name, count in facts.patterns.items() if not _two_four(name))
+    odd = sum(
+        count for name, count in facts.patterns.items() if not NMPattern.parse(name).within_two_four
+    )
     if odd:
         lines.append(
             f"- {odd} layers are not 2:4, the one pattern that GPUs multiply: they run dense."
@@ -171,9 +173,3 @@ def _limits(facts: Facts) -> Iterator[str]:
     licence = "" if facts.licence else " (which is not known here)"
     lines.append(f"- The base model's licence{licence} and its limits hold for this model too.")
     yield "\n".join(lines)
-
-
-def _two_four(pattern: str) -> bool:
-    """Whether the pattern keeps at most two of every aligned four."""
-    parsed = NMPattern.parse(pattern)
-    return parsed.n == 1 or (parsed.n == 2 and parsed.m % 4 == 0)

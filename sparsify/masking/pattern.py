@@ -73,6 +73,12 @@ class NMPattern:
         """The share of weights that are kept."""
         return self.n / self.m
 
+    @property
+    def within_two_four(self) -> bool:
+        """Whether at most 2 of every aligned 4 are kept, which is all that GPUs multiply sparse."""
+        # Four aligned weights lie in one group of 4, 8 and so on, or in at most two other groups.
+        return self.n == 1 or (self.n == 2 and self.m % 4 == 0)
+
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """All candidates in order: bool ``[K, M]``, True = kept."""
         return _table(self.n, self.m).to(device)
@@ -169,3 +175,6 @@ def _rank_of_bits(n: int, m: int) -> Tensor:
     bits = (_table(n, m).int() << torch.arange(m, dtype=torch.int32)).sum(-1)
     ranks[bits] = torch.arange(len(bits), dtype=torch.int16)
     return ranks
+
+
+TWO_FOUR = NMPattern(2, 4)

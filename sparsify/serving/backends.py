@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.pattern import NMPattern
+from sparsify.masking.pattern import TWO_FOUR, NMPattern
+from sparsify.serving.decode import DECODE
 
 log = logging.getLogger("sparsify")
 
-TWO_FOUR = NMPattern(2, 4)
 TOLERANCE = 0.02
 """Of a compressed layer's product, relative to the dense one: bf16 rounds to 0.004."""
 _HALVES = (torch.float16, torch.bfloat16)
@@ -99,7 +99,7 @@ class SemiStructured:
         self, shape: tuple[int, int], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
     ) -> bool:
         """Patterns that keep at most 2 of every aligned 4, such as 1:4 and 2:8, count as 2:4."""
-        if (tile := self.tiles.get(dtype)) is None or not fits_two_four(pattern):
+        if (tile := self.tiles.get(dtype)) is None or not pattern.within_two_four:
             return False
         return not (shape[0] % tile[0] or shape[1] % tile[1])
 
@@ -144,7 +144,7 @@ CUTLASS = SemiStructured(
     "SparseSemiStructuredTensorCUTLASS",
     major=8,
 )
-BACKENDS: tuple[Backend, ...] = (CUSPARSELT, CUTLASS)
+BACKENDS: tuple[Backend, ...] = (CUSPARSELT, CUTLASS, DECODE)
 
 
 def eligible(
@@ -182,9 +182,3 @@ def compressed(
             f"{TOLERANCE} is rounding); {fix}"
         )
     return sparse
-
-
-def fits_two_four(pattern: NMPattern) -> bool:
-    """Whether a weight of this pattern keeps at most 2 of every aligned 4."""
-    # Four aligned weights lie in one group of 4, 8 and so on, or in at most two other groups.
-    return pattern.n == 1 or (pattern.n == 2 and pattern.m % 4 == 0)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsify.serving.backends import TWO_FOUR, Backend
+from sparsify.masking.pattern import TWO_FOUR
+from sparsify.serving.backends import Backend
 
 ROUNDS = 9
 SAMPLE_SECONDS = 2e-3

@@ -2,8 +2,8 @@
 
 They are made when a model is loaded, never stored. ``docs/packed.md`` defines every byte.
 
-Shapes: O out, I in, B any leading dimensions, G groups = I / 4, V stored values a row, Y bytes of
-metadata a row.
+Shapes: O out, I in, B any leading dimensions, G groups = I / 4, V stored values a row, P panels of
+eight rows, C chunks of 16 inputs, E the eight rows of a panel.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from sparsify.common.bits import bits
 from sparsify.common.errors import SparsifyError
-from sparsify.serving.backends import TWO_FOUR
+from sparsify.masking.pattern import TWO_FOUR
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Rows start at multiples of this many bytes: the widest load of a GPU thread.
 ALIGNMENT = 16
+#: The metadata of so many rows lie together: one such load has a word of each.
+PANEL = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +30,14 @@ class PackedWeight:
     Attributes:
         values_OV: the kept values of every row in order, two per group; zeros fill the row to a
             multiple of 16 bytes.
-        metadata_OY: uint8; the groups' nibbles in order, the first of two in a byte's low half;
-            zeros fill the row to a multiple of 16 bytes.
+        metadata_PCE: int16; a word holds four groups' nibbles in order, the first in its lowest
+            bits, and the words of eight rows for the same inputs lie together. Zeros fill up the
+            last panel, and C to a multiple of eight.
         in_features: I.
     """
 
     values_OV: Tensor
-    metadata_OY: Tensor
+    metadata_PCE: Tensor
     in_features: int
 
     @property
@@ -46,12 +49,12 @@ class PackedWeight:
     def bits_per_weight(self) -> float:
         """How many bits are stored for each of the O x I weights, filling zeros included."""
         rows, columns = self.shape
-        return 8 * (self.values_OV.nbytes + self.metadata_OY.nbytes) / (rows * columns)
+        return 8 * (self.values_OV.nbytes + self.metadata_PCE.nbytes) / (rows * columns)
 
     def unpack(self) -> Tensor:
         """The weight ``[O, I]``: kept values bit for bit, all others +0.0."""
         groups = self.in_features // TWO_FOUR.m
-        nibbles_OG = split_bytes(self.metadata_OY)[:, :groups]
+        nibbles_OG = split_words(self.metadata_PCE)[: len(self.values_OV), :groups]
         values = self.values_OV[:, : groups * TWO_FOUR.n].unflatten(-1, (groups, TWO_FOUR.n))
         weight = bits(values).new_zeros(*nibbles_OG.shape, TWO_FOUR.m)
         weight.scatter_(-1, positions(nibbles_OG), bits(values))
@@ -78,9 +81,9 @@ def pack(weight_OI: Tensor, mask_OI: Tensor | None = None) -> PackedWeight:
     pairs_OI = TWO_FOUR.top(mask_OI.to(torch.int8))
     masked_OI = bits(weight_OI).where(mask_OI, 0).view(weight_OI.dtype)
     nibbles_OG = nibbles(pairs_OI)
-    metadata_OY = join_nibbles(_fill(nibbles_OG, 2 * ALIGNMENT))
+    metadata_PCE = join_nibbles(nibbles_OG)
     values_OV = _fill(kept_values(masked_OI, nibbles_OG), ALIGNMENT // weight_OI.itemsize)
-    return PackedWeight(values_OV, metadata_OY, weight_OI.shape[1])
+    return PackedWeight(values_OV, metadata_PCE, weight_OI.shape[1])
 
 
 def product(x_BI: Tensor, packed: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
@@ -118,13 +121,16 @@ def kept_values(weight_OI: Tensor, nibbles_OG: Tensor) -> Tensor:
 
 
 def join_nibbles(nibbles_OG: Tensor) -> Tensor:
-    """Store two nibbles per byte, the first in the low half: uint8 ``[O, G / 2]``."""
-    return nibbles_OG[:, 0::2] | nibbles_OG[:, 1::2] << 4
+    """Store four nibbles per word, and the words of eight rows together: int16 ``[P, C, E]``."""
+    filled = F.pad(_fill(nibbles_OG, 2 * ALIGNMENT), (0, 0, 0, -len(nibbles_OG) % PANEL))
+    bytes_OY = filled[:, 0::2] | filled[:, 1::2] << 4
+    return bytes_OY.view(torch.int16).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-def split_bytes(metadata_OY: Tensor) -> Tensor:
-    """The inverse of :func:`join_nibbles`."""
-    return torch.stack([metadata_OY & 15, metadata_OY >> 4], -1).flatten(-2)
+def split_words(metadata_PCE: Tensor) -> Tensor:
+    """The inverse of :func:`join_nibbles`, with all filling."""
+    bytes_OY = metadata_PCE.transpose(1, 2).contiguous().view(torch.uint8).flatten(0, 1)
+    return torch.stack([bytes_OY & 15, bytes_OY >> 4], -1).flatten(-2)
 
 
 def _fill(rows: Tensor, multiple: int) -> Tensor:

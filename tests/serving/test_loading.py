@@ -111,7 +111,7 @@ def test_conv1d_stays_dense_and_says_so(exports: dict[str, Path]) -> None:
 def test_the_cpu_is_dense_by_default(exports: dict[str, Path]) -> None:
     model = serving.load(exports["llama"], device="cpu")
     assert {c.reason for c in serving.choices(model).values()} == {"no backend runs on cpu"}
-    with pytest.raises(SparsifyError, match="none of cusparselt, cutlass runs on cpu"):
+    with pytest.raises(SparsifyError, match="none of cusparselt, cutlass, decode runs on cpu"):
         serving.load(exports["llama"], **SPARSE)
 
 

@@ -27,7 +27,7 @@ def random_mask(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def slow_pack(weight: Tensor, mask: Tensor) -> tuple[list[bytes], list[bytes]]:
-    """Rows of values and of metadata as bytes, group by group."""
+    """Rows of values and panels of metadata as bytes, group by group."""
     code = {torch.float32: "<i", torch.float16: "<h", torch.bfloat16: "<h"}[weight.dtype]
     all_values, all_metadata = [], []
     for row, kept in zip(bits(weight).tolist(), mask.tolist(), strict=True):
@@ -43,11 +43,16 @@ def slow_pack(weight: Tensor, mask: Tensor) -> tuple[list[bytes], list[bytes]]:
         metadata = bytes(a + 16 * b for a, b in zip(stream[::2], stream[1::2], strict=True))
         all_values.append(values + bytes(-len(values) % 16))
         all_metadata.append(metadata + bytes(-len(metadata) % 16))
-    return all_values, all_metadata
+    all_metadata += [bytes(len(all_metadata[0]))] * (-len(all_metadata) % 8)
+    panels = [
+        b"".join(row[i : i + 2] for i in range(0, len(panel[0]), 2) for row in panel)
+        for panel in (all_metadata[k : k + 8] for k in range(0, len(all_metadata), 8))
+    ]
+    return all_values, panels
 
 
 def row_bytes(rows: Tensor) -> list[bytes]:
-    return [row.view(torch.uint8).numpy().tobytes() for row in rows]
+    return [row.flatten().view(torch.uint8).numpy().tobytes() for row in rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,14 +65,14 @@ def test_the_bytes_are_those_of_a_slow_loop(shape: tuple[int, int], dtype: torch
     packed = pack(weight, mask)
     values, metadata = slow_pack(weight, mask)
     assert row_bytes(packed.values_OV) == values
-    assert row_bytes(packed.metadata_OY) == metadata
+    assert row_bytes(packed.metadata_PCE) == metadata
     assert packed.shape == shape
     assert packed.values_OV.dtype == dtype
     masked = torch.where(mask, weight, 0)
     assert torch.equal(bits(packed.unpack()), bits(masked))
     again = pack(masked)
     assert row_bytes(again.values_OV) == values
-    assert row_bytes(again.metadata_OY) == metadata
+    assert row_bytes(again.metadata_PCE) == metadata
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +96,7 @@ def test_any_bits_survive(dtype: torch.dtype, data: st.DataObject) -> None:
 def test_without_a_mask_what_is_not_zero_is_kept() -> None:
     weight = torch.tensor([[0.0, -0.0, torch.nan, torch.inf, 0, 0, 0, -0.0, 0, 0, 3, -0.0]])
     packed = pack(weight)
-    assert packed.metadata_OY[0, :2].tolist() == [0x4E, 0x08]  # 2 and 3; 0 and 1; 0 and 2
+    assert int(packed.metadata_PCE[0, 0, 0]) == 0x084E  # 2 and 3; 0 and 1; 0 and 2
     out = packed.unpack()
     assert torch.equal(bits(out)[0, 2:4], bits(weight)[0, 2:4])
     assert bits(out)[0, [0, 1, 4, 5, 6, 7, 8, 9, 11]].eq(0).all()
@@ -110,10 +115,11 @@ def test_inputs_gathered_by_the_metadata_give_the_product(
     mask = random_mask(rows, columns, seed=4)
     packed = pack(weight.to(dtype), mask)
     y = np.zeros((2, rows))
-    values, metadata = packed.values_OV.float().numpy(), packed.metadata_OY.int().numpy()
+    values, metadata = packed.values_OV.float().numpy(), packed.metadata_PCE.int().numpy()
     for row in range(rows):
         for group in range(columns // 4):
-            nibble = metadata[row, group // 2] >> (4 * (group % 2)) & 15
+            word = metadata[row // 8, group // 4, row % 8]
+            nibble = word >> (4 * (group % 4)) & 15
             for k, position in enumerate((nibble & 3, nibble >> 2)):
                 y[:, row] += values[row, 2 * group + k] * x[:, 4 * group + position].numpy()
     exact = x.double() @ (weight * mask).double().T
@@ -136,20 +142,23 @@ def test_the_product_is_that_of_the_dense_weight(dtype: torch.dtype, bias: bool)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_start_at_16_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_rows_start_at_16_bytes_and_panels_at_128(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     packed = pack(torch.ones(shape, dtype=dtype), random_mask(*shape, seed=7))
-    for rows in (packed.values_OV, packed.metadata_OY):
+    for rows, bytes_ in ((packed.values_OV, 16), (packed.metadata_PCE, 128)):
         assert rows.is_contiguous()
-        assert rows.stride(0) * rows.itemsize % 16 == 0
+        assert rows.stride(0) * rows.itemsize % bytes_ == 0
         assert rows.data_ptr() % 16 == 0
     groups = shape[1] // 4
     assert not packed.values_OV[:, 2 * groups :].any()
-    assert not packed.metadata_OY[:, (groups + 1) // 2 :].any()
+    assert not packed.metadata_PCE[:, (groups + 3) // 4 :].any()
+    assert not packed.metadata_PCE[-1, :, (shape[0] - 1) % 8 + 1 :].any()
 
 
 def test_bits_a_weight() -> None:
     def of(columns: int, dtype: torch.dtype) -> float:
-        weight = torch.zeros(2, columns, dtype=dtype)
+        weight = torch.zeros(8, columns, dtype=dtype)
         return pack(weight).bits_per_weight
 
     assert of(4096, torch.bfloat16) == of(128, torch.float16) == 9
@@ -167,8 +176,8 @@ def test_the_worked_example_of_the_documentation() -> None:
     )
     packed = pack(weight)
     assert packed.values_OV.tolist() == [[1, 2, 3, 4, 0, 5, 0, 0], [6, 7, 8, 9, 0, 0, 0, 0]]
-    assert packed.metadata_OY[:, :2].tolist() == [[0x4D, 0x08], [0xEC, 0x04]]
-    assert packed.metadata_OY.shape == (2, 16)
+    assert packed.metadata_PCE[0, 0].tolist() == [0x084D, 0x04EC, 0, 0, 0, 0, 0, 0]
+    assert packed.metadata_PCE.shape == (1, 8, 8)
     assert row_bytes(packed.values_OV)[0].hex(" ", 2) == "003c 0040 0042 0044 0000 0045 0000 0000"
 
 

@@ -16,7 +16,7 @@ from sparsify.models.layer_names import block_and_kind
 from sparsify.results.budget.goal import Goal, Pattern, Unit
 from sparsify.serving.backends import BACKENDS
 from sparsify.serving.measure import LayerKind
-from sparsify.serving.packed import ALIGNMENT
+from sparsify.serving.packed import ALIGNMENT, PANEL
 from sparsify.serving.timings import Timings
 
 Choice = tuple[Pattern, ...]
@@ -73,8 +73,12 @@ def stored_bytes(shape: tuple[int, int], itemsize: int, pattern: Pattern) -> int
         return rows * columns * itemsize
     groups = columns // pattern.m
     bits = min(pattern.n * math.ceil(math.log2(pattern.m)), pattern.m) * groups
-    parts = groups * pattern.n * itemsize, math.ceil(bits / 8)
-    return rows * sum(math.ceil(part / ALIGNMENT) * ALIGNMENT for part in parts)
+    values = _filled(groups * pattern.n * itemsize, ALIGNMENT)
+    return rows * values + _filled(rows, PANEL) * _filled(math.ceil(bits / 8), ALIGNMENT)
+
+
+def _filled(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
 
 
 def make_units(

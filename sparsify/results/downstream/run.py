@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsify.common.choices import EMBEDDED, PAPER_TASKS, Dtype
 from sparsify.common.errors import SparsifyError
-from sparsify.export.manifest import MANIFEST, Manifest, read_manifest
+from sparsify.export.manifest import MANIFEST, Manifest, read_manifest, sound_manifest
 from sparsify.models.base import load_model, load_tokenizer
 from sparsify.results.downstream.harness import BatchSize, Model, TaskScores, find_tasks
 from sparsify.results.downstream.report import make_report

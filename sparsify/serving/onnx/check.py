@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sparsify.common.bits import bits
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.pattern import NMPattern
-from sparsify.serving.backends import TWO_FOUR
+from sparsify.masking.pattern import TWO_FOUR, NMPattern
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules that a node came from
 MODEL = "lm"  # the name under which it knows the whole model

@@ -15,10 +15,10 @@ from sparsify.common.values import first_few
 from sparsify.export.manifest import MANIFEST, Layer, Manifest
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.linear import as_rows, as_stored
-from sparsify.masking.pattern import NMPattern
+from sparsify.masking.pattern import TWO_FOUR, NMPattern
 from sparsify.models.hashes import hash_tensor
 from sparsify.models.stored_weights import StoredWeights
-from sparsify.serving.backends import TWO_FOUR, eligible
+from sparsify.serving.backends import eligible
 from sparsify.serving.device_check import DeviceCheck
 from sparsify.serving.verify.base_check import BaseCheck
 from sparsify.serving.verify.layer_check import (

@@ -10,7 +10,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from sparsify.common.errors import SparsifyError
 from sparsify.export.manifest import MANIFEST, parse_manifest
 from sparsify.masking.pattern import NMPattern
-from sparsify.serving.backends import fits_two_four
 from sparsify.serving.vllm_plugin import log
 from sparsify.serving.vllm_plugin.loading import Loading, Mode, mode
 
@@ -121,5 +120,5 @@ class SparsityConfig(QuantizationConfig):  # type: ignore[misc]
             return "not masked"
         if missing:
             return f"its {missing[0].rpartition('.')[2]} is not masked"
-        misfits = {str(p) for name in parts if not fits_two_four(p := self.patterns[name])}
+        misfits = {str(p) for name in parts if not (p := self.patterns[name]).within_two_four}
         return f"{', '.join(sorted(misfits))} does not fit in 2:4" if misfits else None

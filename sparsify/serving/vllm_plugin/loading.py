@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.manifest import MANIFEST
+from sparsify.masking.pattern import TWO_FOUR
 from sparsify.models.layer_names import family
-from sparsify.serving.backends import BACKENDS, TWO_FOUR, Backend, compressed
+from sparsify.serving.backends import BACKENDS, Backend, compressed
 from sparsify.serving.by_tokens import by_tokens, one_weight
 from sparsify.serving.choose import DENSE, Choice, Choices, Chooser, Layer
 from sparsify.serving.measure import Clock, LayerKind, in_turns, token_counts

@@ -40,7 +40,7 @@ def test_two_of_four_takes_what_the_packed_weight_takes(
     pattern = NMPattern(2, 4)
     weight = torch.randn(shape, dtype=dtype)
     packed = pack(weight, pattern.top(weight.abs()))
-    held = packed.values_OV.nbytes + packed.metadata_OY.nbytes
+    held = packed.values_OV.nbytes + packed.metadata_PCE.nbytes
     assert stored_bytes(shape, dtype.itemsize, pattern) == held
     assert stored_bytes(shape, dtype.itemsize, None) == weight.nbytes
 
@@ -50,7 +50,7 @@ def test_two_of_four_takes_what_the_packed_weight_takes(
     [("1:4", 0.25 * 16 + 2 / 4), ("6:8", 0.75 * 16 + 1), ("4:8", 0.5 * 16 + 1), ("1:16", 1 + 0.25)],
 )
 def test_bits_a_weight_of_others(pattern: str, bits: float) -> None:
-    assert stored_bytes((1, 2048), 2, NMPattern.parse(pattern)) * 8 / 2048 == bits
+    assert stored_bytes((8, 2048), 2, NMPattern.parse(pattern)) / 2048 == bits
 
 
 def test_units(layers: dict[str, MaskedLinear]) -> None:

@@ -131,8 +131,8 @@ def test_an_export_is_ok(family: str, tokenizer: PreTrainedTokenizerFast, tmp_pa
 def test_the_backends_are_those_of_the_shape_in_the_type_that_packs(exported: Path) -> None:
     report = verify(exported / "out")
     rows = {row.name: row for row in report.layers}
-    assert rows["model.layers.0.self_attn.q_proj"].backend_text == "cusparselt"
-    assert rows["model.layers.0.mlp.down_proj"].backend_text == "cusparselt, cutlass"
+    assert rows["model.layers.0.self_attn.q_proj"].backend_text == "cusparselt, decode"
+    assert rows["model.layers.0.mlp.down_proj"].backend_text == "cusparselt, cutlass, decode"
     assert "backends as bfloat16" in printed(report)
 
 
@@ -143,7 +143,7 @@ def test_mixed_patterns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> N
     assert problems(report) == []
     rows = {row.name: row for row in report.layers}
     assert rows["model.layers.0.self_attn.q_proj"].nonzero == 0.25
-    assert rows["model.layers.0.self_attn.q_proj"].backends == ["cusparselt"]
+    assert rows["model.layers.0.self_attn.q_proj"].backends == ["cusparselt", "decode"]
     down = rows["model.layers.0.mlp.down_proj"]
     assert down.backends == []
     assert down.notes == ["no backend runs 4:8 at 32 x 64 in bfloat16: it runs dense"]
