@@ -171,9 +171,9 @@ def compressed(
     """
     weight_OI, bias_O = weight_OI.detach(), None if bias_O is None else bias_O.detach()
     sparse = backend.compress(weight_OI, bias_O)
-    like = {"dtype": weight_OI.dtype, "device": weight_OI.device}
-    generator = torch.Generator(weight_OI.device).manual_seed(0)
-    x_TI = torch.randn(8, weight_OI.shape[1], generator=generator, **like)
+    dtype, device = weight_OI.dtype, weight_OI.device
+    generator = torch.Generator(device).manual_seed(0)
+    x_TI = torch.randn(8, weight_OI.shape[1], generator=generator, dtype=dtype, device=device)
     dense_TO = F.linear(x_TI, weight_OI, bias_O).float()
     error = float((sparse(x_TI).float() - dense_TO).norm() / dense_TO.norm().clamp(min=1e-30))
     if not error <= TOLERANCE:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify import NMPattern
-from sparsify.serving.backends import TWO_FOUR
+from sparsify.masking.pattern import TWO_FOUR
 
 
 class PackedLinear(nn.Module):
