@@ -48,6 +48,7 @@ def test_saves_killed_at_every_file_operation(tmp_path: Path) -> None:
     assert set(again["found"]) == {2}
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_masks(cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
     options = [
         "--strategy=maskllm",

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "assets" / "crash_run.py"
 
 
+@pytest.mark.slow
 def test_exports_killed_at_every_file_operation(tmp_path: Path) -> None:
     """The script checks what each kill leaves; here, that the kills were where they should be."""
     root = str(SCRIPT.parents[2])

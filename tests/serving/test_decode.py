@@ -114,7 +114,7 @@ def test_few_rows_go_to_the_kernel_and_others_to_the_dense_product(
 
     kernels = SimpleNamespace(multiply=multiply, unpack=unpack)
     monkeypatch.setitem(sys.modules, "sparsify.serving.decode_kernels", kernels)  # type: ignore[arg-type]
-    monkeypatch.setattr(serving, "decode_kernels", kernels, raising=False)
+    monkeypatch.setitem(vars(serving), "decode_kernels", kernels)
     flat = torch.randn(18 * 36 + 1, dtype=torch.bfloat16)
     for tokens in (0, 1, MOST_TOKENS, MOST_TOKENS + 1):
         x = flat[1 : 1 + tokens * 36].view(tokens, 36)  # two bytes after a multiple of 16

@@ -215,6 +215,7 @@ def _fails(blocks: Any) -> Any:
     raise SparsifyError("no luck")
 
 
+@pytest.mark.slow
 def test_two_processes_find_one_order(
     export: Path, model_folder: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, text: Path) -> list[dict[str
     return [torch.load(folder / f"rank.{rank}", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_it_learns_what_the_plain_way_learns(name: str, ranks: list[dict[str, Any]]) -> None:
     plain, masked = (ranks[0][f"{gather} {name}"] for gather in ("plain", "masked"))
@@ -58,6 +59,7 @@ def test_it_learns_what_the_plain_way_learns(name: str, ranks: list[dict[str, An
     assert masked["left"] == []  # no base weight keeps a gradient
 
 
+@pytest.mark.slow
 def test_six_bytes_a_weight_and_step_instead_of_22(ranks: list[dict[str, Any]]) -> None:
     plain, masked = (ranks[0][f"{gather} bf16"]["moved"] for gather in ("plain", "masked"))
     assert masked["reduce"] == 2 * WEIGHTS * STEPS

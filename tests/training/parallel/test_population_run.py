@@ -16,6 +16,7 @@ from tests.assets.population_run import CASES, Case, learn
 
 ROOT = Path(__file__).parents[3]
 Found = dict[str, Any]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_products_are_those_of_the_chosen_experts(folder: Path) -> None:
     assert found == 2 * (block + scores) + head
 
 
-@pytest.mark.parametrize("name", ["maskllm", "selfmask"])
+@pytest.mark.parametrize("name", [pytest.param("maskllm", marks=pytest.mark.slow), "selfmask"])
 def test_groups_take_what_experts_by_themselves_take(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
