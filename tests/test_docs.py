@@ -22,7 +22,7 @@ from sparsify.cli.commands.plan import PlanCLI
 from sparsify.cli.main import main
 from sparsify.cli.short_forms import expand
 from sparsify.cli.table import TOOLS
-from sparsify.cli.trainer_cli import Parser, SparsifyCLI
+from sparsify.cli.trainer_cli import NOT_OPTIONS, Parser, SparsifyCLI
 from sparsify.masking.registry import STRATEGIES, find_strategy, plugins
 from tests.browser import browser, open_page
 from tests.conftest import Cli
@@ -310,6 +310,7 @@ def parser() -> Parser:
         patch.setattr("sys.argv", ["sparsify"])
         patch.setattr("sys.path", list(sys.path))
         patch.setattr(SparsifyCLI, "parse_arguments", stop)
+        patch.setattr(SparsifyCLI, "subcommands", lambda *_: NOT_OPTIONS)
         with pytest.raises(_Built) as built:
             main(["fit", "--strategy=wanda"])
     found: Parser = built.value.args[0]

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from sparsify.cli import short_forms
 from sparsify.cli.main import main
 from sparsify.cli.short_forms import expand
+from sparsify.cli.table import TRAINER_COMMANDS
+from sparsify.cli.trainer_cli import SparsifyCLI
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import read_masks
 from sparsify.masking.pattern import NMPattern
@@ -351,10 +353,18 @@ def test_checkpoints_can_be_turned_off(cli: Cli) -> None:
     assert (cli.runs()[0] / "export").is_dir()
 
 
-def test_the_readme_shows_this_strategy_and_it_is_short() -> None:
+def test_a_command_makes_only_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sparsify", "export", "--ckpt_path", "fit"])
+    assert set(SparsifyCLI.subcommands()) == {"export"}
+    monkeypatch.setattr("sys.argv", ["sparsify"])
+    assert set(SparsifyCLI.subcommands()) == set(TRAINER_COMMANDS)
+
+
+def test_the_documentation_shows_this_strategy_and_it_is_short() -> None:
     code = MY_STRATEGY.read_text()
     assert len(code.splitlines()) <= 20
-    assert code in (MY_STRATEGY.parents[2] / "README.md").read_text(encoding="utf-8")
+    page = MY_STRATEGY.parents[2] / "docs" / "write_your_own.md"
+    assert code in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("flags", [["--shard"], ["--trainer.strategy", "fsdp"]])
