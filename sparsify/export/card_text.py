@@ -61,6 +61,8 @@ def _what(facts: Facts) -> Iterator[str]:
     if all(isinstance(share, float | int) for share in shares):
         of = f"{shares[0]:.1%} of the decoder blocks' weights, {shares[1]:.1%} of all parameters"
         rows.append(("N:M", of))
+    if facts.manifest.get("permutation"):
+        rows.append(("channels", "in another order than the base's (`sparsity_permutation.json`)"))
     rows.append(("stored in", line(facts.manifest.get("dtype"))))
     yield "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
     dense = at(facts.manifest, "coverage.dense")

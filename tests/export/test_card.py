@@ -102,6 +102,13 @@ def test_the_text_says_what_is_sparse_how_to_run_it_and_claims_no_speed(out: Pat
     assert "was not measured beside it" not in with_dense
 
 
+def test_permuted_channels_are_said(out: Path) -> None:
+    content = json.loads((out / MANIFEST).read_text())
+    assert "channels" not in make_card(out)
+    (out / MANIFEST).write_text(json.dumps(content | {"permutation": {"parts": ["residual"]}}))
+    assert "| channels | in another order than the base's" in make_card(out)
+
+
 def test_without_a_record_the_card_says_that_nothing_was_measured(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
