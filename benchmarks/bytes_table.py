@@ -10,7 +10,6 @@ Budgets, permuted ones too, are found with ``--by``, and what they chose is then
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from smollm2_table import data_options, fetch_model
 
-from sparsify.masking.pattern import NMPattern
+from sparsify.export.manifest import manifest_patterns, sound_manifest
 from sparsify.results.budget.units import stored_bytes
 
 UNIFORM = ("6:8", "5:8", "2:4")
@@ -53,16 +52,11 @@ def chosen(name: str, options: list[str], args: argparse.Namespace) -> Path:
     return done
 
 
-def layers(export: Path) -> dict[str, Any]:
-    """What the manifest says of each masked layer, by name; layers that were left dense lack."""
-    found: dict[str, Any] = json.loads((export / "sparsity_manifest.json").read_text())["layers"]
-    return found
-
-
 def kept_bytes(export: Path, shapes: dict[str, tuple[int, int]]) -> tuple[int, float]:
-    """Bytes and kept share of the layers of these shapes."""
-    masked = layers(export)
-    own = {name: NMPattern.parse(masked[name]["pattern"]) for name in masked}
+    """Bytes and kept share of the layers of these shapes; those that were left dense are not in the
+    export's manifest.
+    """
+    own = manifest_patterns(export)
     kept = sum(
         math.prod(shape) * (own[name].density if name in own else 1)
         for name, shape in shapes.items()
@@ -86,7 +80,8 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
             result = fit(run, [*plain, *own, *permute], args.folder)
             export = exported(run, args.folder)
             if not shapes:  # one pattern for all: no layer is left dense
-                shapes = {layer: tuple(about["shape"]) for layer, about in layers(export).items()}
+                masked = sound_manifest(export).layers
+                shapes = {layer: about.shape for layer, about in masked.items()}
             size, share = kept_bytes(export, shapes)
             results[name] = {"bytes": size, "kept": share, "budget_by": args.by, **result}
     return results

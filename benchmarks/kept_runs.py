@@ -32,10 +32,16 @@ def from_export(options: list[str], word: str, name: str, folder: Path) -> list[
     """The options, in which the export of the run of this name takes the place of ``{word}``."""
     if not any(f"{{{word}}}" in option for option in options):
         return options
+    export = str(exported(name, folder))
+    return [option.replace(f"{{{word}}}", export) for option in options]
+
+
+def exported(name: str, folder: Path) -> Path:
+    """The export of the run of this name."""
     export = _newest(_root(name, folder), "export")
     if export is None:
         raise SystemExit(f"this row starts from the export of {name!r}: run that first")
-    return [option.replace(f"{{{word}}}", str(export)) for option in options]
+    return export
 
 
 def _root(name: str, folder: Path) -> Path:
