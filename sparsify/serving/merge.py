@@ -20,6 +20,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import file_hashes
 from sparsify.common.files import write_json
 from sparsify.common.replace import partial_folder, replace_folder
+from sparsify.export.card import CARD
 from sparsify.export.exchange.layers import LayerShape, stored_shapes
 from sparsify.export.manifest import MANIFEST, Manifest, read_manifest, sound_manifest
 from sparsify.export.mask_file.file import MaskFile, read_masks, write_masks
@@ -34,7 +35,6 @@ from sparsify.serving.verify import verify
 
 # What the export said of its own model, and is not true of the merged one.
 _OF_THE_EXPORT = ("date", "versions", "run", "protocol", "scores")
-_CARD = "README.md"
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _tensor(
 def _copy(folder: Path, place: Path, manifest: Manifest) -> None:
     """Copy what the export wrote, but for what is written anew, and a card about its scores."""
     written = manifest.files or [path.name for path in folder.iterdir() if path.is_file()]
-    for name in {*written} - {MANIFEST, FILE_NAME, _CARD}:
+    for name in {*written} - {MANIFEST, FILE_NAME, CARD}:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, place / name)
 
