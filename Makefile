@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 
 # The README's figures. Stopped, it goes on where it was; runs are kept in runs/compare.
 compare: $(VENV)/ready
-	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder runs/compare --save benchmarks/results
+	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --jobs 2 --folder runs/compare --save benchmarks/results
 	$(BIN)/sparsify compare runs/compare --html runs/compare/report.html
 
 test: $(VENV)/ready

@@ -12,12 +12,10 @@ Budgets, permuted ones too, are found with ``--by``, and what they chose is then
 import argparse
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, exported, fit, save
+from kept_runs import check_protocol, exported, fit, overrides, save
 from rich.console import Console
 from rich.table import Table
 from smollm2_table import data_options, fetch_model
@@ -27,7 +25,7 @@ from sparsify.results.budget.units import stored_bytes
 
 UNIFORM = ("6:8", "5:8", "2:4")
 KEPT = (0.75, 0.625, 0.5)
-ALLOWED = ("dense", "6:8", "5:8", "2:4", "3:8", "1:4")
+ALLOWED = "[dense,6:8,5:8,2:4,3:8,1:4]"
 PERMUTE = {"": [], ", permuted": ["--model.permute=all"]}
 # Changes are measured layer by layer on the embedded model, for which that takes minutes.
 SEARCH = {
@@ -36,20 +34,6 @@ SEARCH = {
 }
 SEEDED = ("model", "data", "model.calibration")
 HALF = 2  # bytes a value of the packed weights that are counted
-
-
-def chosen(name: str, options: list[str], args: argparse.Namespace) -> Path:
-    """The overrides that ``sparsify budget`` writes. Budgets of one order share measurements."""
-    folder = args.folder / name
-    path: Path = folder / "overrides.yaml"
-    done: Path = folder / f"overrides_{options[0].partition('=')[2]}.yaml"
-    if not done.exists():
-        print(f"\n== {name}, {options[0]}", flush=True)
-        words = ["budget", *options, *SEARCH[args.model], f"--output.folder={folder}"]
-        command = [sys.executable, "-m", "sparsify", *words, "--patterns", *ALLOWED]
-        subprocess.run(command, check=True, cwd=args.folder)
-        path.rename(done)
-    return done
 
 
 def kept_bytes(export: Path, shapes: dict[str, tuple[int, int]]) -> tuple[int, float]:
@@ -72,9 +56,10 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
     for order, permute in PERMUTE.items():
         rows = {f"{pattern}{order}": [f"--model.pattern={pattern}"] for pattern in UNIFORM}
         for kept in KEPT:
-            options = [f"--kept={kept}", f"--strategy={args.by}", *common, *permute]
-            overrides = chosen(f"budget{order.replace(', ', '_')}", options, args)
-            rows[f"budget {kept}{order}"] = [f"--config={overrides}"]
+            options = [f"--kept={kept}", f"--strategy={args.by}", *SEARCH[args.model]]
+            options += [f"--patterns={ALLOWED}", *common, *permute]
+            chosen = overrides(f"budget{order}", options, args.folder)
+            rows[f"budget {kept}{order}"] = [f"--config={chosen}"]
         for name, own in rows.items():
             run = f"{args.strategy}, {name.replace(':', '_')}"
             result = fit(run, [*plain, *own, *permute], args.folder)

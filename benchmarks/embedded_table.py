@@ -4,18 +4,21 @@ Three rows and one seed, which is what ``make demo`` runs, or all rows and sever
 results as one JSON file, for ``make compare``, which then makes the report of them::
 
     python benchmarks/embedded_table.py
-    python benchmarks/embedded_table.py --all --seeds 0 1 2 --folder work --save benchmarks/results
+    python benchmarks/embedded_table.py --all --seeds 0 1 2 --jobs 2 --folder work --save .
 
-Results are kept in the folder; what it holds is not run again.
+Results are kept in the folder; what it holds is not run again. Rows of ``EXTRA`` answer questions
+of single pages of the documentation, and run when they are named (``--only``).
 """
 
 import argparse
 import os
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, fit, from_export, save, spread
+from kept_runs import check_protocol, fit, from_export, is_kept, overrides, save, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -38,11 +41,11 @@ RUNS: dict[str, list[str]] = {
     "sparsegpt, updated": ["--strategy=sparsegpt", "--model.strategy.update_weights=true"],
     "admm": ["--strategy=admm"],
     "swaps": ["--strategy=swaps"],
-    "swaps, dense target": ["--strategy=swaps", "--model.strategy.target=dense"],
     "swaps, refitted": ["--strategy=swaps", "--model.strategy.refit=true"],
     "wanda, permuted": ["--strategy=wanda", "--model.permute=all"],
     "sparsegpt, permuted": ["--strategy=sparsegpt", "--model.permute=all"],
     "swaps, permuted": ["--strategy=swaps", "--model.permute=all"],
+    "wanda, budget": ["--strategy=wanda", "--config={budget}"],
     "maskllm": ["--strategy=maskllm"],
     "maskllm, distilled": ["--strategy=maskllm", *DISTILLED],
     "selfmask": ["--strategy=selfmask"],
@@ -51,18 +54,26 @@ RUNS: dict[str, list[str]] = {
         "--model.distillation.weight=0",
         "--model.distillation.hidden=0",
     ],
+    "selfmask, budget": ["--strategy=selfmask", "--config={budget}"],
     "proxsparse": ["--strategy=proxsparse"],
     "maskpro": ["--strategy=maskpro"],
     "fixed_mask": ["--strategy=fixed_mask"],
     "sr_ste": ["--strategy=sr_ste"],
     "sr_ste, distilled": ["--strategy=sr_ste", "--model.distillation.weight=0.5"],
-    "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
     # The weights that selfmask's mask keeps learn on.
     "selfmask, then fixed_mask": [
         "--strategy=fixed_mask",
         "--model.strategy.prior={selfmask}",
         *DISTILLED,
     ],
+}
+EXTRA: dict[str, list[str]] = {
+    "swaps, dense target": ["--strategy=swaps", "--model.strategy.target=dense"],
+    "maskllm, from swaps": ["--strategy=maskllm", "--model.strategy.prior=swaps"],
+    "maskllm, from sparsegpt": ["--strategy=maskllm", "--model.strategy.prior=sparsegpt"],
+    "maskllm, permuted": ["--strategy=maskllm", "--model.permute=all"],
+    "selfmask, permuted": ["--strategy=selfmask", "--model.permute=all"],
+    "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
     "maskpro, leave-one-out": [
         "--strategy=maskpro",
         "--model.strategy.estimator=leave_one_out",
@@ -81,6 +92,15 @@ DEMO = ("dense", "magnitude", "maskllm")
 # The course of a run, for the report: five validations, and 15 looks at the masks.
 WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
 STEPS = {"maskpro": 600, "maskpro, leave-one-out": 600}
+# What takes the place of a word in braces: the export of a row, or what `sparsify budget` chose.
+BUDGET = [
+    "--kept=0.5",
+    "--strategy=wanda",
+    "--unit=layer",
+    "--windows=16",
+    "--rounds=1",
+    "--patterns=[dense,6:8,5:8,2:4,3:8,1:4]",
+]
 
 
 def watched(name: str) -> list[str]:
@@ -136,30 +156,74 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
     return out
 
 
+def run_name(name: str, seed: int) -> str:
+    return f"{name}, seed {seed}"
+
+
+def weight(name: str) -> float:
+    """About how long a row takes, in units of a one-shot row."""
+    return 1 if name in ONE_SHOT else STEPS.get(name, 300) / 50
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The result of a row with one seed; what it starts from is made first."""
+    options, aloud = (RUNS | EXTRA)[name], args.jobs == 1
+    if any("{selfmask}" in option for option in options):
+        run("selfmask", seed, args)
+        options = from_export(options, "selfmask", run_name("selfmask", seed), args.folder)
+    if any("{budget}" in option for option in options):
+        chosen = overrides("budget", BUDGET, args.folder, aloud)
+        options = [option.replace("{budget}", str(chosen)) for option in options]
+    options = [*options, "--logger=csv", *(watched(name) if args.all else [])]
+    options += [f"--{part}.seed={seed}" for part in SEEDED]
+    return fit(run_name(name, seed), options, args.folder, aloud)
+
+
+def run_all(rows: list[tuple[str, int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of (row, seed), ``args.jobs`` at a time; a line after each tells what is left."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {pool.submit(run, *row, args): row for row in rows}
+        work = {row: weight(row[0]) for row in rows if not is_kept(run_name(*row), args.folder)}
+        done, start = 0.0, time.monotonic()
+        try:
+            for ended, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                done += work.get(jobs[job], 0)
+                minutes = (time.monotonic() - start) / 60 * (sum(work.values()) - done)
+                left = f"about {minutes / done:.0f} minutes left" if done else "kept"
+                print(f"{ended} of {len(rows)} runs, {left}: {run_name(*jobs[job])}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [job.result() for job in jobs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--all", action="store_true", help="all rows, not only the demo's three")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="these rows")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS | EXTRA), help="these rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time, a core for each")
     parser.add_argument("--folder", type=Path, help="where runs are kept; the default is nowhere")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    names = args.only or (list(RUNS) if args.all else DEMO)
+    rows = [
+        (name, seed)
+        for seed in args.seeds
+        for name in names
+        if name not in WITHOUT_SEED or seed == args.seeds[0]
+    ]
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or Path(temporary)).resolve()
-        names = args.only or (list(RUNS) if args.all else DEMO)
-        for seed in args.seeds:
-            for name in names:
-                if name in WITHOUT_SEED and seed != args.seeds[0]:
-                    continue
-                options = [*RUNS[name], "--logger=csv", *(watched(name) if args.all else [])]
-                options = from_export(options, "selfmask", f"selfmask, seed {seed}", folder)
-                options += [f"--{part}.seed={seed}" for part in SEEDED]
-                result = fit(f"{name}, seed {seed}", options, folder)
-                results.setdefault(name, []).append(result)
+        args.folder = (args.folder or Path(temporary)).resolve()
+        for (name, _), result in zip(rows, run_all(rows, args), strict=True):
+            results.setdefault(name, []).append(result)
     if args.only:
         return
     check_protocol([row for rows in results.values() for row in rows])

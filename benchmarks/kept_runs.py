@@ -4,28 +4,65 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_RUNNING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
-def fit(name: str, options: list[str], folder: Path) -> dict[str, Any]:
+
+def fit(name: str, options: list[str], folder: Path, aloud: bool = True) -> dict[str, Any]:
     """The result of one ``sparsify fit``: of an earlier one of this name, where the folder has it;
-    a run that was stopped is resumed.
+    a run that was stopped is resumed. Unless ``aloud``, what it prints goes to a file beside it.
     """
     root = _root(name, folder)
-    if (result := _newest(root, "result.json")) is not None:
-        return json.loads(result.read_text())
-    print(f"\n== {name}", flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    command = "fit"
-    if (checkpoint := _newest(root, "checkpoints/last.ckpt")) is not None:
-        options = [f"--ckpt_path={checkpoint.resolve()}"]
-        command = "export" if _is_trained(checkpoint) else "fit"
-    subprocess.run([sys.executable, "-m", "sparsify", command, *options], check=True, cwd=root)
-    return fit(name, options, folder)
+    with _RUNNING[root]:  # another thread may have started it
+        while (result := _newest(root, "result.json")) is None:
+            root.mkdir(parents=True, exist_ok=True)
+            command = "fit"
+            if (checkpoint := _newest(root, "checkpoints/last.ckpt")) is not None:
+                options = [f"--ckpt_path={checkpoint.resolve()}"]
+                command = "export" if _is_trained(checkpoint) else "fit"
+            _sparsify(name, [command, *options], root, aloud)
+    return json.loads(result.read_text())
+
+
+def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -> Path:
+    """The overrides that ``sparsify budget`` writes; the first option is the budget. Budgets of one
+    name share measurements.
+    """
+    root = _root(name, folder)
+    done = root / f"overrides_{options[0].partition('=')[2]}.yaml"
+    with _RUNNING[root]:
+        if not done.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            words = ["budget", *options, f"--output.folder={root.resolve()}"]
+            _sparsify(f"{name}, {options[0]}", words, root, aloud)
+            (root / "overrides.yaml").rename(done)
+    return done.resolve()
+
+
+def is_kept(name: str, folder: Path) -> bool:
+    """Whether the run of this name has ended."""
+    return _newest(_root(name, folder), "result.json") is not None
+
+
+def _sparsify(name: str, words: list[str], root: Path, aloud: bool) -> None:
+    """One command in this folder, in a process of its own."""
+    command = [sys.executable, "-m", "sparsify", *words]
+    if aloud:
+        print(f"\n== {name}", flush=True)
+        subprocess.run(command, check=True, cwd=root)
+        return
+    log = root / "log.txt"
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=root, stdout=file, stderr=file).returncode
+    if code:
+        raise SystemExit(f"{name} ended with status {code}; it printed {log}")
 
 
 def from_export(options: list[str], word: str, name: str, folder: Path) -> list[str]:
