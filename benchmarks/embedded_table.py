@@ -11,6 +11,7 @@ of single pages of the documentation, and run when they are named (``--only``).
 """
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -69,8 +70,29 @@ RUNS: dict[str, list[str]] = {
 }
 EXTRA: dict[str, list[str]] = {
     "swaps, dense target": ["--strategy=swaps", "--model.strategy.target=dense"],
+    **{
+        f"sparsegpt, updated, {n} windows": [
+            *RUNS["sparsegpt, updated"],
+            f"--model.calibration.samples={n}",
+        ]
+        for n in (8, 32, 512)
+    },
     "maskllm, from swaps": ["--strategy=maskllm", "--model.strategy.prior=swaps"],
     "maskllm, from sparsegpt": ["--strategy=maskllm", "--model.strategy.prior=sparsegpt"],
+    "maskllm, from wanda": ["--strategy=maskllm", "--model.strategy.prior=wanda"],
+    "maskllm, no prior": ["--strategy=maskllm", "--model.strategy.prior=null"],
+    **{
+        f"maskllm, kappa {kappa}": [
+            "--strategy=maskllm",
+            f"--model.strategy.kappa.start={kappa}",
+            f"--model.strategy.kappa.end={kappa}",
+        ]
+        for kappa in (1, 100_000)
+    },
+    **{
+        f"maskllm, {n} steps": ["--strategy=maskllm", f"--trainer.max_steps={n}"]
+        for n in (10, 30, 100)
+    },
     "maskllm, permuted": ["--strategy=maskllm", "--model.permute=all"],
     "selfmask, permuted": ["--strategy=selfmask", "--model.permute=all"],
     "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
@@ -87,11 +109,17 @@ EXTRA: dict[str, list[str]] = {
 }
 SEEDED = ("model", "data", "model.calibration")
 WITHOUT_SEED = ("dense", "magnitude")  # nothing random enters
-ONE_SHOT = tuple(RUNS)[: tuple(RUNS).index("maskllm")]
+# Those before the first that learns, in both tables.
+ONE_SHOT = tuple(
+    name
+    for rows in (RUNS, EXTRA)
+    for name in itertools.takewhile(lambda name: not name.startswith("maskllm"), rows)
+)
 DEMO = ("dense", "magnitude", "maskllm")
 # The course of a run, for the report: five validations, and 15 looks at the masks.
 WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
 STEPS = {"maskpro": 600, "maskpro, leave-one-out": 600}
+STEPS |= {f"maskllm, {n} steps": n for n in (10, 30, 100)}
 # What takes the place of a word in braces: the export of a row, or what `sparsify budget` chose.
 BUDGET = [
     "--kept=0.5",
@@ -108,7 +136,7 @@ def watched(name: str) -> list[str]:
     if name in ONE_SHOT:
         return []
     steps = STEPS.get(name, 300)
-    looks = ["--masks.per_layer=false", f"--masks.every_n_steps={steps // 15}"]
+    looks = ["--masks.per_layer=false", f"--masks.every_n_steps={max(1, steps // 15)}"]
     return [*WATCHED, f"--trainer.val_check_interval={steps // 4}", *looks]
 
 
