@@ -5,7 +5,7 @@ On the embedded model, for each of its three texts, or some of them (``--domains
 
     python benchmarks/domain_table.py --folder work --seeds 0 1 2 --save benchmarks/results
 
-On SmolLM2-135M for Python source, from the general mask that ``smollm2_table.py`` has learned and
+On SmolLM2-135M for Python source, from the general mask that ``real_models.py`` has learned and
 exported; WikiText-2 tells what the domain's masks lose elsewhere::
 
     python benchmarks/domain_table.py --folder work --model smollm2 --general EXPORT --wikitext FILE
@@ -25,7 +25,7 @@ from typing import Any
 from kept_runs import check_protocol, exported, fit, save, spread
 from rich.console import Console
 from rich.table import Table
-from smollm2_table import RECIPES, cut_wikitext, fetch_model
+from smollm2 import RECIPES, cut_wikitext, fetch_model
 
 DOMAINS = ("shakespeare", "bible", "python")
 LEARNERS = ("selfmask", "maskllm")

@@ -14,12 +14,12 @@ import argparse
 import itertools
 import os
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kept_runs import check_protocol, fit, from_export, is_kept, overrides, save, spread
+import kept_runs
+from kept_runs import Rows, check_protocol, fit, from_export, overrides, save, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -115,6 +115,7 @@ ONE_SHOT = tuple(
     for rows in (RUNS, EXTRA)
     for name in itertools.takewhile(lambda name: not name.startswith("maskllm"), rows)
 )
+GAP = "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
 DEMO = ("dense", "magnitude", "maskllm")
 # The course of a run, for the report: five validations, and 15 looks at the masks.
 WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
@@ -154,14 +155,12 @@ def spent(result: dict[str, Any], what: str) -> float:
     return result["run"][what] + (result["run"]["calibration"] or {}).get(what, 0)
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> Table:
-    dense, prior = results["dense"][0], results["magnitude"][0]
-    texts = list(dense["scores"])
+def table(results: Rows, title: str) -> Table:
     seeds = max(map(len, results.values()))
-    title = "Test perplexity of the embedded model" + (
-        f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
+    out = Table(
+        title=title + (f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
     )
-    out = Table(title=title)
+    texts = next(iter(results.values()))[0]["scores"]
     columns = ("weights", "steps", "tokens", "seconds", "peak GiB")
     for column in ("strategy", *texts, "gap closed", *columns):
         out.add_column(column, justify="left" if column in ("strategy", "weights") else "right")
@@ -169,7 +168,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
         perplexities = [
             spread([row["scores"][text]["perplexity"] for row in rows], 2) for text in texts
         ]
-        gap = spread([100 * gap_closed(row, prior, dense) for row in rows], 1) + " %"
+        gap = ""
+        if {"dense", "magnitude"} <= set(results):
+            dense, prior = results["dense"][0], results["magnitude"][0]
+            gap = spread([100 * gap_closed(row, prior, dense) for row in rows], 1) + " %"
         runs = [row["run"] for row in rows]
         out.add_row(
             name,
@@ -182,6 +184,14 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
             spread([run["peak_memory_gib"] for run in runs], 2),
         )
     return out
+
+
+def slim(results: Rows) -> Rows:
+    """The results without what is known of single layers, which is most of them."""
+    for rows in results.values():
+        for row in rows:
+            (row["masks"] or {}).pop("layers", None)
+    return results
 
 
 def run_name(name: str, seed: int) -> str:
@@ -208,22 +218,10 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(rows: list[tuple[str, int]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of (row, seed), ``args.jobs`` at a time; a line after each tells what is left."""
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(run, *row, args): row for row in rows}
-        work = {row: weight(row[0]) for row in rows if not is_kept(run_name(*row), args.folder)}
-        done, start = 0.0, time.monotonic()
-        try:
-            for ended, job in enumerate(as_completed(jobs), 1):
-                job.result()
-                done += work.get(jobs[job], 0)
-                minutes = (time.monotonic() - start) / 60 * (sum(work.values()) - done)
-                left = f"about {minutes / done:.0f} minutes left" if done else "kept"
-                print(f"{ended} of {len(rows)} runs, {left}: {run_name(*jobs[job])}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [job.result() for job in jobs]
+    """The results of (row, seed), ``args.jobs`` at a time."""
+    runs = [kept_runs.Run(run_name(*row), weight(row[0]), partial(run, *row, args)) for row in rows]
+    results = dict(kept_runs.run_all(runs, args.folder, args.jobs))
+    return [results[one.name] for one in runs]
 
 
 def main() -> None:
@@ -247,7 +245,7 @@ def main() -> None:
         for name in names
         if name not in WITHOUT_SEED or seed == args.seeds[0]
     ]
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: Rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         for (name, _), result in zip(rows, run_all(rows, args), strict=True):
@@ -255,14 +253,10 @@ def main() -> None:
     if args.only:
         return
     check_protocol([row for rows in results.values() for row in rows])
-    Console(width=max(160, Console().width)).print(table(results))
-    print(
-        "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
-    )
-    for rows in results.values():
-        for row in rows:
-            (row["masks"] or {}).pop("layers", None)
-    save(results, args.save, "compare")
+    title = "Test perplexity of the embedded model"
+    Console(width=max(160, Console().width)).print(table(results, title))
+    print(GAP)
+    save(slim(results), args.save, "compare")
 
 
 if __name__ == "__main__":

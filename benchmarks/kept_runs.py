@@ -5,14 +5,56 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from sparsify.common.files import write_json
+
+Rows = dict[str, list[dict[str, Any]]]  # results by a row's name, one for each seed
+
 _RUNNING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+class Run(NamedTuple):
+    """A run of a benchmark.
+
+    Attributes:
+        name: of what the folder keeps.
+        weight: about how long it takes, in any unit.
+        make: gives its result.
+    """
+
+    name: str
+    weight: float
+    make: Callable[[], dict[str, Any]]
+
+
+def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and result of each run as it ends, ``jobs`` at a time; a line for each tells what is
+    left.
+    """
+    work = {run.name: run.weight for run in runs if not is_kept(run.name, folder)}
+    done, start = 0.0, time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(run.make): run.name for run in runs}
+        try:
+            for ended, job in enumerate(as_completed(started), 1):
+                result, name = job.result(), started[job]
+                done += work.get(name, 0)
+                minutes = (time.monotonic() - start) / 60 * (sum(work.values()) - done)
+                left = f"about {minutes / done:.0f} minutes left" if done else "kept"
+                print(f"{ended} of {len(runs)} runs, {left}: {name}", flush=True)
+                yield name, result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def fit(name: str, options: list[str], folder: Path, aloud: bool = True) -> dict[str, Any]:
@@ -44,6 +86,21 @@ def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -
             _sparsify(f"{name}, {options[0]}", words, root, aloud)
             (root / "overrides.yaml").rename(done)
     return done.resolve()
+
+
+def downstream(
+    name: str, options: list[str], folder: Path, aloud: bool = True, file: str = "downstream.json"
+) -> dict[str, Any]:
+    """What ``sparsify eval`` says of the export of the run of this name; what it wrote to ``file``
+    before, where that is there.
+    """
+    export = exported(name, folder)
+    path = export.with_name(file)
+    if not path.exists():
+        words = ["eval", str(export), f"--out={path}", *options]
+        _sparsify(f"{name}, tasks", words, _root(name, folder), aloud)
+    report = json.loads(path.read_text())
+    return {part: report[part] for part in ("date", "versions", "protocol", "results", "mean")}
 
 
 def is_kept(name: str, folder: Path) -> bool:
@@ -104,13 +161,46 @@ def check_protocol(results: list[dict[str, Any]]) -> None:
         raise SystemExit("these results were measured under different protocols; clear the folder")
 
 
-def save(results: Any, folder: Path | None, name: str) -> None:
+def save(results: dict[str, Any], folder: Path | None, name: str) -> None:
     """Write the results to ``folder/name-DATE.json``, where a folder is given."""
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{date.today()}.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"saved {path}")
+        path = saved_today(folder, name)
+        write_json(path, results)
+        print(f"saved {path}", flush=True)
+
+
+def saved_today(folder: Path, name: str) -> Path:
+    return folder / f"{name}-{date.today()}.json"
+
+
+def read_rows(files: Iterable[Path]) -> Rows:
+    """The rows of results files; of two with one name and seed, the later file's."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in files:
+        for name, rows in json.loads(file.read_text(encoding="utf-8")).items():
+            for row in rows if isinstance(rows, list) else [rows]:
+                found.setdefault(name, {})[row["run"]["seed"]] = row
+    return {name: list(rows.values()) for name, rows in found.items()}
+
+
+def check_kept(kept: Rows, protocol: dict[str, Any]) -> None:
+    """Stop if kept rows were measured in another way than this protocol's."""
+    for name, rows in kept.items():
+        for row in rows:
+            if unequal := list(differences(row["protocol"], protocol)):
+                raise SystemExit(
+                    f"the kept row {name!r} was measured under another protocol: "
+                    f"{'; '.join(unequal)}. Give the same model and texts, or leave its file out"
+                )
+
+
+def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """Where two values, which may be nested, are not equal."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from differences(there.get(key), here.get(key), f"{path}.{key}".strip("."))
+    elif there != here:
+        yield f"{path} is {there} there and {here} here"
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -7,7 +7,7 @@ layer and two for each token, on the embedded text with the embedded tokenizer::
 Transformers balances routers over all layers together, so that in a single layer a few experts get
 hardly a token; the script prints how many each gets. The data, the schedule and the checkpoints
 are those of ``embedded_model.py``. The folder that it writes (20 MB in fp16) is not shipped;
-``moe_table.py`` prunes it.
+``real_models.py`` prunes it.
 """
 
 import argparse

@@ -9,16 +9,13 @@ Accuracies are those of the tasks that ``continuation_tasks.py`` writes; they ne
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from continuation_tasks import main as write_tasks
+from continuation_tasks import embedded_texts, write_tasks
 from embedded_table import run_all, run_name
-from kept_runs import check_protocol, exported, save
+from kept_runs import check_protocol, downstream, exported, save
 from rich.console import Console
 from rich.table import Table
 
@@ -55,17 +52,12 @@ def rows() -> list[str]:
     return list(dict.fromkeys(["dense", *METHODS, *MASKS, *priors, *samples, *KAPPA.values()]))
 
 
-def downstream(name: str, folder: Path) -> dict[str, Any]:
+def accuracies(name: str, folder: Path) -> dict[str, Any]:
     """What ``sparsify eval`` says of a row's export, beside the dense model."""
-    export, tasks = exported(run_name(name, SEED), folder), folder / "tasks"
-    file = export.parent / "downstream.json"
-    if not file.exists():
-        if not tasks.exists():
-            write_tasks(tasks)
-        words = ["eval", str(export), f"--include_path={tasks}", f"--tasks={','.join(TASKS)}"]
-        subprocess.run([sys.executable, "-m", "sparsify", *words], check=True)
-    report: dict[str, Any] = json.loads(file.read_text())
-    return {part: report[part] for part in ("date", "versions", "results", "mean")}
+    if not (tasks := folder / "tasks").exists():
+        write_tasks(tasks, embedded_texts())
+    options = [f"--include_path={tasks}", f"--tasks={','.join(TASKS)}"]
+    return downstream(run_name(name, SEED), options, folder)
 
 
 def differences(folder: Path) -> dict[str, Any]:
@@ -110,7 +102,7 @@ def main() -> None:
     found = run_all([(name, SEED) for name in names], args)
     check_protocol(found)
     results = dict(zip(names, found, strict=True))
-    scores = {name: downstream(name, args.folder) for name in METHODS}
+    scores = {name: accuracies(name, args.folder) for name in METHODS}
     for table in tables(results, scores):
         Console(width=140).print(table)
     save(

@@ -1,46 +1,70 @@
-"""Draws docs/images/smollm2_curve.svg from the newest benchmarks/results/smollm2_table-*.json.
+"""Draws docs/images/smollm2_curve.svg from the newest real_models_smollm2-*.json of
+benchmarks/results.
 
 python docs/draw_curves.py
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "smollm2_curve.svg"
-NEWEST = sorted((ROOT / "benchmarks" / "results").glob("smollm2_table-*.json"))[-1]
-COLOURS = {"selfmask": "#d62728", "maskllm": "#1f77b4"}
+RESULTS = ROOT / "benchmarks" / "results"
+# Rows that learn masks alone.
+COLOURS = {
+    "selfmask": "#d62728",
+    "selfmask, no teacher": "#ff9896",
+    "maskllm": "#1f77b4",
+    "maskllm, distilled": "#17becf",
+}
 GREY = "#808080"  # is read on white and on black
 
 
-def main() -> None:
-    results = json.loads(NEWEST.read_text(encoding="utf-8"))
+def draw(results: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """Held-out perplexity of the first seed, over tokens and over minutes."""
     mpl.rcParams.update({"svg.hashsalt": "sparsify", "font.size": 9})
-    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    tokens, minutes = figure.subplots(1, 2, sharey=True)
     for name, colour in COLOURS.items():
-        course = results[name]["held_out_c4"]
-        tokens = [point["tokens"] / 1000 for point in course]
-        perplexities = [point["perplexity"] for point in course]
-        axes.plot(tokens, perplexities, color=colour, marker="o", markersize=4)
-        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(name, (tokens[-1], perplexities[-1]), color=colour, **place)
+        if name in results:
+            course = results[name][0]["history"]["validation"]
+            perplexities = [look["perplexity"] for look in course]
+            line = {"color": colour, "marker": "o", "markersize": 3, "label": name}
+            tokens.plot([look["tokens"] / 1000 for look in course], perplexities, **line)
+            minutes.plot([look["seconds"] / 60 for look in course], perplexities, **line)
+    tokens.set_ylabel("perplexity of held-out C4", color=GREY)
+    finish(tokens, "thousand tokens learned from")
+    finish(minutes, "minutes of learning")
+    minutes.legend(frameon=False, labelcolor="linecolor")
+    figure.savefig(picture, transparent=True, metadata={"Date": None})
+
+
+def finish(axes: Axes, label: str) -> None:
     axes.set_yscale("log")
-    ticks = [50, 60, 80, 100, 150, 200]
+    ticks = [50, 60, 80, 100, 150, 200, 300]
     axes.set_yticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    axes.set_xlim(0, 570)
-    axes.set_xlabel("thousand tokens learned from", color=GREY)
-    axes.set_ylabel("perplexity of held-out C4", color=GREY)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label, color=GREY)
     axes.grid(alpha=0.25)
     axes.tick_params(colors=GREY)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GREY)
-    figure.savefig(PICTURE, transparent=True, metadata={"Date": None})
+
+
+def main() -> None:
+    if not (found := sorted(RESULTS.glob("real_models_smollm2-*.json"))):
+        raise SystemExit(
+            f"{RESULTS} holds no real_models_smollm2-*.json: run benchmarks/real_models.py --model "
+            "smollm2 --save benchmarks/results"
+        )
+    draw(json.loads(found[-1].read_text(encoding="utf-8")), PICTURE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from sparsify.masking.registry import find_strategy
 
 MARKER = re.compile(r"<!-- result: (\w+) -->")
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"
-TABLES = ("compare-*.json", "smollm2_table-*.json")  # of each the newest
+# Of each the newest file of the first kind that is there.
+TABLES = (("compare-*.json",), ("real_models_smollm2-*.json", "smollm2_table-*.json"))
 REFERENCES = ("dense", "magnitude")
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "test perplexity": lambda result: result["scores"]["overall"]["perplexity"],
@@ -37,9 +38,9 @@ def result_tables(name: str, folder: Path) -> list[str]:
         name: the strategy's short name.
         folder: with the files that the benchmarks saved.
     """
-    return [
-        result_table(name, file) for files in TABLES for file in sorted(folder.glob(files))[-1:]
-    ]
+    found = [[sorted(folder.glob(files))[-1:] for files in kinds] for kinds in TABLES]
+    newest = [next(filter(None, kinds), []) for kinds in found]
+    return [result_table(name, file) for files in newest for file in files]
 
 
 def result_table(name: str, file: Path) -> str:

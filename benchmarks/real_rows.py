@@ -1,0 +1,56 @@
+"""Options of ``sparsify fit`` for the rows of ``real_models.py``, in the order of the table."""
+
+from embedded_table import DISTILLED
+from smollm2 import RECIPES
+
+CONFIGS = RECIPES.parent
+UPDATED = "--model.strategy.update_weights=true"
+NO_TEACHER = ["--model.distillation.weight=0", "--model.distillation.hidden=0"]
+# The teacher of the recipe of selfmask.
+SAME_TEACHER = ["--model.distillation.weight=1", "--model.distillation.hidden=0.2"]
+
+ONE_SHOT: dict[str, list[str]] = {
+    "dense": ["--strategy=dense"],
+    "magnitude": ["--strategy=magnitude"],
+    "wanda": ["--strategy=wanda"],
+    "ria": ["--strategy=ria"],
+    "gblm": ["--strategy=gblm"],
+    "pruner_zero": ["--strategy=pruner_zero"],
+    "dsnot": ["--strategy=dsnot"],
+    "sparsegpt, mask": ["--strategy=sparsegpt"],
+    "sparsegpt, updated": ["--strategy=sparsegpt", UPDATED],
+    "admm": ["--strategy=admm"],
+    "swaps": ["--strategy=swaps"],
+    "swaps, refitted": ["--strategy=swaps", "--model.strategy.refit=true"],
+    "wanda, permuted": ["--strategy=wanda", "--model.permute=all"],
+}
+
+
+def recipe(name: str, *options: str) -> list[str]:
+    return [f"--config={RECIPES / f'smollm2_{name}.yaml'}", *options]
+
+
+def config(name: str, *options: str) -> list[str]:
+    return [f"--config={CONFIGS / f'{name}.yaml'}", *options]
+
+
+# The export of the row selfmask takes the place of {selfmask}.
+SMOLLM2 = ONE_SHOT | {
+    "maskpro": recipe("maskpro"),
+    "maskllm": recipe("maskllm"),
+    "maskllm, distilled": recipe("maskllm", *SAME_TEACHER),
+    "selfmask": recipe("selfmask"),
+    "selfmask, no teacher": recipe("selfmask", *NO_TEACHER),
+    "selfmask, then fixed_mask": recipe("fixed_mask", "--model.strategy.prior={selfmask}"),
+    "sr_ste, distilled": recipe("sr_ste"),
+}
+EXPERTS = ("dense", "magnitude", "wanda", "sparsegpt, mask", "sparsegpt, updated", "admm", "swaps")
+MOE = {name: ONE_SHOT[name] for name in EXPERTS} | {
+    "maskllm": config("maskllm"),
+    "maskllm, distilled": config("maskllm", *DISTILLED),
+    "selfmask": config("selfmask"),
+    "selfmask, no teacher": config("selfmask", *NO_TEACHER),
+}
+# Of learned rows, where --steps does not say; a recipe may have its own.
+STEPS = {"smollm2": 240, "moe": 300}
+OWN_STEPS = {"maskpro": 40}
