@@ -12,14 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from cost_steps import TINY, DenseStep, LearningStep, Shapes
 from gpu_serving import Report
 from lightning.pytorch.loggers import CSVLogger
-from step_time import TINY, DenseStep, LearningStep, Shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify
 from sparsify.data import TextDataModule
-from sparsify.masking.distillation import Distillation
 from sparsify.masking.registry import make_strategy
 from sparsify.models.base import EMBEDDED_FOLDER
 
@@ -58,7 +57,7 @@ def step_cost(name: str, shapes: Shapes) -> dict[str, float]:
         gc.collect()  # what the step before has left
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step: Any = DenseStep(shapes) if name == "dense" else LearningStep(name, shapes, Distillation())
+    step: Any = DenseStep(shapes) if name == "dense" else LearningStep(name, shapes)
     tokens = torch.randint(0, 64, (shapes.windows, shapes.window)).to(shapes.device)
     times = []
     for turn in range(TIMED + 1):  # the first allocates and compiles, and does not count

@@ -8,12 +8,13 @@ beside it the block, and the inputs of all windows.
 
 import argparse
 import platform
+import threading
 import time
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 import torch
-from oneshot_cost import peak_memory, resident
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -25,6 +26,30 @@ from sparsify.masking.registry import make_strategy
 from sparsify.models.base import BaseModel
 
 GIB = 2**30
+
+
+def resident() -> int:
+    """Bytes of this process in main memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@contextmanager
+def peak_memory():
+    """Watch resident memory; yields a list whose last entry is the highest value."""
+    seen, done = [resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            seen.append(max(seen[-1], resident()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def block(experts: int) -> Qwen3MoeForCausalLM:

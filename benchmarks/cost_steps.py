@@ -1,39 +1,30 @@
-"""Time of a learning step of every strategy that learns, as a share of a dense one.
+"""Time and memory of a learning step of every strategy that learns, beside a dense one.
 
-All take turns in one process, on one thread, in fp32: random weights of SmolLM2-135M's shapes,
-2,048 tokens in windows of 512. Medians of the process's CPU seconds are compared, because a machine
-may do other work beside::
+In fp32, on random weights of SmolLM2-135M's shapes and 2,048 tokens in windows of 512. A dense step
+is forward, and backward to all inputs and to the weights of the blocks' linear layers. Four blocks
+are measured, with a vocabulary so small that the head takes no time; the head with cross-entropy is
+measured apart. From both follows the time of all 30 blocks and the head, but not for strategies
+that run the model several times a step.
 
-    python benchmarks/step_time.py --save benchmarks/results
-
-A dense step is forward, and backward to all inputs and to the weights of the blocks' linear layers.
-Four blocks are measured, with a vocabulary so small that the head takes no time; the head with
-cross-entropy is measured apart. From both follows the time of all 30 blocks and the head, but not
-for strategies that run the model several times a step. ``NAME`` is a strategy's, or
-``NAME:ARGUMENT=VALUE`` for one with a setting.
+Memory is that of all tensors beyond the model, for each masked weight, in a step of one window of
+16 tokens: what activations take follows from the tokens, and ``sparsify plan`` tells it. Held is
+what remains between steps.
 """
 
-import argparse
 import copy
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import yaml
-from kept_runs import save
-from rich.console import Console
-from rich.table import Table
+from measuring import Contestant, allocated, in_turns, linear_weights
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify import Draw, LayerResult
-from sparsify.common.machine import cpu_name
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.registry import STRATEGIES, find_strategy, make_strategy, plugins
@@ -42,7 +33,11 @@ from sparsify.models.perplexity import mean_loss, token_losses
 from sparsify.training.optimizers import adamw, make
 from sparsify.training.step import BatchRun
 
-MORE = ["maskllm:hard=True"]
+# A strategy's name, and an argument where it is not the default.
+MORE = ["maskllm:hard=true", "selfmask:dtype=bfloat16"]
+# Those that are measured with a dense teacher too, whose blocks' outputs count 0.2.
+TAUGHT = ["selfmask", "maskllm"]
+NONE = Distillation()
 BLOCKS = 30
 
 
@@ -101,7 +96,7 @@ class DenseStep:
 class LearningStep:
     """A step of a strategy, as a run takes it; the masks start from magnitude's."""
 
-    def __init__(self, name: str, shapes: Shapes, distillation: Distillation) -> None:
+    def __init__(self, name: str, shapes: Shapes, distillation: Distillation = NONE) -> None:
         strategy = strategy_of(name)
         model = model_of(shapes)
         self.teacher = None
@@ -166,48 +161,53 @@ def learned() -> list[str]:
     found = []
     for name in plugins(STRATEGIES):
         if find_strategy(name)().effect.prunes:
-            step = LearningStep(name, TINY, Distillation())
+            step = LearningStep(name, TINY)
             found += [name] if step.params else []
     return found
 
 
-def seconds(function: Callable[..., Any], *args: Any) -> float:
-    start = time.process_time()
-    function(*args)
-    return time.process_time() - start
-
-
-def measure(
-    names: list[str], shapes: Shapes, rounds: int, weights: list[float] = [0.0]
-) -> dict[str, Any]:
-    """CPU seconds of all steps, after one round that does not count.
-
-    Args:
-        names: the strategies.
-        weights: of the divergence from a teacher, whose blocks' outputs count 0.2; 0 is without.
-    """
+def memory(maker: Callable[[Shapes], Any], shapes: Shapes) -> dict[str, float]:
+    """Bytes a masked weight beyond the model: at the peak of the second step, and after it."""
+    shapes = replace(shapes, windows=1, window=16)
     tokens = torch.randint(0, 64, (shapes.windows, shapes.window))
-    steps: dict[str, Any] = {"dense": DenseStep(shapes)}
-    for weight in weights:
-        label, teacher = (", teacher" if weight else ""), Distillation(weight)
-        blocks = Distillation(weight, hidden=0.2 if weight else 0.0)
-        steps |= {name + label: LearningStep(name, shapes, blocks) for name in names}
-        steps["head" + label] = HeadStep(shapes, teacher)
+
+    def prepare() -> Callable[[], None]:
+        step = maker(shapes)
+
+        def take(turn: int) -> None:
+            step.backward(tokens, turn)
+            step.update()
+
+        take(0)  # makes the optimizer's state
+        return partial(take, 1)
+
+    peak, held = allocated(prepare)
+    model = model_of(shapes)
+    base, masked = sum(p.nbytes for p in model.parameters()), linear_weights(model)
+    return {"peak_bytes": (peak - base) / masked, "held_bytes": (held - base) / masked}
+
+
+def measure(quick: bool, rounds: int) -> dict[str, Any]:
+    """CPU seconds of all steps in turns, and their bytes a weight."""
+    shapes = TINY if quick else Shapes()
+    taught = Distillation(1.0, hidden=0.2)
+    makers: dict[str, Callable[[Shapes], Any]] = {"dense": DenseStep}
+    makers |= {name: partial(LearningStep, name) for name in [*learned(), *MORE]}
+    makers |= {f"{n}, teacher": partial(LearningStep, n, distillation=taught) for n in TAUGHT}
+    heads = {"head": HeadStep(shapes, NONE), "head, teacher": HeadStep(shapes, Distillation(1.0))}
+    steps = {name: maker(shapes) for name, maker in makers.items()} | heads
+    tokens = torch.randint(0, 64, (shapes.windows, shapes.window))
+    turns: dict[tuple[str, str], Contestant] = {}
+    for name, step in steps.items():
+        turns[name, "backward"] = lambda turn, step=step: partial(step.backward, tokens, turn)
+        turns[name, "update"] = lambda _, step=step: step.update
+    times = in_turns(turns, rounds)
+    pairs = {name: [times[name, "backward"], times[name, "update"]] for name in steps}
     several = {name for name, step in steps.items() if getattr(step, "several", False)}
-    times: dict[str, list[list[float]]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            now = [seconds(step.backward, tokens, turn), seconds(step.update)]
-            times[name] += [now] if turn else []
-    return {
-        "shapes": vars(shapes),
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "versions": {p: version(p) for p in ("torch", "transformers")}
-        | {"python": platform.python_version()},
-        "steps": summary(times, BLOCKS / shapes.blocks, several),
-    }
+    rows = summary(pairs, BLOCKS / shapes.blocks, several)
+    for name, maker in makers.items():
+        rows[name] |= memory(maker, shapes)
+    return {"shapes": vars(shapes), "rows": rows}
 
 
 def summary(
@@ -216,13 +216,11 @@ def summary(
     """Medians, and shares of the dense forward and backward.
 
     Args:
-        times: [backward, update] of every round.
+        times: of [backward, update], the seconds of every round.
         blocks: how many times the measured blocks a whole model has.
         several: those that run the model several times.
     """
-    medians = {
-        n: [statistics.median(part) for part in zip(*t, strict=True)] for n, t in times.items()
-    }
+    medians = {name: [statistics.median(part) for part in parts] for name, parts in times.items()}
     dense, _ = medians["dense"]
     whole_dense = blocks * dense + medians["head"][0]
     found: dict[str, dict[str, Any]] = {}
@@ -242,40 +240,3 @@ def summary(
             "whole_with_update": (blocks * (backward + update) + head) / whole_dense,
         }
     return found
-
-
-def table(result: dict[str, Any]) -> Table:
-    shapes = result["shapes"]
-    out = Table(title=f"a step of {shapes['windows'] * shapes['window']} tokens, dense = 1")
-    out.add_column("step")
-    heads = ("seconds", "optimizer", "blocks", "+ optimizer", "with head", "+ optimizer")
-    for column in heads:
-        out.add_column(column, justify="right")
-    kinds = ("blocks", "blocks_with_update", "whole", "whole_with_update")
-    for name, row in result["steps"].items():
-        shares = [f"{row[kind]:.2f}" if kind in row else "" for kind in kinds]
-        out.add_row(name, f"{row['backward']:.2f}", f"{row['update']:.2f}", *shares)
-    return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these strategies")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--blocks", type=int, default=Shapes.blocks)
-    parser.add_argument("--window", type=int, default=Shapes.window)
-    parser.add_argument("--teacher", action="store_true", help="also measure with a dense teacher")
-    parser.add_argument("--save", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    shapes = Shapes(blocks=args.blocks, windows=2048 // args.window, window=args.window)
-    weights = [0.0, 1.0] if args.teacher else [0.0]
-    result = measure(args.only or [*learned(), *MORE], shapes, args.rounds, weights)
-    Console().print(table(result))
-    save(result, args.save, "step_time")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,61 +1,29 @@
-"""Time and memory of one-shot pruning, beside a straightforward implementation in one process.
+"""Time and memory of one-shot pruning, beside a plain implementation.
 
-The straightforward one follows the papers' pseudocode: hooks on every linear layer, a Hessian for
-each, one window at a time, the block once more when it is pruned. Both start from the same dense
-model and take turns::
-
-    python benchmarks/oneshot_cost.py MODEL --text train.jsonl --save benchmarks/results
+The plain one follows the papers' pseudocode: hooks on every linear layer, a Hessian for each, one
+window at a time, the block once more when it is pruned. Both start from the same dense model.
 """
 
-import argparse
-import json
-import platform
+import copy
 import statistics
-import threading
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from datetime import date
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost_steps import TINY, model_of
+from measuring import allocated, in_turns, linear_weights
 from torch import Tensor, nn
 
-from sparsify import NMPattern, TextDataModule
+from sparsify import TextDataModule
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.registry import make_strategy
 from sparsify.masking.select import decoder_blocks
 from sparsify.models.base import BaseModel, load_model, load_tokenizer
 
-PATTERN = NMPattern(2, 4)
 STRATEGIES: dict[str, dict[str, Any]] = {"wanda": {}, "sparsegpt": {"update_weights": True}}
-
-
-def resident() -> int:
-    """Bytes of this process in main memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
-@contextmanager
-def peak_memory():
-    """Watch resident memory; yields a list whose last entry is the highest value."""
-    seen, done = [resident()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            seen.append(max(seen[-1], resident()))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
 
 
 @torch.no_grad()
@@ -70,7 +38,7 @@ def ours(model: Any, windows: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def straightforward(model: Any, windows: Tensor, name: str) -> None:
+def plain(model: Any, windows: Tensor, name: str) -> None:
     """The papers' pseudocode."""
     blocks = list(decoder_blocks(model).values())
     inputs, keywords = [], {}
@@ -154,67 +122,41 @@ def obs(weight: Tensor, hessian: Tensor, width: int = 128) -> Tensor:
     return weight
 
 
-def measure(make: Callable[[], Any], run: Callable[..., None], *args: Any) -> dict[str, float]:
-    """Seconds, and bytes above what was resident when the model had been loaded."""
-    model = make()
-    before = resident()
-    with peak_memory() as seen:
-        start = time.perf_counter()
-        run(model, *args)
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "above_model": seen[-1] - before, "resident": seen[-1]}
+CONTESTANTS: dict[str, Callable[[Any, Tensor, str], None]] = {"ours": ours, "plain": plain}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--text", help="the default is the embedded text")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--block-size", type=int, default=512)
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--save", type=Path)
-    args = parser.parse_args()
-    data = TextDataModule(
-        train=args.text, block_size=args.block_size, tokenizer=load_tokenizer(args.model)
-    )
-    data.setup("fit")
-    windows = data.calibration(args.samples)
+def calibrate(model: Any, windows: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """CPU seconds in turns, and the peak of all tensors beside the model for each masked weight."""
+    cases = [(name, who) for name in STRATEGIES for who in CONTESTANTS]
 
-    def make() -> Any:
-        return load_model(args.model)
+    def fresh(name: str, who: str) -> Callable[[], None]:
+        return partial(CONTESTANTS[who], copy.deepcopy(model), windows, name)
 
-    model_bytes = sum(p.nbytes for p in make().parameters())
-    results: dict[str, Any] = {
-        "model": Path(args.model).name,
-        "model_bytes": model_bytes,
-        "samples": args.samples,
-        "block_size": args.block_size,
-        "threads": torch.get_num_threads(),
-        "date": str(date.today()),
-        "versions": {p: version(p) for p in ("torch", "transformers")}
-        | {"python": platform.python_version()},
-        "strategies": {},
-    }
-    for name in STRATEGIES:
-        turns = {"ours": [], "straightforward": []}
-        for _ in range(args.turns):
-            for label, function in (("ours", ours), ("straightforward", straightforward)):
-                turns[label].append(measure(make, function, windows, name))
-                print(name, label, {k: round(v, 1) for k, v in turns[label][-1].items()})
-        ratio = statistics.median(r["seconds"] for r in turns["ours"]) / statistics.median(
-            r["seconds"] for r in turns["straightforward"]
-        )
-        worst = max(r["resident"] for r in turns["ours"]) - model_bytes
-        print(f"{name}: {ratio:.2f} of the time; peak resident = model + {worst / 2**30:.2f} GiB")
-        results["strategies"][name] = turns | {"time_ratio": ratio, "peak_above_model_bytes": worst}
-    if args.save is not None:
-        args.save.mkdir(parents=True, exist_ok=True)
-        path = args.save / f"oneshot_cost-{date.today()}.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"saved {path}")
+    times = in_turns({case: lambda _, case=case: fresh(*case) for case in cases}, rounds)
+    medians = {case: statistics.median(seconds) for case, seconds in times.items()}
+    size, weights = sum(p.nbytes for p in model.parameters()), linear_weights(model)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, who in cases:
+        peak, _ = allocated(partial(fresh, name, who))
+        rows[f"{name}, {who}"] = {
+            "seconds": medians[name, who],
+            "share_of_plain": medians[name, who] / medians[name, "plain"],
+            "peak_bytes": (peak - size) / weights,
+            "times": times[name, who],
+        }
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def measure(
+    quick: bool, rounds: int, name: str, text: str | None, samples: int, window: int
+) -> dict[str, Any]:
+    """On a model and text (the command line's), or with ``quick`` on tiny random ones."""
+    if quick:
+        name, samples, window = "random", TINY.windows, TINY.window
+        model, windows = model_of(TINY), torch.randint(0, 64, (samples, window))
+    else:
+        data = TextDataModule(train=text, block_size=window, tokenizer=load_tokenizer(name))
+        data.setup("fit")
+        model, windows = load_model(name), data.calibration(samples)
+    size = {"masked_weights": linear_weights(model), "windows": samples, "window": window}
+    return {"model": Path(name).name, **size, "rows": calibrate(model, windows, rounds)}
