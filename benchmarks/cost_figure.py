@@ -8,15 +8,9 @@ from matplotlib.figure import Figure
 
 DARK, LIGHT, INK = "#2f6690", "#b9d0e2", "#333333"
 LINES = {"selfmask": ("#b5442e", "o"), "wanda": ("#2f6690", "s"), "sparsegpt": ("#5a8f3c", "^")}
-GROWTH = ("width", "tokens", "layers")
-# Each row has six columns; a panel of a part that was not measured stays empty.
-LAYOUT = [
-    ["steps"] * 3 + ["bytes"] * 3,
-    ["oneshot"] * 2 + ["files"] * 2 + ["startup"] * 2,
-    [name for name in GROWTH for _ in range(2)],
-]
-
-# Panel: its part, the values of dark and light bars, the title, and the bars' labels.
+# A panel of a part that was not measured stays empty.
+LAYOUT = [["steps", "bytes"], ["oneshot", "files"], ["startup", "width"], ["tokens", "layers"]]
+# Panel: its part, the values of dark and light bars, the title, and what the two bars are.
 PANELS: dict[str, tuple[str, tuple[str, ...], str, tuple[str, ...]]] = {
     "steps": (
         "steps",
@@ -47,8 +41,7 @@ def draw_bars(axes: Any, bars: dict[str, list[float]], labels: tuple[str, ...]) 
     looks = [(0.5, DARK), (0.85, LIGHT)][: len(next(iter(bars.values())))]
     for number, (height, colour) in reversed(list(enumerate(looks))):
         widths = [values[number] for values in bars.values()]
-        label = labels[number] if labels else None
-        axes.barh(range(len(bars)), widths, height, color=colour, label=label)
+        axes.barh(range(len(bars)), widths, height, color=colour)
     for place, values in enumerate(bars.values()):
         text = " / ".join(f"{value:.2f}" for value in values)
         axes.text(max(values) + 0.02 * top, place, text, va="center", color=INK, fontsize=7)
@@ -56,9 +49,7 @@ def draw_bars(axes: Any, bars: dict[str, list[float]], labels: tuple[str, ...]) 
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4 * top)
     if labels:
-        axes.legend(
-            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False
-        )
+        axes.set_xlabel(f"dark: {labels[0]}; light: {labels[1]}", color=INK)
 
 
 def draw_growth(axes: Any, what: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -72,16 +63,18 @@ def draw_growth(axes: Any, what: str, rows: dict[str, dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, map(str, sizes))
     axes.minorticks_off()
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
+    axes.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
     """Write the figure; the file's ending says in which format."""
     mpl.rcParams.update({"svg.hashsalt": "sparsify", "font.size": 8, "axes.edgecolor": "#999999"})
-    figure = Figure(figsize=(8.2, 8.0), layout="constrained")
-    panels = figure.subplot_mosaic(LAYOUT, height_ratios=[1.25, 0.7, 1.0])
+    figure = Figure(figsize=(8.2, 10.0), layout="constrained")
+    panels = figure.subplot_mosaic(LAYOUT, height_ratios=[1.7, 0.6, 1.0, 1.0])
     for name, axes in panels.items():
-        growth = ("growth", (), f"CPU seconds over {name}: exponents", ())
+        growth = ("growth", (), f"CPU seconds over {name}; exponents", ())
         part, keys, title, labels = PANELS.get(name, growth)
         axes.set_title(title, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
