@@ -21,7 +21,7 @@ from sparsify.data.splits import Split
 from sparsify.export.manifest import MANIFEST, read_manifest
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import FILE_NAME
-from sparsify.masking.registry import strategy_name
+from sparsify.masking.registry import short_name, strategy_name
 from sparsify.models.layer_names import block_and_kind, block_number
 from sparsify.results.result import describe_protocol, pattern_text
 
@@ -108,15 +108,35 @@ def describe_for_groups(trainer: Any, pl_module: Any, split: Split) -> dict[str,
     overrides = pl_module.selection.overrides.describe()
     pattern = pattern_text({"pattern": str(pl_module.selection.pattern), "overrides": overrides})
     return {
-        "base": pl_module.masked.base.name,
-        "base_hash": pl_module.masked.base.original_hash[:SHORT],
         "strategy": strategy_name(type(strategy)),
         "pattern": pattern if strategy.effect.prunes else "dense",
         "weights": strategy.effect.weights,
         "seed": pl_module.seed,
-        "protocol": _hash(protocol),
-        "protocol_detail": protocol,
+        **_keys_of_protocol(protocol),
         "lineage": describe_lineage(trainer, strategy),
+    }
+
+
+def keys_of_result(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys, but for the lineage, of a run of ``fit`` that has ended, from its result."""
+    run, protocol = result["run"], dict(result["protocol"])
+    del protocol["windows"]  # the rest says how many there are
+    return {
+        "strategy": short_name(run["strategy"]["class"]),
+        "pattern": pattern_text(run),
+        "weights": run["strategy"]["weights"],
+        "seed": run["seed"],
+        **_keys_of_protocol(protocol | {"limit_batches": 1.0}),
+    }
+
+
+def _keys_of_protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    base, text = protocol["base"], json.dumps(protocol, sort_keys=True)
+    return {
+        "base": base["name"],
+        "base_hash": base["hash"][:SHORT],
+        "protocol": hashlib.sha256(text.encode()).hexdigest()[:SHORT],
+        "protocol_detail": protocol,
     }
 
 
@@ -199,8 +219,3 @@ def _describe_export(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": result["protocol"],
         "scores": result["scores"],
     }
-
-
-def _hash(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:SHORT]

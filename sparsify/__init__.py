@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsify.masking.run import Run, RunResult
     from sparsify.masking.schedule import Schedule
     from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
+    from sparsify.models.base import load_model, load_tokenizer
     from sparsify.serving.keep_zeros import KeepZeros
     from sparsify.training.module import SparseCausalLM
 else:
@@ -47,6 +48,8 @@ else:
             "SparsifyError": "sparsify.common.errors",
             "SparsityStrategy": "sparsify.masking.strategy",
             "TextDataModule": "sparsify.data",
+            "load_model": "sparsify.models.base",
+            "load_tokenizer": "sparsify.models.base",
             "sparsify": "sparsify.api",
         },
     )
@@ -73,5 +76,7 @@ __all__ = [
     "SparsifyError",
     "SparsityStrategy",
     "TextDataModule",
+    "load_model",
+    "load_tokenizer",
     "sparsify",
 ]

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sparsify.calibration.permuting import NONE
 from sparsify.common.console import Progress
+from sparsify.common.errors import SparsifyError
 from sparsify.common.quiet import quiet
 from sparsify.common.ranks import rank_zero, together
 from sparsify.common.signals import Interrupted
@@ -23,6 +24,7 @@ from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.load_checks import check_model
 from sparsify.models.multimodal import tokenizer_of
+from sparsify.models.perplexity import Score
 from sparsify.training.guards import check_objects
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.trainer import Trainer
@@ -53,6 +55,19 @@ class Sparsified:
     def masks(self) -> dict[str, torch.Tensor]:
         """The hard masks by layer name: bool ``[O, I]``, True = kept."""
         return self.module.masked.hard_masks()
+
+    def test(self) -> dict[str, Score]:
+        """Measure the test texts under the hard masks: the score of each, and ``overall``.
+
+        Raises:
+            SparsifyError: the data has no test text.
+        """
+        data = cast(Any, self.trainer).datamodule
+        if not data.test_names:
+            raise SparsifyError("the data has no test text; give TextDataModule(test=FILE)")
+        with quiet():
+            self.trainer.test(self.module, datamodule=data, verbose=False)
+        return self.module.scores
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the sparse model, its tokenizer, masks and manifest as a Hugging Face folder."""

@@ -66,6 +66,34 @@ def test_an_export_is_compared_on_the_test_text_where_there_is_one(
     assert torch.equal(tokens_BT, next(iter(result.trainer.datamodule.test_dataloader()[0])))
 
 
+def test_test_measures_the_test_text_under_the_masks(
+    model, tokenizer, text: Path, tmp_path: Path
+) -> None:
+    files = {split: str(text / f"{split}.txt") for split in ("train", "test")}
+    data = sparsify.TextDataModule(**files, block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    result = sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+    scores = result.test()
+    assert list(scores) == ["test", "overall"]
+    losses = [
+        model(input_ids=tokens, labels=tokens).loss
+        for loader in result.trainer.datamodule.test_dataloader()
+        for batch in loader
+        for tokens in batch[:, None]
+    ]
+    assert scores["overall"].loss == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+
+
+def test_test_without_a_text_says_what_to_give(
+    model, tokenizer, text: Path, tmp_path: Path
+) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    result = sparsify.sparsify(model, "magnitude", data, tokenizer, trainer=quiet)
+    with pytest.raises(sparsify.SparsifyError, match="no test text; give TextDataModule"):
+        result.test()
+
+
 def test_a_checkpoint_saved_after_the_run_says_that_it_cannot_be_resumed(
     model, tokenizer, text: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,8 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         model, info = loaded
     check_loaded(model, name_or_path, info)
     correct_tie(model)
+    if name_or_path == EMBEDDED:  # under the name of its folder it would be somebody else's model
+        model.config._name_or_path = EMBEDDED
     if options or _is_gguf(name_or_path):
         # The weights are plain now, but Transformers would refuse to save them with these settings.
         forget_quantisation(model.config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sparsify.callbacks import wandb_record
-from sparsify.callbacks.wandb_record import describe_lineage, layer_table
+from sparsify.callbacks.wandb_record import describe_lineage, keys_of_result, layer_table
 from sparsify.common.files import read_json
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file import read_masks
@@ -123,6 +123,7 @@ def test_a_learning_run_has_its_metrics_keys_layers_and_masks(cli: Cli, home: No
     assert keys == ["maskllm", "2:4", "frozen", 3, {}]
     assert config["protocol_detail"]["data"] == result["protocol"]["data"]
     assert len(config["protocol"]) == 12
+    assert keys_of_result(result).items() <= config.items(), "it can be logged later too"
     assert {"maskllm", "2:4"} <= set(run.tags)
 
     [table] = Path("runs").rglob("*.table.json")

@@ -41,6 +41,11 @@ class OfflineRun:
 def read_run(folder: Path) -> OfflineRun:
     """Read the only offline run below a folder."""
     [file] = folder.rglob("offline-run-*/run-*.wandb")
+    return read_file(file)
+
+
+def read_file(file: Path) -> OfflineRun:
+    """Read the file of an offline run."""
     run = OfflineRun()
     for record in _records(file.read_bytes()):
         kind = record.WhichOneof("record_type")

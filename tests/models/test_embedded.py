@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify.common.errors import SparsifyError
 from sparsify.data import TextDataModule
 from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER, load_model, load_tokenizer
 from sparsify.models.perplexity import token_losses
+from sparsify.training.guards import check_text
 
 TEXT = EMBEDDED_FOLDER / "text"
 DOMAINS = ("shakespeare", "bible", "python")
@@ -53,3 +55,10 @@ def test_it_predicts_text_that_it_has_not_seen() -> None:
         for loader, limit in zip(data.test_dataloader(), (3.8, 3.2, 3.4), strict=True):
             batch = next(iter(loader))
             assert token_losses(model(input_ids=batch).logits, batch).mean() < limit
+
+
+def test_as_an_object_it_may_have_its_own_text() -> None:
+    name = load_model(EMBEDDED).config._name_or_path
+    check_text(name, True, "learn")
+    with pytest.raises(SparsifyError, match="the embedded text is made for the embedded model"):
+        check_text(str(EMBEDDED_FOLDER), True, "learn")
