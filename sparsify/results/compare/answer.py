@@ -41,7 +41,7 @@ def _answer(verdict: Verdict, dense: list[float], planned: Planned | None) -> An
     beside = f" The dense model has {dense[0]:,.2f}." if dense else ""
     lines = [("How sure", overall.statement)]
     for cost, heading in EQUAL.items():
-        if said := _at_equal(verdict.of(cost)) or verdict.caveats.get(cost, ""):
+        if said := _within(verdict.of(cost)) or verdict.caveats.get(cost, ""):
             lines.append((heading, said))
     if planned and (cost_there := planned.costs.get(best.label)):
         text = f"{best.label} would take {cost_there.sentence}. Computed, not measured."
@@ -55,10 +55,9 @@ def _answer(verdict: Verdict, dense: list[float], planned: Planned | None) -> An
     )
 
 
-def _at_equal(findings: list[Finding]) -> str:
+def _within(findings: list[Finding]) -> str:
     """The best at its own cost, and the one at the next lower budget."""
-    said = [f"{one.condition}: {one.certainty}. {one.statement}" for one in findings[-1:]]
-    for one in findings[-2:-1]:
-        lower = one.condition[0].lower() + one.condition[1:]
-        said.append(f"If there is less, {lower}, it is {one.best.label} ({one.certainty}).")
-    return " ".join(said)
+    return " ".join(
+        f"{one.condition} {one.best.label}, {one.best.perplexity:,.2f} ({one.certainty})."
+        for one in reversed(findings[-2:])
+    )

@@ -22,16 +22,16 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-COLOURS = ("#0067a5", "#c24a00", "#00795a", "#a33b78", "#8a6500", "#4e44b0", "#b3001b", "#56656f")
+COLOURS = ("#0067a5", "#c24a00", "#00795a", "#a33b78", "#8a6500", "#4e44b0", "#b3001b", "#0095a8")
 MARKERS = "os^DvPX"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-INK, FAINT, GREY = "#1d2126", "#d3d7dc", "#a4abb3"
+INK, FAINT, GREY = "#1d2126", "#d3d7dc", "#8d959e"
 WIDTH, HEIGHT = 4.8, 3.0  # about a phone's width, so that a phone need not shrink the text
 FONT = 10.5
 LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # inches
 LONGEST_NAME = 22  # as many characters as fit a column of the legend
 # Ranges wider than these factors are drawn on a log scale.
-WIDE, WIDE_COST = 4.0, 8.0
+WIDE, WIDE_COST = 2.5, 8.0
 
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -142,7 +142,7 @@ def loss_axis(axes: Any, values: Sequence[float]) -> None:
     """Make y logarithmic where perplexities range widely, with plain numbers at its ticks."""
     if max(values) > WIDE * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparsify.results.compare.drawing import quiet, style
+from sparsify.results.compare.drawing import style
 from sparsify.results.compare.rows import COSTS, Row
 from sparsify.results.compare.verdict import frontier, groups
 

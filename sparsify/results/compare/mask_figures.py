@@ -11,7 +11,6 @@ from functools import partial
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.models.layer_names import block_number
-from sparsify.models.permutation_file import check_same_order
 from sparsify.results.compare.curves import FLIPS, Curve, intervals
 from sparsify.results.compare.drawing import chart, letter, quiet, row_name
 from sparsify.results.compare.figures import Picture, curves_of, lines
@@ -132,14 +131,17 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
             names[number] = row_name(number, row.label)
         except SparsifyError:
             absent.append(row.label)
+    if reordered := _reordered(list(found.values())):
+        left_out = [number for number in names if found[letter(number)] in reordered]
+        labels = "; ".join(rows[number].label for number in left_out)
+        about += f" Not compared are {labels}, as their channels are in another order."
+        for number in left_out:
+            del found[letter(number)], names[number]
     if absent:
         about += f" No masks lie beside the result of {'; '.join(absent)}."
     if len(found) < 2:
         return Picture(title, f"It takes the exports of two rows. {about}")
     try:
-        first, *others = found.values()
-        for other in others:
-            check_same_order(first.permutation, other.permutation, "one row", "another")
         matrix = diff_matrix(found)
     except SparsifyError as error:
         return Picture(title, f"These masks do not compare: {error}. {about}")
@@ -158,6 +160,13 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     pairs = {(a, b): matrix.shares[letter(a)][letter(b)] for a in names for b in names if a < b}
     reading = read_differences(rows, pairs)
     return Picture(title, about, drawing, ["", *found], numbers, reading)
+
+
+def _reordered(masks: Sequence[MaskFile]) -> list[MaskFile]:
+    """The masks whose channels are in another order than the most of them."""
+    orders = [None if m.permutation is None else m.permutation.digest for m in masks]
+    most = max(orders, key=orders.count, default=None)
+    return [mask for mask, order in zip(masks, orders, strict=True) if order != most]
 
 
 def _overall_norm(rows: Sequence[Row], about: str) -> Picture:

@@ -100,8 +100,8 @@ def read_flips(rows: Sequence[Row], curves: Sequence[Curve]) -> str:
     if low == high:
         return f"At their last look the masks of all {len(ends)} rows change alike."
     return (
-        f"At their last look the masks of {most} change most, {100 * high:.2g} % of the groups a "
-        f"step, and those of {least} least, {100 * low:.2g} %."
+        f"At their last look the masks of {most} change most, {100 * high:.2g}% of the groups a "
+        f"step, and those of {least} least, {100 * low:.2g}%."
     )
 
 
