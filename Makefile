@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 # The README's figures. Stopped, it goes on where it was; runs are kept in runs/compare.
 compare: $(VENV)/ready
 	$(BIN)/python benchmarks/embedded_table.py --all --seeds 0 1 2 --jobs 2 --folder runs/compare --save benchmarks/results
-	$(BIN)/sparsify compare runs/compare --html runs/compare/report.html
+	$(BIN)/sparsify compare runs/compare --html runs/compare/report.html --plan configs/shapes/llama2_7b
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" -n 2 --dist loadfile --no-loadscope-reorder

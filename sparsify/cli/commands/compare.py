@@ -12,6 +12,7 @@ def compare_runs(
     html: Path | None = None,
     format: Format = "table",
     title: str = "Sparse models compared",
+    plan: str | None = None,
 ) -> None:
     """Compare finished runs: a table, what can be said of them, and a report to look at.
 
@@ -23,6 +24,8 @@ def compare_runs(
         html: write a report with figures into this file, which needs nothing besides itself.
         format: table or json.
         title: the report's heading.
+        plan: a model's name, or a folder with its config.json: the report says what the rows that
+            learn would cost on it, computed from their checkpoints as sparsify plan does.
     """
     from rich.console import Console
 
@@ -34,6 +37,8 @@ def compare_runs(
         raise SparsifyError(
             f"--html {html}: it is a link, and what it points to would be replaced; name a file"
         )
+    if plan is not None and html is None:
+        raise SparsifyError(f"--plan {plan}: plans are shown in the report; give --html FILE too")
     found = compare(runs)
     if format == "json":
         say_json(found.to_dict())
@@ -49,7 +54,12 @@ def compare_runs(
                 f"--html needs a package that is not installed ({error}): "
                 "pip install 'sparsify-llm[plot]'"
             ) from error
-        html.write_text(render(found, title), encoding="utf-8")
+        planned = None
+        if plan is not None:
+            from sparsify.cli.commands.compare_plan import plan_rows
+
+            planned = plan_rows(found.rows, plan)
+        html.write_text(render(found, title, planned), encoding="utf-8")
         if format != "json":
             say_written(html)
 

@@ -4,6 +4,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy
+
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row, calibration_seconds, calibration_tokens
 
@@ -43,6 +45,13 @@ class Curve:
         mean = [statistics.fmean(some) for some in values]
         low, high = [min(some) for some in values], [max(some) for some in values]
         return cls(number, steps, x, mean, low, high, seeds)
+
+    def at(self, x: float) -> tuple[float, float, float]:
+        """Mean, least and most at any place between two looks, on the straight line."""
+        mean, low, high = (
+            float(numpy.interp(x, self.x, own)) for own in (self.mean, self.low, self.high)
+        )
+        return mean, low, high
 
 
 def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | None:

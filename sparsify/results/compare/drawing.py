@@ -1,6 +1,7 @@
 """Small charts as SVG, which a page shows as images. Needs Matplotlib.
 
-Rows are told apart by colour, marker and dashes, and named in a legend beneath the axes.
+Rows are told apart by colour, marker and dashes, and named in a legend beneath the axes. Of many
+rows, a few are in colour, and the others grey.
 """
 
 import io
@@ -21,16 +22,16 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-COLOURS = ("#0067a5", "#c24a00", "#00795a", "#a33b78", "#8a6500", "#4e44b0")
+COLOURS = ("#0067a5", "#c24a00", "#00795a", "#a33b78", "#8a6500", "#4e44b0", "#b3001b", "#0095a8")
 MARKERS = "os^DvPX"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-INK, FAINT = "#1d2126", "#d3d7dc"
+INK, FAINT, GREY = "#1d2126", "#d3d7dc", "#8d959e"
 WIDTH, HEIGHT = 4.8, 3.0  # about a phone's width, so that a phone need not shrink the text
 FONT = 10.5
 LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # inches
 LONGEST_NAME = 22  # as many characters as fit a column of the legend
 # Ranges wider than these factors are drawn on a log scale.
-WIDE, WIDE_COST = 4.0, 8.0
+WIDE, WIDE_COST = 2.5, 8.0
 
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -73,14 +74,36 @@ def row_name(number: int, label: str) -> str:
     return f"{letter(number)}  {short}"
 
 
-def style(number: int) -> dict[str, Any]:
-    """How the line of a row is drawn."""
+def style(place: int) -> dict[str, Any]:
+    """How the line of a row is drawn.
+
+    Args:
+        place: the row's place among all, by how much a reader wants to see it.
+    """
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": DASHES[(number // len(COLOURS)) % len(DASHES)],
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[(place // len(COLOURS)) % len(DASHES)],
         "markersize": 5.5,
     }
+
+
+def quiet() -> dict[str, Any]:
+    """How the line of a row is drawn that stands behind the others."""
+    return {
+        "color": GREY,
+        "marker": ".",
+        "linestyle": "-",
+        "linewidth": 0.9,
+        "markersize": 3,
+        "zorder": 1,
+    }
+
+
+def others(axes: Any, count: int) -> None:
+    """Name in the legend the rows that are grey, if there are some."""
+    if count:
+        axes.plot([], [], label=f"{count} more, in the table", **quiet())
 
 
 @contextmanager
@@ -119,7 +142,7 @@ def loss_axis(axes: Any, values: Sequence[float]) -> None:
     """Make y logarithmic where perplexities range widely, with plain numbers at its ticks."""
     if max(values) > WIDE * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -4,7 +4,7 @@ Needs Matplotlib.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparsify.results.compare.caveats import cost_caveats
@@ -16,10 +16,13 @@ from sparsify.results.compare.drawing import (
     cost_axis,
     count_axis,
     loss_axis,
+    others,
+    quiet,
     reference,
     row_name,
-    style,
 )
+from sparsify.results.compare.focus import looks
+from sparsify.results.compare.readings import read_costs, read_learning
 from sparsify.results.compare.rows import COSTS, Row
 from sparsify.results.compare.verdict import frontier, show_cost, spread
 
@@ -37,6 +40,7 @@ class Picture:
         svg: the drawing; empty if there is nothing to draw.
         columns: the headings of the numbers.
         numbers: the drawn values as text.
+        reading: what the drawing says, in one sentence; empty if the data support none.
     """
 
     title: str
@@ -44,6 +48,7 @@ class Picture:
     svg: str = ""
     columns: list[str] = field(default_factory=list)
     numbers: list[list[str]] = field(default_factory=list)
+    reading: str = ""
 
 
 def cost_pictures(comparison: Comparison) -> list[Picture]:
@@ -75,7 +80,9 @@ def learning_pictures(comparison: Comparison) -> list[Picture]:
         if absent:
             names = "; ".join(sorted(absent))
             about += f" Not measured on validation text, or at unknown cost: {names}."
-        pictures.append(lines(title, about, comparison.rows, curves, over, "perplexity"))
+        drawn = lines(title, about, comparison.rows, curves, over, "perplexity")
+        reading = read_learning(comparison, curves, over)
+        pictures.append(replace(drawn, reading=reading))
     return pictures
 
 
@@ -102,7 +109,8 @@ def curves_of(rows: Sequence[Row], part: str, value: str, over: str) -> list[Cur
 def lines(
     title: str, about: str, rows: Sequence[Row], curves: Sequence[Curve], over: str, what: str
 ) -> Picture:
-    """Draw curves; the dense row is a dashed line across, a row of one point a marker.
+    """Draw curves; the dense row is a dashed line across, a row of one point a marker. Of many, a
+    few are in colour, and the others grey.
 
     Args:
         title: what the picture shows.
@@ -115,15 +123,21 @@ def lines(
     if not any(not rows[one.number].is_dense for one in curves):
         return Picture(title, f"No run recorded this. {about}")
     logarithmic = what == "perplexity"
+    own = looks(rows, [one.number for one in curves if not rows[one.number].is_dense])
     with chart() as (axes, svg):
         for one in curves:
             if rows[one.number].is_dense:
                 reference(axes, one.mean[-1])
                 continue
-            look, label = style(one.number), row_name(one.number, rows[one.number].label)
+            look = own[one.number]
+            if look is None:
+                axes.plot(one.x, one.mean, **quiet())
+                continue
+            label = row_name(one.number, rows[one.number].label)
             axes.plot(one.x, one.mean, markevery=max(1, len(one.x) // 6), label=label, **look)
             if one.seeds > 1:
                 axes.fill_between(one.x, one.low, one.high, color=look["color"], alpha=0.22, lw=0)
+        others(axes, list(own.values()).count(None))
         if logarithmic:
             loss_axis(axes, [value for one in curves for value in (*one.low, *one.high)])
         count_axis(axes)
@@ -169,8 +183,10 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
             front = [(row.cost(cost), row.perplexity) for row in best]
             kind = "-" if verdict.rows[0].keeps_base else ":"
             axes.plot(*zip(*front, strict=True), kind, color=INK, lw=0.9, drawstyle="steps-post")
-        for number in drawn:
-            _point(axes, number, rows[number], cost)
+        own = looks(rows, drawn)
+        for number, look in own.items():
+            _point(axes, number, rows[number], cost, look)
+        others(axes, list(own.values()).count(None))
         every = [value for n in drawn for value in rows[n].perplexities()]
         dense = [row.perplexity for row in rows if row.is_dense]
         for value in dense[:1]:
@@ -190,13 +206,17 @@ def _ends(comparison: Comparison, cost: str) -> Picture:
         ]
         for n in drawn
     ]
-    return Picture(title, about, drawing, ["row", UNITS[cost], "perplexity", ""], numbers)
+    columns, reading = ["row", UNITS[cost], "perplexity", ""], read_costs(comparison, cost)
+    return Picture(title, about, drawing, columns, numbers, reading)
 
 
-def _point(axes: Any, number: int, row: Row, cost: str) -> None:
-    """Draw where a row ended."""
+def _point(axes: Any, number: int, row: Row, cost: str, look: dict[str, Any] | None) -> None:
+    """Draw where a row ended; without a look of its own it is a grey dot."""
     values, costs = row.perplexities(), row.costs(cost)
-    x, y, look = sum(costs) / len(costs), row.perplexity, style(number)
+    x, y = sum(costs) / len(costs), row.perplexity
+    if look is None:
+        axes.plot([x], [y], **quiet() | {"markersize": 6})
+        return
     across, up = [[x - min(costs)], [max(costs) - x]], [[y - min(values)], [max(values) - y]]
     axes.errorbar([x], [y], up, across, fmt="none", color=look["color"], elinewidth=1.2)
     look |= {"linestyle": "none", "markersize": 7}

@@ -5,16 +5,23 @@ After figures 5 to 8 of Fang et al. 2024 (arXiv 2409.17481). Needs Matplotlib.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from sparsify.common.errors import SparsifyError
 from sparsify.export.mask_file.file import MaskFile, read_masks
 from sparsify.models.layer_names import block_number
-from sparsify.models.permutation_file import check_same_order
 from sparsify.results.compare.curves import FLIPS, Curve, intervals
-from sparsify.results.compare.drawing import chart, letter, row_name, style
+from sparsify.results.compare.drawing import chart, letter, quiet, row_name
 from sparsify.results.compare.figures import Picture, curves_of, lines
+from sparsify.results.compare.focus import foremost, looks
 from sparsify.results.compare.loading import Run
+from sparsify.results.compare.readings import (
+    read_blocks,
+    read_differences,
+    read_flips,
+    read_norms,
+)
 from sparsify.results.compare.rows import Row
 from sparsify.results.mask_diff import diff_matrix
 from sparsify.results.plots import heat_map
@@ -52,9 +59,12 @@ def move_pictures(rows: Sequence[Row]) -> list[Picture]:
     for value, (title, about) in MOVES.items():
         curves = curves_of(rows, "masks", value, "step")
         if curves:
+            reading = ""
             if value == FLIPS:
                 about += _looks([rows[one.number] for one in curves])
-            pictures.append(lines(title, about, rows, curves, "step", value.replace("_", " ")))
+                reading = read_flips(rows, curves)
+            drawn = lines(title, about, rows, curves, "step", value.replace("_", " "))
+            pictures.append(replace(drawn, reading=reading))
     return pictures
 
 
@@ -93,15 +103,16 @@ def _has_norm(row: Row) -> bool:
 def sensitivity_pictures(rows: Sequence[Row]) -> list[Picture]:
     """What each block loses by its masks, where it was measured beside a run."""
     texts = (
-        ("loss_increase", "Each block pruned alone", "Loss above the dense model's"),
-        ("loss_decrease", "Each block kept dense alone", "Loss below the pruned model's"),
+        ("loss_increase", "Each block pruned alone", "costs", "Loss above the dense model's"),
+        ("loss_decrease", "Each block kept dense alone", "saves", "Loss below the pruned model's"),
     )
     pictures = []
-    for value, title, about in texts:
+    for value, title, does, about in texts:
         curves = _block_curves(rows, partial(_sensitivity, value))
         if curves:
             about += ", on validation text: how much this block costs."
-            pictures.append(lines(title, about, rows, curves, "block", "nats a token"))
+            drawn = lines(title, about, rows, curves, "block", "nats a token")
+            pictures.append(replace(drawn, reading=read_blocks(curves, does)))
     return pictures
 
 
@@ -110,33 +121,52 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     title = "Mask differences"
     about = "Share of weights whose state differs, between the first seeds of every two rows."
     found: dict[str, MaskFile] = {}
-    names, absent = [], []
+    names: dict[int, str] = {}
+    absent = []
     for number, row in enumerate(rows):
         if row.is_dense:
             continue
         try:
             found[letter(number)] = read_masks(row.samples[0].path.parent / "export")
-            names.append(row_name(number, row.label))
+            names[number] = row_name(number, row.label)
         except SparsifyError:
             absent.append(row.label)
+    if reordered := _reordered(list(found.values())):
+        left_out = [number for number in names if found[letter(number)] in reordered]
+        labels = "; ".join(rows[number].label for number in left_out)
+        about += f" Not compared are {labels}, as their channels are in another order."
+        for number in left_out:
+            del found[letter(number)], names[number]
     if absent:
         about += f" No masks lie beside the result of {'; '.join(absent)}."
     if len(found) < 2:
         return Picture(title, f"It takes the exports of two rows. {about}")
     try:
-        first, *others = found.values()
-        for other in others:
-            check_same_order(first.permutation, other.permutation, "one row", "another")
         matrix = diff_matrix(found)
     except SparsifyError as error:
         return Picture(title, f"These masks do not compare: {error}. {about}")
     about += f" Over {len(matrix.layers)} layers."
-    with chart(0.8 + 0.25 * len(found)) as (axes, svg):
-        heat_map(axes, matrix.shares, names, cell=".0%", size=7)
+    shown = foremost(rows, list(names))
+    if len(shown) < len(names):
+        about += f" Drawn are {len(shown)} of {len(names)} rows; the table has all."
+    part = {
+        letter(a): {letter(b): matrix.shares[letter(a)][letter(b)] for b in shown} for a in shown
+    }
+    with chart(0.8 + 0.25 * len(shown)) as (axes, svg):
+        heat_map(axes, part, [names[number] for number in shown], cell=".0%", size=7)
         drawing = svg()
     shares = [[f"{share:.2%}" for share in row.values()] for row in matrix.shares.values()]
-    numbers = [[one, *row] for one, row in zip(names, shares, strict=True)]
-    return Picture(title, about, drawing, ["", *found], numbers)
+    numbers = [[one, *row] for one, row in zip(names.values(), shares, strict=True)]
+    pairs = {(a, b): matrix.shares[letter(a)][letter(b)] for a in names for b in names if a < b}
+    reading = read_differences(rows, pairs)
+    return Picture(title, about, drawing, ["", *found], numbers, reading)
+
+
+def _reordered(masks: Sequence[MaskFile]) -> list[MaskFile]:
+    """The masks whose channels are in another order than the most of them."""
+    orders = [None if m.permutation is None else m.permutation.digest for m in masks]
+    most = max(orders, key=orders.count, default=None)
+    return [mask for mask, order in zip(masks, orders, strict=True) if order != most]
 
 
 def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
@@ -150,9 +180,10 @@ def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
         return Picture(title, f"No run recorded this. {about}")
     about += " Lines span the seeds; the axis does not start at 0."
     names = [row_name(number, rows[number].label) for number in norms]
+    own = looks(rows, list(norms))
     with chart(0.7 + 0.25 * len(norms)) as (axes, svg):
         for place, (number, values) in enumerate(norms.items()):
-            look = style(number) | {"linestyle": "none", "markersize": 7}
+            look = (own[number] or quiet()) | {"linestyle": "none", "markersize": 7}
             axes.plot([min(values), max(values)], [place, place], color=look["color"])
             axes.plot([statistics.fmean(values)], [place], **look)
         axes.set_yticks(range(len(norms)), names)
@@ -163,7 +194,9 @@ def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
         [rows[number].label, f"{statistics.fmean(values):.5f}", str(len(values))]
         for number, values in norms.items()
     ]
-    return Picture(title, about, drawing, ["row", "relative norm", "seeds"], numbers)
+    reading = read_norms(rows, {n: statistics.fmean(values) for n, values in norms.items()})
+    columns = ["row", "relative norm", "seeds"]
+    return Picture(title, about, drawing, columns, numbers, reading)
 
 
 def _block_curves(rows: Sequence[Row], values: Callable[[Run], Mapping[int, float]]) -> list[Curve]:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -10,28 +11,33 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from sparsify.models.perplexity import OVERALL
+from sparsify.results.compare.answer import answers
 from sparsify.results.compare.comparison import Comparison
 from sparsify.results.compare.drawing import letter
-from sparsify.results.compare.figures import cost_pictures, learning_pictures
+from sparsify.results.compare.figures import Picture, cost_pictures, learning_pictures
 from sparsify.results.compare.mask_figures import (
     difference_picture,
     move_pictures,
     norm_pictures,
     sensitivity_pictures,
 )
+from sparsify.results.compare.planned import HEADLINE_GPU, Planned
 from sparsify.results.compare.rows import COSTS, Row
 from sparsify.results.compare.settings import differing
 from sparsify.results.compare.verdict import CAUTION, RULE, show_cost, spread
 
 DIGITS = {"tokens": 0, "seconds": 0, "memory": 2}
+MOST_FIGURES = 8  # outside the fold
+PLANNED_GPUS = (HEADLINE_GPU, "H100 SXM")
 
 
-def render(comparison: Comparison, title: str) -> str:
+def render(comparison: Comparison, title: str, planned: Planned | None = None) -> str:
     """The page.
 
     Args:
         comparison: what it shows.
         title: its heading.
+        planned: what the rows would cost on a larger model.
     """
     rows = comparison.rows
     environment = Environment(
@@ -41,19 +47,25 @@ def render(comparison: Comparison, title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    sections = {
-        "What it costs": cost_pictures(comparison),
-        "Learning": learning_pictures(comparison),
-        "How the masks moved": move_pictures(rows),
-        "What the masks keep": [*norm_pictures(rows), difference_picture(rows)],
-        "Blocks": sensitivity_pictures(rows),
-    }
+    pictures = [
+        *cost_pictures(comparison),
+        *learning_pictures(comparison),
+        *move_pictures(rows),
+        *norm_pictures(rows),
+        difference_picture(rows),
+        *sensitivity_pictures(rows),
+    ]
+    figures, more = in_view(pictures)
     return environment.get_template("report.html.jinja").render(
         title=title,
         comparison=comparison,
         rows=[_row(number, row, comparison.texts) for number, row in enumerate(rows)],
         texts=comparison.texts,
-        sections={name: pictures for name, pictures in sections.items() if pictures},
+        answers=answers(comparison, planned),
+        planned=planned,
+        gpus=PLANNED_GPUS,
+        figures=figures,
+        more=more,
         protocol=json.dumps(comparison.protocol, indent=2),
         rule=RULE,
         caution=CAUTION,
@@ -61,6 +73,12 @@ def render(comparison: Comparison, title: str) -> str:
         origins=_origins(rows),
         date=datetime.now(timezone.utc).date().isoformat(),
     )
+
+
+def in_view(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """The first pictures that say something, as many as a reader looks at; and all others."""
+    chosen = [one for one in pictures if one.reading][:MOST_FIGURES]
+    return chosen, [one for one in pictures if one not in chosen]
 
 
 def _row(number: int, row: Row, texts: list[str]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def settings(run: Run, fitting: bool = True) -> dict[str, str]:
             "tokens": str(record["tokens"]),
             "weights": record["strategy"]["weights"],
             "sparsity": f"{record['sparsity']:.1%}",
+            **({"overrides": "yes"} if record.get("overrides") else {}),
             **_flat("overrides", record.get("overrides") or {}),
         }
     )
@@ -86,7 +87,12 @@ def differing(rows: Sequence[Mapping[str, str]]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row)
     several = [name for name in names if len({row.get(name) for row in rows}) > 1]
     return sorted(
-        several, key=lambda name: (name != CONFIG, name in LATE, name.startswith("calibration"))
+        several,
+        key=lambda name: (
+            name != CONFIG,
+            name.partition(".")[0] in LATE,
+            name.startswith("calibration"),
+        ),
     )
 
 

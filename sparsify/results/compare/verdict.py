@@ -49,6 +49,13 @@ class Finding:
         return None if self.level_with or not self.ahead_of else self.best
 
     @property
+    def certainty(self) -> str:
+        """How sure it is that this row is best, in a few words."""
+        if self.winner:
+            return "clear winner"
+        return "no clear winner" if self.level_with else "no rival"
+
+    @property
     def condition(self) -> str:
         """The budget in words."""
         if self.budget is None:
@@ -93,16 +100,32 @@ class Verdict:
     findings: list[Finding]
     caveats: dict[str, str]
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the kept weights are the base model's."""
+        return self.rows[0].keeps_base
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """One verdict for each kind of change, pattern and sparsity."""
-    groups: dict[tuple[bool, str, float], list[Row]] = {}
+    def of(self, cost: str) -> list[Finding]:
+        """The findings of one cost, by rising budget."""
+        return [one for one in self.findings if one.cost == cost]
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[bool, str, float], list[Row]]:
+    """The rows that may stand beside each other, by what they have in common: whether base weights
+    are kept, which come first, the pattern, and the sparsity.
+    """
+    found: dict[tuple[bool, str, float], list[Row]] = {}
     for row in rows:
         if not row.is_dense:
             key = (row.keeps_base, pattern_text(row.record), round(row.record["sparsity"], 3))
-            groups.setdefault(key, []).append(row)
+            found.setdefault(key, []).append(row)
+    return dict(sorted(found.items(), key=lambda one: one[0], reverse=True))
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """One verdict for each kind of change, pattern and sparsity."""
     found = []
-    for (keeps_base, pattern, sparsity), own in sorted(groups.items(), reverse=True):
+    for (keeps_base, pattern, sparsity), own in groups(rows).items():
         kind = "Base weights kept" if keeps_base else "Weights changed too"
         title = f"{kind}, {pattern}, {sparsity:.1%} of the blocks' weights zero"
         found.append(_verdict(title, own))

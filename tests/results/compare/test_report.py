@@ -12,15 +12,17 @@ import pytest
 
 from sparsify.export.mask_file import read_masks
 from sparsify.results.compare import Comparison, compare
-from sparsify.results.compare.drawing import LONGEST_NAME, chart, letter, row_name
+from sparsify.results.compare.drawing import GREY, LONGEST_NAME, chart, letter, row_name
 from sparsify.results.compare.figures import Picture, cost_pictures, learning_pictures
+from sparsify.results.compare.focus import MOST_COLOURED, foremost, looks, order
 from sparsify.results.compare.mask_figures import (
     difference_picture,
     move_pictures,
     norm_pictures,
     sensitivity_pictures,
 )
-from sparsify.results.compare.report import render
+from sparsify.results.compare.planned import Planned, PlannedCost
+from sparsify.results.compare.report import MOST_FIGURES, PLANNED_GPUS, in_view, render
 from sparsify.results.mask_diff import diff
 from sparsify.results.plots import heat_map
 from tests.browser import browser, open_page
@@ -139,6 +141,51 @@ def test_figures_have_text_alternatives_and_numbers(page: str) -> None:
         (title,) = re.findall(r"<h3>(.*?)</h3>", figure)
         assert f'alt="{title}"' in figure
         assert "<summary>Numbers</summary>" in figure
+
+
+def test_at_most_eight_figures_are_in_view_each_with_a_sentence(page: str) -> None:
+    seen, fold = page.split('<details class="more">')
+    figures = re.findall(r"<figure>.*?</figure>", seen, re.DOTALL)
+    assert 0 < len(figures) <= MOST_FIGURES == 8
+    for figure in figures:
+        assert re.search(r"</h3>\s*<p class=\"reading\">[^<]{20,}\.</p>\s*<img ", figure)
+    assert fold.count("<figure>") == 14 - len(figures)
+    many = [Picture(str(number), "", "svg", reading="So." * (number % 2)) for number in range(30)]
+    chosen, others = in_view(many)
+    assert titles(chosen) == [str(number) for number in range(1, 17, 2)]
+    assert len(others) == 22
+
+
+def test_of_many_rows_a_few_are_in_colour_and_look_alike_everywhere(tmp_path: Path) -> None:
+    for number in range(30):
+        settings = {"alpha": number}
+        content = result(MASKLLM, 3 + number / 100, 0, settings=settings, seconds=99.0 - number)
+        write(tmp_path / str(number), content)
+    found = compare([tmp_path])
+    rows = found.rows
+    assert order(rows)[0] == 0
+    assert sorted(order(rows)) == list(range(30))
+    assert len(foremost(rows, range(20, 30))) == MOST_COLOURED
+    everywhere, part = looks(rows, range(30)), looks(rows, range(25))
+    assert sum(look is not None for look in everywhere.values()) == MOST_COLOURED
+    assert all(part[n] == look for n, look in everywhere.items() if look and part.get(n))
+    tokens = cost_pictures(found)[0]
+    assert len(legend(tokens)) == MOST_COLOURED
+    assert "22 more, in the table" in tokens.svg
+    assert GREY in tokens.svg
+    assert len(tokens.numbers) == 30
+
+
+def test_costs_on_a_larger_model_are_said_to_be_computed(comparison: Comparison) -> None:
+    cost = PlannedCost(24.04, dict.fromkeys(PLANNED_GPUS, 1150.4), 8)
+    planned = Planned("a/7b (6.7 billion parameters)", "9 steps", {"maskllm": cost}, {"x": "Why"})
+    text = " ".join(re.sub(r"<[^>]+>", " ", render(comparison, "x", planned)).split())
+    assert "maskllm would take 24.0 GiB on each of 8 GPUs, 1,150 GPU-hours" in text
+    assert "On a/7b (6.7 billion parameters)" in text
+    assert "not measured, with the strategy and the settings of each row" in text
+    assert "9 steps" in text
+    assert "No plan of x: Why." in text
+    assert "hours of A100" not in render(comparison, "x")
 
 
 def test_forty_runs_stay_below_two_megabytes(runs: Path, tmp_path: Path) -> None:
