@@ -19,10 +19,10 @@ from cost_oneshot import ours
 from cost_steps import LearningStep, Shapes, model_of
 from measuring import Contestant, in_turns
 
-BASE = Shapes(hidden=256, intermediate=768, heads=8, kv_heads=8, blocks=2, windows=4, window=256)
-SIZES = {"width": (256, 512, 1024), "tokens": (1024, 2048, 4096), "layers": (2, 4, 8)}
+BASE = Shapes(hidden=256, intermediate=768, heads=8, kv_heads=8, blocks=2, windows=2, window=256)
+SIZES = {"width": (256, 512, 1024), "tokens": (512, 1024, 2048), "layers": (2, 4, 8)}
 QUICK_BASE = replace(BASE, hidden=32, intermediate=96, heads=1, kv_heads=1, blocks=1, window=16)
-QUICK_SIZES = {"width": (32, 64), "tokens": (64, 128), "layers": (1, 2)}
+QUICK_SIZES = {"width": (32, 64), "tokens": (32, 64), "layers": (1, 2)}
 
 ALIKE = "each block is alike"
 PRODUCTS = "nearly all is products of each token with matrices of width x width"
