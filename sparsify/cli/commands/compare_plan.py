@@ -1,6 +1,7 @@
 """Plans the runs of a comparison on a larger model, for its report."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparsify.cli.commands.plan import read
 from sparsify.common.errors import SparsifyError
@@ -45,4 +46,5 @@ def plan_rows(rows: Sequence[Row], model: str) -> Planned:
             costs[row.label] = planned_cost(settings)
         except SparsifyError as error:
             reasons[row.label] = str(error)
-    return Planned(f"{model} ({weights / 1e9:.1f} billion parameters)", run, costs, reasons)
+    name = f"{Path(model).name} ({weights / 1e9:.1f} billion parameters)"
+    return Planned(name, run, costs, reasons)

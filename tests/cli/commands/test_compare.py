@@ -1,14 +1,18 @@
 """``sparsify compare``, as a user runs it."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from sparsify.cli.commands.compare import join_runs
 from sparsify.cli.main import main
+from tests.conftest import Cli
 from tests.results.compare.made import MAGNITUDE, MASKLLM, PROTOCOL, result, write
 
 Tool = Callable[..., tuple[int, str]]
@@ -125,6 +129,8 @@ def test_a_report_is_written_and_replaced(tool: Tool) -> None:
     [
         (("a", "--html", "a/version_0/result.json"), "name one that ends .html"),
         (("a", "--html", "no/r.html"), "no/r.html: No such file or directory"),
+        (("a", "--plan", "x"), "give --html FILE too"),
+        (("a", "--plan", "no/model", "--html", "r.html"), "no/model"),
         (("gone",), "gone does not exist"),
         ((), "arguments are required: runs"),
     ],
@@ -173,3 +179,25 @@ def test_a_report_is_not_written_through_a_link(
         main(["compare", str(tmp_path / "run"), "--html", str(tmp_path / "a.html")])
     assert "it is a link" in capsys.readouterr().err
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_rows_that_learn_are_planned_on_another_model(cli: Cli) -> None:
+    """From their checkpoints; where there is none, or no plan, the reason is said."""
+    pytest.importorskip("matplotlib")
+    cli("fit", "--strategy=maskllm", "--model.strategy.prior=null")
+    cli("fit", "--strategy=sr_ste")
+    cli("fit", "--strategy=magnitude")
+    gone = next(run for run in cli.runs() if "sr_ste" in str(run) or "srste" in str(run))
+    shutil.rmtree(gone / "checkpoints")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaConfig(**sizes, **heads, max_position_embeddings=4096).save_pretrained("other/shape")
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["compare", "runs", "--html", "r.html", "--plan", "other/shape"])
+    text = " ".join(re.sub(r"<[^>]+>", " ", Path("r.html").read_text()).split())
+    assert re.search(r"maskllm would take [\d.,]+ GiB on each of 8 GPUs, [\d,]+ GPU-hours", text)
+    assert "On shape (0.0 billion parameters)" in text
+    assert "2,000 steps of 256 windows of 4,096 tokens in bfloat16" in text
+    assert "No plan of sr_ste: " in text
+    assert "magnitude would" not in text
+    assert "No plan of magnitude" not in text

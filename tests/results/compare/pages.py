@@ -9,6 +9,7 @@ import torch
 
 from sparsify.export.mask_file import write_masks
 from sparsify.masking.pattern import NMPattern
+from sparsify.models.permutation_file import Permutation
 from tests.results.compare.made import DENSE, MAGNITUDE, MASKLLM, SRSTE, result, write
 
 LAYERS = [f"model.layers.{block}.mlp.{kind}" for block in range(3) for kind in ("up", "down")]
@@ -68,11 +69,15 @@ def make_runs(folder: Path) -> Path:
     return folder
 
 
-def write_export(folder: Path, seed: int, width: int = 8) -> None:
+def write_export(
+    folder: Path, seed: int, width: int = 8, permutation: Permutation | None = None
+) -> None:
     """An export's masks, and nothing else of it."""
     folder.mkdir()
     (folder / "sparsity_manifest.json").write_text("{}")
     pattern = NMPattern(2, 4)
     generator = torch.Generator().manual_seed(seed)
     masks = {name: pattern.top(torch.rand(8, width, generator=generator)) for name in LAYERS}
-    write_masks(folder / "masks.nmask", masks, dict.fromkeys(LAYERS, pattern), "h")
+    write_masks(
+        folder / "masks.nmask", masks, dict.fromkeys(LAYERS, pattern), "h", permutation=permutation
+    )

@@ -9,8 +9,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from sparsify.export.mask_file import read_masks
+from sparsify.models.permutation_file import Permutation
 from sparsify.results.compare import Comparison, compare
 from sparsify.results.compare.drawing import GREY, LONGEST_NAME, chart, letter, row_name
 from sparsify.results.compare.figures import Picture, cost_pictures, learning_pictures
@@ -184,7 +186,7 @@ def test_costs_on_a_larger_model_are_said_to_be_computed(comparison: Comparison)
     assert "On a/7b (6.7 billion parameters)" in text
     assert "not measured, with the strategy and the settings of each row" in text
     assert "9 steps" in text
-    assert "No plan of x: Why." in text
+    assert "No plan of x: Why" in text
     assert "hours of A100" not in render(comparison, "x")
 
 
@@ -337,6 +339,20 @@ def test_differences_are_those_of_the_exported_masks(runs: Path, comparison: Com
     assert f"Over {len(LAYERS)} layers." in picture.about
     assert f">{share:.0%}</text>" in picture.svg
     assert legend(picture) == ["B  sr_ste", "C  maskllm", "D  magnitude"]
+
+
+def test_masks_of_another_order_of_channels_are_named_and_left_out(
+    runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    export = tmp_path / "runs/magnitude/version_0/export"
+    shutil.rmtree(export)
+    order = Permutation({"a": torch.tensor([1, 0])}, "x", "h")
+    write_export(export, 0, permutation=order)
+    picture = difference_picture(compare([tmp_path]).rows)
+    assert picture.columns == ["", "B", "C"]
+    assert "Not compared are magnitude, as their channels are in another order." in picture.about
+    assert picture.reading.startswith("The masks of sr_ste and maskllm differ in ")
 
 
 @pytest.mark.parametrize(("rows", "numbers"), [(10, True), (11, False)])
