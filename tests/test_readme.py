@@ -70,6 +70,15 @@ def test_the_first_table_of_the_readme_is_part_of_it() -> None:
     assert f"Six of {len(RESULTS)} rows" in README.read_text(encoding="utf-8")
 
 
+def test_the_decision_table_holds_them() -> None:
+    rows = first_table(ROOT / "docs" / "which.md")
+    assert len(rows) > 10
+    for row in rows:
+        scores = [one["scores"]["overall"]["perplexity"] for one in RESULTS[row["take"]]]
+        assert row["embedded model"] == spread(scores, 2), row["take"]
+    assert NEWEST.name in (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_is_short_and_says_at_once_what_was_not_measured() -> None:
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
