@@ -1,13 +1,17 @@
 """Groups runs into rows: runs that differ only in their seeds are one row."""
 
+import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsify.calibration.prior import SavedMasks
+from sparsify.common.errors import SparsifyError
 from sparsify.common.values import first_few
+from sparsify.export.mask_file.index import open_index
 from sparsify.masking.coverage import LOW
 from sparsify.models.perplexity import OVERALL
 from sparsify.results.compare.loading import CONFIG, Run
@@ -113,13 +117,14 @@ def make_rows(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     """Make rows, by rising mean perplexity, and remarks on what was left out or is not known."""
     kept = without_repeats(runs)
     remarks = _unknown(runs)
+    origins = _origins(runs)
     groups: dict[Settings, list[Run]] = {}
     for run in kept:
-        groups.setdefault(_identity(run), []).append(run)
+        groups.setdefault(_identity(run, origins=origins), []).append(run)
     for group in groups.values():
         group.sort(key=seeds)
     strategies = [short_name(group[0].record["strategy"]["class"]) for group in groups.values()]
-    told = [settings(group[0]) for group in groups.values()]
+    told = [_named(settings(group[0]), origins) for group in groups.values()]
     names = _unique(labels(strategies, told))
     if repeats := [str(run.path.parent) for run in runs if run not in kept]:
         remarks.append(
@@ -163,9 +168,28 @@ def without_repeats(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.path in kept]
 
 
-def _identity(run: Run, fitting: bool = True) -> Settings:
+def _identity(run: Run, fitting: bool = True, origins: Mapping[str, str] | None = None) -> Settings:
     own = settings(run, fitting) | {"class": run.record["strategy"]["class"]}
-    return tuple(sorted(own.items()))
+    return tuple(sorted(_named(own, origins or {}).items()))
+
+
+def _origins(runs: Sequence[Run]) -> dict[str, str]:
+    """What made the masks of every export that is there, by their digest: a strategy, and a hash of
+    its settings without seeds. Each seed of a row may start from the masks of another run; what
+    counts is that those runs are one row too.
+    """
+    found = {}
+    for run in runs:
+        with suppress(SparsifyError):  # no export, or one without masks
+            digest = open_index(run.path.parent / "export").digest
+            own = hashlib.sha256(repr(_identity(run)).encode()).hexdigest()[:8]
+            found[digest] = f"{short_name(run.record['strategy']['class'])}, {own}"
+    return found
+
+
+def _named(own: dict[str, str], origins: Mapping[str, str]) -> dict[str, str]:
+    """Settings, with what made the masks in place of their digest."""
+    return {name: origins.get(value, value) for name, value in own.items()}
 
 
 def _told_and_date(run: Run) -> tuple[bool, str]:

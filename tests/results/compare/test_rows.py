@@ -1,14 +1,18 @@
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparsify.export.mask_file.index import open_index
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row, make_rows
-from tests.results.compare.made import DENSE, MAGNITUDE, MASKLLM, SRSTE, WANDA, result, row
+from sparsify.results.compare.settings import short_name
+from tests.results.compare.made import DENSE, MAGNITUDE, MASKLLM, SRSTE, WANDA, result, row, write
+from tests.results.compare.pages import write_export
 
 NUMBERS = itertools.count()
 
@@ -298,3 +302,21 @@ def test_a_start_from_other_masks_is_said() -> None:
     assert remarks == [
         "maskllm: starts from the masks of another run, whose cost is not counted here."
     ]
+
+
+def test_seeds_that_start_from_the_seeds_of_one_row_are_one_row(tmp_path: Path) -> None:
+    runs = []
+    for seed, (strategy, name) in enumerate([(MASKLLM, "a"), (MASKLLM, "a"), (SRSTE, "b")]):
+        start = tmp_path / f"{name}{seed}"
+        file = write(start, result(strategy, 3.3 + seed / 100, seed))
+        write_export(start / "export", seed)
+        prior = {
+            "class": "sparsify.calibration.prior.SavedMasks",
+            "weights": "frozen",
+            "settings": {"path": "export", "digest": open_index(start / "export").digest},
+        }
+        then = result("a.Then", 3.0 + seed / 100, seed, settings={"prior": prior})
+        runs += [Run(file, json.loads(file.read_text()), {}), Run(tmp_path / f"{seed}", then, {})]
+    rows, _ = make_rows(runs)
+    found = [(short_name(row.record["strategy"]["class"]), len(row.runs)) for row in rows]
+    assert found == [("Then", 2), ("Then", 1), ("maskllm", 2), ("sr_ste", 1)]
