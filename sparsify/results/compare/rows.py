@@ -182,8 +182,9 @@ def _origins(runs: Sequence[Run]) -> dict[str, str]:
     for run in runs:
         with suppress(SparsifyError):  # no export, or one without masks
             digest = open_index(run.path.parent / "export").digest
-            own = hashlib.sha256(repr(_identity(run)).encode()).hexdigest()[:8]
-            found[digest] = f"{short_name(run.record['strategy']['class'])}, {own}"
+            if digest not in settings(run).values():  # then it only kept them
+                own = hashlib.sha256(repr(_identity(run)).encode()).hexdigest()[:8]
+                found[digest] = f"{short_name(run.record['strategy']['class'])}, {own}"
     return found
 
 

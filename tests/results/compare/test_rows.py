@@ -316,7 +316,9 @@ def test_seeds_that_start_from_the_seeds_of_one_row_are_one_row(tmp_path: Path) 
             "settings": {"path": "export", "digest": open_index(start / "export").digest},
         }
         then = result("a.Then", 3.0 + seed / 100, seed, settings={"prior": prior})
-        runs += [Run(file, json.loads(file.read_text()), {}), Run(tmp_path / f"{seed}", then, {})]
+        kept = write(tmp_path / f"then{seed}", then)
+        write_export(kept.parent / "export", seed)  # the same masks
+        runs += [Run(file, json.loads(file.read_text()), {}), Run(kept, then, {})]
     rows, _ = make_rows(runs)
     found = [(short_name(row.record["strategy"]["class"]), len(row.runs)) for row in rows]
     assert found == [("Then", 2), ("Then", 1), ("maskllm", 2), ("sr_ste", 1)]
