@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify
+from sparsify.common.machine import cpu_name
 from sparsify.data import TextDataModule
 
 ONE_SHOT = (
@@ -36,7 +37,8 @@ EMBEDDED = Path(sparsify.__file__).parent / "models" / "embedded"
 
 def machine() -> dict[str, Any]:
     """What figures depend on beside the code: elsewhere sums are added in another order."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    kind = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu": kind, "name": cpu_name()}
 
 
 def figures() -> dict[str, Any]:

@@ -131,8 +131,7 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
             names[number] = row_name(number, row.label)
         except SparsifyError:
             absent.append(row.label)
-    if reordered := _reordered(list(found.values())):
-        left_out = [number for number in names if found[letter(number)] in reordered]
+    if left_out := _reordered({number: found[letter(number)] for number in names}):
         labels = "; ".join(rows[number].label for number in left_out)
         about += f" Not compared are {labels}, as their channels are in another order."
         for number in left_out:
@@ -162,11 +161,12 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     return Picture(title, about, drawing, ["", *found], numbers, reading)
 
 
-def _reordered(masks: Sequence[MaskFile]) -> list[MaskFile]:
-    """The masks whose channels are in another order than the most of them."""
-    orders = [None if m.permutation is None else m.permutation.digest for m in masks]
-    most = max(orders, key=orders.count, default=None)
-    return [mask for mask, order in zip(masks, orders, strict=True) if order != most]
+def _reordered(masks: Mapping[int, MaskFile]) -> list[int]:
+    """The rows whose masks are of another order of channels than most."""
+    orders = {n: None if m.permutation is None else m.permutation.digest for n, m in masks.items()}
+    known = list(orders.values())
+    most = max(known, key=known.count, default=None)
+    return [number for number, order in orders.items() if order != most]
 
 
 def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
