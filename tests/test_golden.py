@@ -13,7 +13,8 @@ def test_masks_and_losses_did_not_move() -> None:
     if kept.pop("machine") == golden.machine():
         assert found == kept
         return
-    # Elsewhere sums are rounded otherwise. Magnitude's mask takes none.
+    # Elsewhere sums are rounded otherwise, which flips a few groups, and these flip others: within 20
+    # steps two CPUs were 1 % apart. Magnitude's mask takes no sums.
     assert found["masks"]["magnitude"] == kept["masks"]["magnitude"]
     for name, losses in kept["losses"].items():
-        assert found["losses"][name] == pytest.approx(losses, rel=1e-3)
+        assert found["losses"][name] == pytest.approx(losses, rel=0.02)
