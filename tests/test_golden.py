@@ -13,7 +13,7 @@ def test_masks_and_losses_did_not_move() -> None:
     if kept.pop("machine") == golden.machine():
         assert found == kept
         return
-    # Elsewhere sums are rounded otherwise, which flips a few groups, and these flip others: after 20
+    # Elsewhere sums are rounded otherwise, which flips a few groups, and these others: after 20
     # steps two CPUs were 1 % apart. Magnitude's mask takes no sums.
     assert found["masks"]["magnitude"] == kept["masks"]["magnitude"]
     for name, losses in kept["losses"].items():
