@@ -131,11 +131,10 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
             names[number] = row_name(number, row.label)
         except SparsifyError:
             absent.append(row.label)
-    if reordered := _reordered(list(found.values())):
-        left_out = [number for number in names if found[letter(number)] in reordered]
-        labels = "; ".join(rows[number].label for number in left_out)
+    if reordered := [number for number in names if letter(number) in _reordered(found)]:
+        labels = "; ".join(rows[number].label for number in reordered)
         about += f" Not compared are {labels}, as their channels are in another order."
-        for number in left_out:
+        for number in reordered:
             del found[letter(number)], names[number]
     if absent:
         about += f" No masks lie beside the result of {'; '.join(absent)}."
@@ -162,11 +161,14 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     return Picture(title, about, drawing, ["", *found], numbers, reading)
 
 
-def _reordered(masks: Sequence[MaskFile]) -> list[MaskFile]:
-    """The masks whose channels are in another order than the most of them."""
-    orders = [None if m.permutation is None else m.permutation.digest for m in masks]
-    most = max(orders, key=orders.count, default=None)
-    return [mask for mask, order in zip(masks, orders, strict=True) if order != most]
+def _reordered(masks: Mapping[str, MaskFile]) -> set[str]:
+    """The names of the masks whose channels are in another order than those of most."""
+    digests = {
+        name: one.permutation.digest if one.permutation else "" for name, one in masks.items()
+    }
+    orders = list(digests.values())
+    most = max(orders, key=orders.count, default="")
+    return {name for name, digest in digests.items() if digest != most}
 
 
 def _overall_norm(rows: Sequence[Row], about: str) -> Picture:
