@@ -58,6 +58,6 @@ def _answer(verdict: Verdict, dense: list[float], planned: Planned | None) -> An
 def _within(findings: list[Finding]) -> str:
     """The best at its own cost, and the one at the next lower budget."""
     return " ".join(
-        f"{one.condition} {one.best.label}, {one.best.perplexity:,.2f} ({one.certainty})."
+        f"{one.condition}: {one.best.label} ({one.best.perplexity:,.2f}, {one.certainty})."
         for one in reversed(findings[-2:])
     )

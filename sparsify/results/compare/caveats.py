@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sparsify.common.values import first_few
 from sparsify.results.compare.rows import COSTS, Row
 
 # If the times of one row's seeds differ by more than this factor, and by more than this many
@@ -50,7 +51,7 @@ def cost_caveats(rows: Sequence[Row]) -> tuple[dict[str, str], set[str]]:
     uneven = [row.label for row in rows if _is_uneven(row.costs("seconds"))]
     if uneven and "seconds" not in refused:
         said["seconds"].append(
-            f"Seconds differ by more than {UNEVEN - 1:.0%} between seeds of {'; '.join(uneven)}: "
+            f"Seconds differ by more than {UNEVEN - 1:.0%} between seeds of {first_few(uneven)}: "
             "the machine may have done other work, and times are rough."
         )
     return {cost: " ".join(texts) for cost, texts in said.items() if texts}, refused

@@ -4,8 +4,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy
-
 from sparsify.results.compare.loading import Run
 from sparsify.results.compare.rows import Row, calibration_seconds, calibration_tokens
 
@@ -46,13 +44,6 @@ class Curve:
         low, high = [min(some) for some in values], [max(some) for some in values]
         return cls(number, steps, x, mean, low, high, seeds)
 
-    def at(self, x: float) -> tuple[float, float, float]:
-        """Mean, least and most at any place between two looks, on the straight line."""
-        mean, low, high = (
-            float(numpy.interp(x, self.x, own)) for own in (self.mean, self.low, self.high)
-        )
-        return mean, low, high
-
 
 def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | None:
     """Make a curve of a row; None if its runs have no such values.
@@ -73,6 +64,15 @@ def curve(number: int, row: Row, part: str, value: str, over: str) -> Curve | No
     values = [[one[step][1] for one in points] for step in steps]
     x = [statistics.fmean(one[step][0] for one in points) for step in steps]
     return Curve.over(number, steps, x, values, len(points))
+
+
+def paths(row: Row, part: str, value: str, over: str) -> list[tuple[list[float], list[float]]]:
+    """What is spent and the value of each run of a row that has more than one such point; the
+    arguments are those of :func:`curve`.
+    """
+    found = (_points(run, part, value, over) for run in row.samples)
+    each = [[one[step] for step in sorted(one)] for one in found if len(one) > 1]
+    return [([x for x, _ in one], [y for _, y in one]) for one in each]
 
 
 def _points(run: Run, part: str, value: str, over: str) -> dict[int, tuple[float, float]]:

@@ -81,8 +81,7 @@ def learning_pictures(comparison: Comparison) -> list[Picture]:
             names = "; ".join(sorted(absent))
             about += f" Not measured on validation text, or at unknown cost: {names}."
         drawn = lines(title, about, comparison.rows, curves, over, "perplexity")
-        reading = read_learning(comparison, curves, over)
-        pictures.append(replace(drawn, reading=reading))
+        pictures.append(replace(drawn, reading=read_learning(comparison, over)))
     return pictures
 
 

@@ -1,7 +1,7 @@
 """What rows would cost on a larger model: computed by a plan, never measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify.training.plan import PlanSettings, make_plan
 from sparsify.training.plan.hours import GPUS, hours
@@ -52,7 +52,12 @@ class Planned:
 
 
 def planned_cost(settings: PlanSettings) -> PlannedCost:
-    """Plan a run; errors as :func:`~sparsify.training.plan.make_plan`."""
+    """Plan a run; errors as :func:`~sparsify.training.plan.make_plan`. Weights that train are in
+    float32, as training needs them, and are multiplied in the type that was asked for.
+    """
+    if settings.module.strategy.effect.trains_weights:
+        mixed = settings.with_model(dtype_name="float32")
+        settings = replace(mixed, precision="bf16-mixed")
     found = make_plan(settings).best
     spent = {name: hours(found.settings, found.work, gpu).total for name, gpu in GPUS.items()}
     known = {name: total for name, total in spent.items() if total is not None}
@@ -65,6 +70,7 @@ def describe_run(settings: PlanSettings) -> str:
     shared = f", sharded over {settings.ranks} GPUs" if settings.shard else ""
     return (
         f"{settings.steps:,} steps of {windows:,} windows of {settings.block_size:,} tokens in "
-        f"{settings.module.dtype_name}, with gradient checkpointing{shared}; matrix products at "
-        f"{settings.utilisation:.0%} of a GPU's peak"
+        f"{settings.module.dtype_name} (weights that train: float32, multiplied in bfloat16), with "
+        f"gradient checkpointing{shared}; matrix products at {settings.utilisation:.0%} of a GPU's "
+        "peak"
     )

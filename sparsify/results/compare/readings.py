@@ -1,9 +1,12 @@
 """Says in one sentence what a figure shows, as far as the data support one."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy
+
 from sparsify.results.compare.comparison import Comparison
-from sparsify.results.compare.curves import Curve
+from sparsify.results.compare.curves import Curve, paths
 from sparsify.results.compare.rows import Row
 from sparsify.results.compare.verdict import SEEDS, Verdict
 from sparsify.results.result import pattern_text
@@ -38,28 +41,32 @@ def read_costs(comparison: Comparison, cost: str) -> str:
     return ""
 
 
-def read_learning(comparison: Comparison, curves: Sequence[Curve], over: str) -> str:
-    """Which row was lowest on validation text when the first of those that learned ended."""
-    rows = comparison.rows
+def read_learning(comparison: Comparison, over: str) -> str:
+    """Which row was lowest on validation text when the first run of those that learned ended; each
+    run is read there on the straight line between two looks.
+    """
     for verdict in leading(comparison):
-        own = {row.label for row in verdict.rows}
-        learned = [c for c in curves if len(c.x) > 1 and rows[c.number].label in own]
-        end = min((one.x[-1] for one in learned), default=0.0)
-        started = [one for one in learned if one.x[0] <= end]
-        if len(started) < 2:
+        learned = {row.label: paths(row, "validation", "perplexity", over) for row in verdict.rows}
+        end = min((x[-1] for runs in learned.values() for x, _ in runs), default=0.0)
+        values = {
+            label: [float(numpy.interp(end, x, y)) for x, y in runs]
+            for label, runs in learned.items()
+            if runs and all(x[0] <= end for x, _ in runs)
+        }
+        if len(values) < 2:
             continue
-        best, *rest = sorted(started, key=lambda one: one.at(end)[0])
-        value, _, most = best.at(end)
-        level = [c for c in rest if min(best.seeds, c.seeds) < SEEDS or most >= c.at(end)[1]]
+        mean = {label: statistics.fmean(own) for label, own in values.items()}
+        best, *rest = sorted(values, key=lambda label: mean[label])
+        few = {label for label, own in values.items() if len(own) < SEEDS}
+        level = [n for n in rest if {best, n} & few or max(values[best]) >= min(values[n])]
         next_ = (level or rest)[0]
-        few = any(one.seeds < SEEDS for one in (best, *level))
         return _lowest(
             f"At {end:,.0f} {over}, where the first of the learned {kind(verdict)} ends,",
             "on validation text",
-            (rows[best.number].label, value),
-            (rows[next_.number].label, next_.at(end)[0]),
+            (best, mean[best]),
+            (next_, mean[next_]),
             len(level),
-            few,
+            bool({best, *level} & few),
         )
     return ""
 

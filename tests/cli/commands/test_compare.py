@@ -186,6 +186,7 @@ def test_rows_that_learn_are_planned_on_another_model(cli: Cli) -> None:
     pytest.importorskip("matplotlib")
     cli("fit", "--strategy=maskllm", "--model.strategy.prior=null")
     cli("fit", "--strategy=sr_ste")
+    cli("fit", "--strategy=fixed_mask")
     cli("fit", "--strategy=magnitude")
     gone = next(run for run in cli.runs() if "sr_ste" in str(run) or "srste" in str(run))
     shutil.rmtree(gone / "checkpoints")
@@ -199,5 +200,7 @@ def test_rows_that_learn_are_planned_on_another_model(cli: Cli) -> None:
     assert "On shape (0.0 billion parameters)" in text
     assert "2,000 steps of 256 windows of 4,096 tokens in bfloat16" in text
     assert "No plan of sr_ste: " in text
+    assert "No plan of fixed_mask" not in text
+    assert "fixed_mask would take" in text
     assert "magnitude would" not in text
     assert "No plan of magnitude" not in text

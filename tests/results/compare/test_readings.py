@@ -10,7 +10,6 @@ import pytest
 from sparsify.results.compare import Comparison
 from sparsify.results.compare.answer import answers
 from sparsify.results.compare.curves import Curve
-from sparsify.results.compare.figures import curves_of
 from sparsify.results.compare.planned import Planned, PlannedCost
 from sparsify.results.compare.readings import (
     leading,
@@ -109,9 +108,7 @@ def with_validation(label: str, ends: Sequence[float], tokens: int) -> Row:
 
 
 def learning(*rows: Row) -> str:
-    found = comparison(*rows)
-    curves = curves_of(found.rows, "validation", "perplexity", "tokens")
-    return read_learning(found, curves, "tokens")
+    return read_learning(comparison(*rows), "tokens")
 
 
 def test_learning_is_read_where_the_first_curve_ends() -> None:
@@ -199,10 +196,10 @@ def test_the_short_answer() -> None:
     told = dict(stay.lines)
     assert told["How sure"].endswith("is ahead of both others in every seed.")
     assert told["At equal time"] == (
-        f"With at most 60 seconds x, {mean(NEAR):.2f} (clear winner). "
-        "With at most 0 seconds z, 54.60 (no rival)."
+        f"With at most 60 seconds: x ({mean(NEAR):.2f}, clear winner). "
+        "With at most 0 seconds: z (54.60, no rival)."
     )
-    assert told["At equal tokens"].startswith("With at most 1,000 tokens x, ")
+    assert told["At equal tokens"].startswith("With at most 1,000 tokens: x (")
     assert told["On big (6.7 billion parameters)"] == (
         "x would take 24.0 GiB on each of 8 GPUs, 1,150 GPU-hours (A100 80GB SXM). Computed, not "
         "measured."
