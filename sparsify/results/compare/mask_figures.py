@@ -134,7 +134,7 @@ def difference_picture(rows: Sequence[Row]) -> Picture:
     if left_out := _reordered({number: found[letter(number)] for number in names}):
         labels = "; ".join(rows[number].label for number in left_out)
         about += f" Not compared are {labels}, as their channels are in another order."
-        for number in reordered:
+        for number in left_out:
             del found[letter(number)], names[number]
     if absent:
         about += f" No masks lie beside the result of {'; '.join(absent)}."
