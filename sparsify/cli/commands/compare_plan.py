@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsify.calibration.prior import SavedMasks
 from sparsify.cli.commands.plan import read
 from sparsify.common.errors import SparsifyError
 from sparsify.models.base import load_skeleton
@@ -39,6 +40,9 @@ def plan_rows(rows: Sequence[Row], model: str) -> Planned:
     weights = sum(param.numel() for param in load_skeleton(model).parameters())
     run, costs, reasons = "", {}, {}
     for row in (row for row in rows if row.record["steps"]):
+        if SavedMasks.__name__ in row.settings.values():
+            reasons[row.label] = "it starts from masks of the compared model, which fit no other."
+            continue
         place = f"--ckpt_path={row.runs[0].path.parent}"
         try:
             settings = read([place, f"--model.name_or_path={model}", *OPTIONS]).settings

@@ -4,6 +4,7 @@ After figures 5 to 8 of Fang et al. 2024 (arXiv 2409.17481). Needs Matplotlib.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -75,11 +76,13 @@ def _looks(rows: Sequence[Row]) -> str:
         return f" Looks are {steps.pop()} steps apart."
     if not steps:
         return ""
-    each = "; ".join(
-        f"{' or '.join(map(str, sorted(own))) or 'unknown'} in {label}"
-        for label, own in apart.items()
-    )
-    return f" Steps between looks: {each}."
+    told = {label: " or ".join(map(str, sorted(own))) or "unknown" for label, own in apart.items()}
+    common, count = Counter(told.values()).most_common(1)[0]
+    if 2 * count <= len(told):
+        each = [f"{own} in {label}" for label, own in told.items()]
+        return f" Steps between looks: {'; '.join(each)}."
+    each = [f"{own} in {label}" for label, own in told.items() if own != common]
+    return f" Looks are {common} steps apart; {'; '.join(each)}."
 
 
 def norm_pictures(rows: Sequence[Row]) -> list[Picture]:

@@ -1,8 +1,10 @@
 import base64
+import copy
 import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -305,6 +307,15 @@ def test_unequal_looks_are_said(runs: Path, tmp_path: Path) -> None:
     assert ["maskllm", "50", "0.0015", "0.0015", "0.0015", "3"] in flips.numbers
 
 
+def test_the_rows_that_look_otherwise_than_most_are_named(runs: Path) -> None:
+    rows = compare([runs]).rows
+    learned = [row for row in rows if row.record["steps"]]
+    odd = replace(learned[0], label="odd", samples=[copy.deepcopy(learned[0].samples[0])])
+    del odd.samples[0].result["history"]["masks"][::2]
+    flips = move_pictures([*rows, odd])[0]
+    assert flips.about.endswith(" Looks are 25 steps apart; 50 in odd.")
+
+
 def test_norms_are_of_blocks_and_of_all(comparison: Comparison) -> None:
     overall, blocks = norm_pictures(comparison.rows)
     assert overall.numbers[0] == ["sr_ste", "0.95000", "3"]
@@ -430,7 +441,8 @@ def test_the_page_in_a_browser(dark: bool, driver: Any, page: str, tmp_path: Pat
     for width in (360, 1200):
         seen = open_page(driver, file, width, dark)
         assert seen.console == []
-        assert seen.requests == [file.as_uri()]
+        asked = [address for address in seen.requests if not address.startswith("data:")]
+        assert asked == [file.as_uri()]
         assert seen.overflow == []
     assert seen.colour("body", "backgroundColor") == (
         "rgb(20, 23, 26)" if dark else "rgb(252, 252, 250)"
@@ -438,6 +450,24 @@ def test_the_page_in_a_browser(dark: bool, driver: Any, page: str, tmp_path: Pat
     assert seen.colour("figure img", "filter") == (
         "invert(1) hue-rotate(180deg)" if dark else "none"
     )
+
+
+@pytest.mark.browser
+def test_print_cuts_nothing_off_and_leaves_folds_out(
+    driver: Any, page: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    open_page(driver, file, 700)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    ask = driver.execute_script
+    assert ask("return document.documentElement.scrollWidth") <= 700
+    tables = "[...document.querySelectorAll('.scroll')].filter(one => one.offsetParent)"
+    assert ask(f"return {tables}.length") == 1
+    assert ask(f"return {tables}.every(one => one.scrollWidth <= one.clientWidth)")
+    shown = "[...document.querySelectorAll('figure')].filter(one => one.offsetParent).length"
+    assert ask(f"return {shown}") == page.split('<details class="more">')[0].count("<figure>")
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.browser
