@@ -40,8 +40,10 @@ def plan_rows(rows: Sequence[Row], model: str) -> Planned:
     weights = sum(param.numel() for param in load_skeleton(model).parameters())
     run, costs, reasons = "", {}, {}
     for row in (row for row in rows if row.record["steps"]):
-        if SavedMasks.__name__ in row.settings.values():
-            reasons[row.label] = "it starts from masks of the compared model, which fit no other."
+        if "overrides" in row.settings or SavedMasks.__name__ in row.settings.values():
+            reasons[row.label] = (
+                "its patterns by layer, or the masks it starts from, fit no other model."
+            )
             continue
         place = f"--ckpt_path={row.runs[0].path.parent}"
         try:
