@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from embedded_table import SEEDED
 from kept_runs import check_protocol, exported, fit, overrides, save
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,6 @@ SEARCH = {
     "embedded": ["--unit=layer", "--windows=16", "--rounds=1"],
     "smollm2": ["--unit=module", "--windows=8", "--rounds=0"],
 }
-SEEDED = ("model", "data", "model.calibration")
 HALF = 2  # bytes a value of the packed weights that are counted
 
 

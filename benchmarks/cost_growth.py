@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from cost_oneshot import ours
-from cost_steps import LearningStep, Shapes, model_of
+from cost_steps import LearningStep, Shapes, model_of, take
 from measuring import Contestant, in_turns
 
 BASE = Shapes(hidden=256, intermediate=768, heads=8, kv_heads=8, blocks=2, windows=2, window=256)
@@ -56,12 +56,7 @@ def contestant(name: str, shapes: Shapes) -> Contestant:
         model = model_of(shapes)
         return lambda _: partial(ours, copy.deepcopy(model), tokens, name)
     step = LearningStep(name, shapes)
-
-    def take(turn: int) -> None:
-        step.backward(tokens, turn)
-        step.update()
-
-    return lambda turn: partial(take, turn)
+    return lambda turn: partial(take, step, tokens, turn)
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -147,6 +147,12 @@ class HeadStep:
         self.x.grad = None
 
 
+def take(step: Any, tokens: Tensor, turn: int) -> None:
+    """A whole step, of any of these."""
+    step.backward(tokens, turn)
+    step.update()
+
+
 def strategy_of(name: str) -> Any:
     short, _, setting = name.partition(":")
     options = {}
@@ -173,13 +179,8 @@ def memory(maker: Callable[[Shapes], Any], shapes: Shapes) -> dict[str, float]:
 
     def prepare() -> Callable[[], None]:
         step = maker(shapes)
-
-        def take(turn: int) -> None:
-            step.backward(tokens, turn)
-            step.update()
-
-        take(0)  # makes the optimizer's state
-        return partial(take, 1)
+        take(step, tokens, 0)  # makes the optimizer's state
+        return partial(take, step, tokens, 1)
 
     peak, held = allocated(prepare)
     model = model_of(shapes)

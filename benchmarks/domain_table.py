@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from embedded_table import SEEDED
 from kept_runs import check_protocol, exported, fit, save, spread
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +30,6 @@ from smollm2 import RECIPES, cut_wikitext, fetch_model
 
 DOMAINS = ("shakespeare", "bible", "python")
 LEARNERS = ("selfmask", "maskllm")
-SEEDED = ("model", "data", "model.calibration")
 SAVED = "--strategy=sparsify.calibration.prior.SavedMasks"
 PRIOR = "--model.strategy.init_args.prior"
 

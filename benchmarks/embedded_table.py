@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import kept_runs
-from kept_runs import Rows, check_protocol, fit, from_export, overrides, save, spread
+from kept_runs import Rows, check_protocol, fit, from_export, overrides, save, share_cores, spread
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +29,7 @@ DISTILLED = [
     "--model.distillation.hidden.start=0.5",
     "--model.distillation.hidden.end=0",
 ]
+NO_TEACHER = ["--model.distillation.weight=0", "--model.distillation.hidden=0"]
 # In the order in which they are shown.
 RUNS: dict[str, list[str]] = {
     "dense": ["--strategy=dense"],
@@ -50,11 +51,7 @@ RUNS: dict[str, list[str]] = {
     "maskllm": ["--strategy=maskllm"],
     "maskllm, distilled": ["--strategy=maskllm", *DISTILLED],
     "selfmask": ["--strategy=selfmask"],
-    "selfmask, no teacher": [
-        "--strategy=selfmask",
-        "--model.distillation.weight=0",
-        "--model.distillation.hidden=0",
-    ],
+    "selfmask, no teacher": ["--strategy=selfmask", *NO_TEACHER],
     "selfmask, budget": ["--strategy=selfmask", "--config={budget}"],
     "proxsparse": ["--strategy=proxsparse"],
     "maskpro": ["--strategy=maskpro"],
@@ -236,8 +233,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    share_cores(args.jobs)
     names = args.only or (list(RUNS) if args.all else DEMO)
     rows = [
         (name, seed)

@@ -1,6 +1,7 @@
 """Runs of the command line whose results are kept: a benchmark that was stopped goes on."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,12 @@ class Run(NamedTuple):
     name: str
     weight: float
     make: Callable[[], dict[str, Any]]
+
+
+def share_cores(jobs: int) -> None:
+    """Give each run one core, where several run at a time."""
+    if jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,6 +108,18 @@ def downstream(
         _sparsify(f"{name}, tasks", words, _root(name, folder), aloud)
     report = json.loads(path.read_text())
     return {part: report[part] for part in ("date", "versions", "protocol", "results", "mean")}
+
+
+def accuracies(report: dict[str, Any], kind: str) -> list[str]:
+    """Accuracy and standard error of each task and of their mean, in percent, from what
+    :func:`downstream` gives; ``kind`` is sparse or dense.
+    """
+    each = [row[kind] for row in report["results"].values()]
+    return list(map(percent, [*each, report["mean"][kind]]))
+
+
+def percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f} ± {100 * estimate['stderr']:.1f}"
 
 
 def is_kept(name: str, folder: Path) -> bool:

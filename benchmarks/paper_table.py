@@ -15,7 +15,7 @@ from typing import Any
 
 from continuation_tasks import embedded_texts, write_tasks
 from embedded_table import run_all, run_name
-from kept_runs import check_protocol, downstream, exported, save
+from kept_runs import accuracies, check_protocol, downstream, exported, save, share_cores
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +52,7 @@ def rows() -> list[str]:
     return list(dict.fromkeys(["dense", *METHODS, *MASKS, *priors, *samples, *KAPPA.values()]))
 
 
-def accuracies(name: str, folder: Path) -> dict[str, Any]:
+def ask(name: str, folder: Path) -> dict[str, Any]:
     """What ``sparsify eval`` says of a row's export, beside the dense model."""
     if not (tasks := folder / "tasks").exists():
         write_tasks(tasks, embedded_texts())
@@ -70,14 +70,11 @@ def tables(results: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]]
     def perplexity(name: str | None) -> str:
         return "" if name is None else f"{results[name]['scores']['overall']['perplexity']:.2f}"
 
-    def accuracy(kind: str, report: dict[str, Any]) -> list[str]:
-        each = [report["results"][task][kind] for task in TASKS] + [report["mean"][kind]]
-        return [f"{100 * one['value']:.1f} ± {100 * one['stderr']:.1f}" for one in each]
-
-    first = Table("method", "perplexity", *TASKS, "mean", title="Table 1")
-    first.add_row("dense", perplexity("dense"), *accuracy("dense", scores[METHODS[0]]))
+    dense = scores[METHODS[0]]
+    first = Table("method", "perplexity", *dense["results"], "mean", title="Table 1")
+    first.add_row("dense", perplexity("dense"), *accuracies(dense, "dense"))
     for name in METHODS:
-        first.add_row(name, perplexity(name), *accuracy("sparse", scores[name]))
+        first.add_row(name, perplexity(name), *accuracies(scores[name], "sparse"))
     second = Table("prior", "its own mask", "learned from it", title="Table 2, maskllm")
     for prior, pair in PRIORS.items():
         second.add_row(prior, *map(perplexity, pair))
@@ -98,11 +95,12 @@ def main() -> None:
     args = parser.parse_args()
     args.folder, args.all = args.folder.resolve(), True
     os.environ["HF_HUB_OFFLINE"] = "1"
+    share_cores(args.jobs)
     names = rows()
     found = run_all([(name, SEED) for name in names], args)
     check_protocol(found)
     results = dict(zip(names, found, strict=True))
-    scores = {name: accuracies(name, args.folder) for name in METHODS}
+    scores = {name: ask(name, args.folder) for name in METHODS}
     for table in tables(results, scores):
         Console(width=140).print(table)
     save(

@@ -12,18 +12,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from embedded_table import NO_TEACHER
 from kept_runs import save
+from real_rows import CONFIGS, SAME_TEACHER
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig
 
 from sparsify.common.version import version
 
+SHAPES = CONFIGS / "shapes" / "llama2_7b"
 GPU = "A100 80GB SXM"
 GIB = 2**30
 LEARN = [
@@ -32,8 +33,6 @@ LEARN = [
     "--trainer.accumulate_grad_batches=256",
     "--model.gradient_checkpointing=true",
 ]
-NO_TEACHER = ["--model.distillation.weight=0", "--model.distillation.hidden=0"]
-TEACHER = ["--model.distillation.weight=1", "--model.distillation.hidden=0.2"]
 SMALL = ["--model.strategy.dtype=bfloat16"]  # scores
 TRAIN = ["--model.dtype=float32", "--trainer.precision=bf16-mixed"]
 # In the order in which they are shown.
@@ -45,7 +44,7 @@ RUNS: dict[str, list[str]] = {
     "selfmask": ["--strategy=selfmask", *SMALL, *LEARN],
     "selfmask, no teacher": ["--strategy=selfmask", *SMALL, *LEARN, *NO_TEACHER],
     "maskllm": ["--strategy=maskllm", *LEARN],
-    "maskllm, distilled": ["--strategy=maskllm", *LEARN, *TEACHER],
+    "maskllm, distilled": ["--strategy=maskllm", *LEARN, *SAME_TEACHER],
     "sr_ste, distilled": ["--strategy=sr_ste", *LEARN, "--model.distillation.weight=0.5", *TRAIN],
 }
 COMMON = [
@@ -56,9 +55,9 @@ COMMON = [
 ]
 
 
-def plan(name: str, model: str) -> dict[str, Any]:
+def plan(name: str) -> dict[str, Any]:
     """Peak bytes of the run of this row, and its GPU-hours at 40 % of the GPU's peak."""
-    command = [sys.executable, "-m", "sparsify", "plan", f"--model.name_or_path={model}"]
+    command = [sys.executable, "-m", "sparsify", "plan", f"--model.name_or_path={SHAPES}"]
     command += [*COMMON, *RUNS[name], "--format=json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)["tries"][0]
@@ -86,21 +85,11 @@ def main() -> None:
     for column in ("strategy", "peak GiB", "highest in", "seconds a step", "GPU-hours"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        shapes = LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            max_position_embeddings=4096,
-            architectures=["LlamaForCausalLM"],
-        )
-        shapes.save_pretrained(folder)
-        for name in args.only:
-            row = rows[name] = plan(name, folder)
-            step = f"{row['seconds_a_step']:,.0f}" if row["seconds_a_step"] else ""
-            cells = f"{row['peak'] / GIB:.1f}", row["phase"], step, f"{row['hours']:,.2f}"
-            table.add_row(name, *cells)
+    for name in args.only:
+        row = rows[name] = plan(name)
+        step = f"{row['seconds_a_step']:,.0f}" if row["seconds_a_step"] else ""
+        cells = f"{row['peak'] / GIB:.1f}", row["phase"], step, f"{row['hours']:,.2f}"
+        table.add_row(name, *cells)
     Console(width=100).print(table)
     versions = {package: version(package) for package in ("sparsify", "torch", "transformers")}
     content = {"date": f"{date.today()}", "versions": versions, "gpu": GPU, "rows": rows}

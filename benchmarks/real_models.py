@@ -28,20 +28,23 @@ from pathlib import Path
 from typing import Any
 
 from continuation_tasks import embedded_texts, write_tasks
-from domain_table import DOMAINS, SEEDED, embedded_data
-from embedded_table import GAP, WITHOUT_SEED, slim, table
+from domain_table import DOMAINS, embedded_data
+from embedded_table import GAP, SEEDED, WITHOUT_SEED, slim, table
 from kept_runs import (
     Rows,
     Run,
+    accuracies,
     check_kept,
     downstream,
     fit,
     from_export,
     is_kept,
+    percent,
     read_rows,
     run_all,
     save,
     saved_today,
+    share_cores,
 )
 from real_rows import MOE, ONE_SHOT, OWN_STEPS, SMOLLM2, STEPS
 from rich.console import Console
@@ -180,17 +183,11 @@ def task_table(results: Rows) -> Table | None:
     if not asked:
         return None
     first = next(iter(asked.values()))
-    names = list(first["results"])
-    out = Table("strategy", *names, "mean", "mean less dense's", title="Accuracy, %")
-
-    def cells(kind: str, report: dict[str, Any]) -> list[str]:
-        each = [report["results"][name][kind] for name in names] + [report["mean"][kind]]
-        each += [report["mean"]["difference"]] if kind == "sparse" else []
-        return [f"{100 * one['value']:.1f} ± {100 * one['stderr']:.1f}" for one in each]
-
-    out.add_row("dense", *cells("dense", first))
+    out = Table("strategy", *first["results"], "mean", "mean less dense's", title="Accuracy, %")
+    out.add_row("dense", *accuracies(first, "dense"))
     for name, report in asked.items():
-        out.add_row(name, *cells("sparse", report))
+        less = percent(report["mean"]["difference"])
+        out.add_row(name, *accuracies(report, "sparse"), less)
     return out
 
 
@@ -229,8 +226,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    share_cores(args.jobs)
     if args.model == "moe":
         os.environ["HF_HUB_OFFLINE"] = "1"
     name = f"real_models_{args.model}"

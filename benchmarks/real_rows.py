@@ -1,28 +1,30 @@
 """Options of ``sparsify fit`` for the rows of ``real_models.py``, in the order of the table."""
 
-from embedded_table import DISTILLED
+from embedded_table import DISTILLED, NO_TEACHER, RUNS
 from smollm2 import RECIPES
 
 CONFIGS = RECIPES.parent
-UPDATED = "--model.strategy.update_weights=true"
-NO_TEACHER = ["--model.distillation.weight=0", "--model.distillation.hidden=0"]
 # The teacher of the recipe of selfmask.
 SAME_TEACHER = ["--model.distillation.weight=1", "--model.distillation.hidden=0.2"]
 
-ONE_SHOT: dict[str, list[str]] = {
-    "dense": ["--strategy=dense"],
-    "magnitude": ["--strategy=magnitude"],
-    "wanda": ["--strategy=wanda"],
-    "ria": ["--strategy=ria"],
-    "gblm": ["--strategy=gblm"],
-    "pruner_zero": ["--strategy=pruner_zero"],
-    "dsnot": ["--strategy=dsnot"],
-    "sparsegpt, mask": ["--strategy=sparsegpt"],
-    "sparsegpt, updated": ["--strategy=sparsegpt", UPDATED],
-    "admm": ["--strategy=admm"],
-    "swaps": ["--strategy=swaps"],
-    "swaps, refitted": ["--strategy=swaps", "--model.strategy.refit=true"],
-    "wanda, permuted": ["--strategy=wanda", "--model.permute=all"],
+# Rows of the embedded model, as they are.
+ONE_SHOT = {
+    name: RUNS[name]
+    for name in (
+        "dense",
+        "magnitude",
+        "wanda",
+        "ria",
+        "gblm",
+        "pruner_zero",
+        "dsnot",
+        "sparsegpt",
+        "sparsegpt, updated",
+        "admm",
+        "swaps",
+        "swaps, refitted",
+        "wanda, permuted",
+    )
 }
 
 
@@ -44,7 +46,7 @@ SMOLLM2 = ONE_SHOT | {
     "selfmask, then fixed_mask": recipe("fixed_mask", "--model.strategy.prior={selfmask}"),
     "sr_ste, distilled": recipe("sr_ste"),
 }
-EXPERTS = ("dense", "magnitude", "wanda", "sparsegpt, mask", "sparsegpt, updated", "admm", "swaps")
+EXPERTS = ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt, updated", "admm", "swaps")
 MOE = {name: ONE_SHOT[name] for name in EXPERTS} | {
     "maskllm": config("maskllm"),
     "maskllm, distilled": config("maskllm", *DISTILLED),

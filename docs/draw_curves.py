@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from draw_axes import GREY, newest, plain
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "smollm2_curve.svg"
-RESULTS = ROOT / "benchmarks" / "results"
 # Rows that learn masks alone.
 COLOURS = {
     "selfmask": "#d62728",
@@ -22,7 +22,6 @@ COLOURS = {
     "maskllm": "#1f77b4",
     "maskllm, distilled": "#17becf",
 }
-GREY = "#808080"  # is read on white and on black
 
 
 def draw(results: dict[str, list[dict[str, Any]]], picture: Path) -> None:
@@ -51,20 +50,12 @@ def finish(axes: Axes, label: str) -> None:
     axes.minorticks_off()
     axes.set_xlim(left=0)
     axes.set_xlabel(label, color=GREY)
-    axes.grid(alpha=0.25)
-    axes.tick_params(colors=GREY)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
+    plain(axes)
 
 
 def main() -> None:
-    if not (found := sorted(RESULTS.glob("real_models_smollm2-*.json"))):
-        raise SystemExit(
-            f"{RESULTS} holds no real_models_smollm2-*.json: run benchmarks/real_models.py --model "
-            "smollm2 --save benchmarks/results"
-        )
-    draw(json.loads(found[-1].read_text(encoding="utf-8")), PICTURE)
+    file = newest("real_models_smollm2-*.json", "benchmarks/real_models.py --model smollm2")
+    draw(json.loads(file.read_text(encoding="utf-8")), PICTURE)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import matplotlib as mpl
 import wandb
+from draw_axes import GREY, plain
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,7 +34,6 @@ from tests.callbacks.wandb_files import OfflineRun, read_file  # noqa: E402
 
 KEPT = ROOT / "docs" / "dashboards" / "compare.tar.gz"
 PICTURES = ROOT / "docs" / "images"
-GREY = "#808080"  # is read on white and on black
 STYLES = ("-", "--", ":")  # of the rows of one strategy
 PERPLEXITY, TOKENS, SECONDS, MEMORY = (
     "val/perplexity",
@@ -154,11 +154,7 @@ def clear(axes: Axes, title: str, x: str, y: str = "") -> None:
     axes.set_title(title, color=GREY, fontsize=9)
     axes.set_xlabel(x, color=GREY)
     axes.set_ylabel(y, color=GREY)
-    axes.grid(alpha=0.25)
-    axes.tick_params(colors=GREY)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
+    plain(axes)
 
 
 def perplexities(axes: Axes, along: str = "y") -> None:

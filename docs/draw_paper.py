@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from draw_axes import newest
 from matplotlib.figure import Figure
 
+from sparsify.models.layer_names import block_number
 from sparsify.results.plots import heat_map
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "paper_figures.svg"
-NEWEST = sorted((ROOT / "benchmarks" / "results").glob("paper-*.json"))[-1]
 BLOCKS = ("wanda", "sparsegpt", "maskllm", "selfmask")
 MARKS = "os^D"
 
@@ -51,9 +52,9 @@ def course(axes: Any, content: dict[str, Any], value: str, title: str, label: st
 
 def norms(axes: Any, content: dict[str, Any]) -> None:
     for mark, name in zip(MARKS, BLOCKS, strict=True):
-        found: dict[int, list[float]] = {}
+        found: dict[int | None, list[float]] = {}
         for layer, state in content["runs"][name]["masks"]["layers"].items():
-            found.setdefault(int(layer.split(".")[2]), []).append(state["retained_norm"])
+            found.setdefault(block_number(layer), []).append(state["retained_norm"])
         means = [sum(found[block]) / len(found[block]) for block in sorted(found)]
         axes.plot(sorted(found), means, f"{mark}-", label=name)
     axes.set(xlabel="block", ylabel="L1 norm, of magnitude's", title="Figure 6: what masks keep")
@@ -61,7 +62,8 @@ def norms(axes: Any, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    content = json.loads(NEWEST.read_text(encoding="utf-8"))
+    file = newest("paper-*.json", "benchmarks/paper_table.py --folder FOLDER")
+    content = json.loads(file.read_text(encoding="utf-8"))
     mpl.rcParams.update({"svg.hashsalt": "sparsify", "font.size": 8, "legend.fontsize": 7})
     figure = Figure(figsize=(8, 8.4), layout="constrained")
     figure.set_facecolor("white")
