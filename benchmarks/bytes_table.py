@@ -69,7 +69,9 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
                 shapes = {layer: about.shape for layer, about in masked.items()}
             size, share = kept_bytes(export, shapes)
             results[name] = {"bytes": size, "kept": share, "budget_by": args.by, **result}
-    return results
+    size = sum(stored_bytes(shape, HALF, None) for shape in shapes.values())
+    dense = fit("dense", ["--strategy=dense", *common], args.folder)
+    return {"dense": {"bytes": size, "kept": 1.0, **dense}, **results}
 
 
 def main() -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-NEWEST = sorted((ROOT / "benchmarks" / "results").glob("compare-*.json"))[-1]
+
+
+def newest(files: str) -> Path:
+    return sorted((ROOT / "benchmarks" / "results").glob(files))[-1]
+
+
+NEWEST = newest("compare-*.json")
 RESULTS: dict[str, list[dict[str, Any]]] = json.loads(NEWEST.read_text())
 
 
@@ -77,6 +83,19 @@ def test_the_decision_table_holds_them() -> None:
         scores = [one["scores"]["overall"]["perplexity"] for one in RESULTS[row["take"]]]
         assert row["embedded model"] == spread(scores, 2), row["take"]
     assert NEWEST.name in (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
+
+
+def test_the_decision_table_has_what_7b_would_cost() -> None:
+    file = newest("plan_7b-*.json")
+    costs = json.loads(file.read_text())["rows"]
+    shown = [row for row in first_table(ROOT / "docs" / "which.md") if row["7B, GiB"]]
+    assert {row["take"] for row in shown} > {"wanda", "maskllm", "selfmask"}
+    for row in shown:
+        cost = costs[row["take"]]
+        digits = 0 if cost["hours"] > 1 else 2
+        assert row["7B, GiB"] == f"{cost['peak'] / 2**30:.1f}", row["take"]
+        assert row["7B, hours"] == f"{cost['hours']:,.{digits}f}", row["take"]
+    assert file.name in (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short_and_says_at_once_what_was_not_measured() -> None:
