@@ -191,7 +191,7 @@ def memory(maker: Callable[[Shapes], Any], shapes: Shapes) -> dict[str, float]:
 def measure(quick: bool, rounds: int) -> dict[str, Any]:
     """CPU seconds of all steps in turns, and their bytes a weight."""
     shapes = TINY if quick else Shapes()
-    taught = Distillation(1.0, hidden=0.1)
+    taught = Distillation(1.0, hidden=0.2)
     makers: dict[str, Callable[[Shapes], Any]] = {"dense": DenseStep}
     makers |= {name: partial(LearningStep, name) for name in [*learned(), *MORE]}
     makers |= {f"{n}, teacher": partial(LearningStep, n, distillation=taught) for n in TAUGHT}

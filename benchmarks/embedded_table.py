@@ -26,7 +26,7 @@ from rich.table import Table
 # The weight of block outputs that is best for selfmask is given to other distilled runs too.
 DISTILLED = [
     "--model.distillation.weight=1",
-    "--model.distillation.hidden.start=0.3",
+    "--model.distillation.hidden.start=0.5",
     "--model.distillation.hidden.end=0",
 ]
 NO_TEACHER = ["--model.distillation.weight=0", "--model.distillation.hidden=0"]

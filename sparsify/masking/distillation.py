@@ -26,10 +26,10 @@ class Distillation:
 
     The loss is ``(1 - weight) * cross-entropy + weight * temperature**2 * KL(dense || sparse)``,
     with both distributions at this temperature, plus ``hidden`` times the sum over decoder blocks
-    of ``|h - h_dense| / |h_dense|``, where h holds a block's outputs; the last block's is taken
-    after the final norm. The divergence is the mean over the tokens that predict targets; the norms
-    are over the same tokens. The square of the temperature keeps the size of the divergence's
-    gradient.
+    of ``|h - h_dense|**2 / |h_dense|**2``, where h holds a block's outputs; the last
+    block's is taken after the final norm. The divergence is the mean over the tokens that predict
+    targets; the squares are sums over the same tokens. The square of the temperature keeps the size
+    of the divergence's gradient.
 
     Args:
         weight: from 0 (no divergence) to 1 (no cross-entropy). The default is what the strategy
@@ -152,13 +152,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def relative_error(block_BTD: Tensor, dense_BTD: Tensor, targets_BT: Tensor | None) -> Tensor:
-    """``|h - h_dense| / |h_dense|`` over the outputs that predict targets, 0-d.
+    """``|h - h_dense|**2 / |h_dense|**2`` over the outputs that predict targets, 0-d.
 
-    Both norms are over all tokens. In large models a few tokens have outputs a thousand times as
-    large as all others (Sun et al., 2024, arXiv 2402.17762), on which the rest depends: a common
-    norm lets them count as much as they weigh. Dividing token by token instead made masks of
-    SmolLM2 worse (perplexity 126 where this gave 103). So did the ratio's square (100 where this
-    gave 92): its gradient falls with the error, and grows without bound where such a token is lost.
+    Both squares are summed over tokens. In large models a few tokens have outputs a thousand times
+    as large as all others (Sun et al., 2024, arXiv 2402.17762), on which the rest depends: a sum
+    lets them count as much as they weigh. Dividing token by token instead made masks of SmolLM2
+    worse (perplexity 126 where this gave 103).
     """
     counted_BT = None if targets_BT is None else targets_BT[:, 1:]
     return cast(
@@ -177,17 +176,14 @@ class _RelativeError(torch.autograd.Function):
         size_BT = dense_BTD.float().square().sum(-1)
         if counted_BT is not None:
             error_BT, size_BT = (x.masked_fill(~counted_BT, 0) for x in (error_BT, size_BT))
-        error, size = (x.sum().sqrt() for x in (error_BT, size_BT))
-        size = size.clamp(min=torch.finfo(torch.float32).tiny)
-        ctx.save_for_backward(block_BTD, dense_BTD, counted_BT, error, size)
-        return error / size
+        size = size_BT.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(block_BTD, dense_BTD, counted_BT, size)
+        return error_BT.sum() / size
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        block_BTD, dense_BTD, counted_BT, error, size = ctx.saved_tensors
-        # Where nothing differs the slope is 0, as that of ``norm`` is.
-        scale = torch.where(error > 0, grad / error / size, 0)
-        slope_BTD = (block_BTD.float() - dense_BTD).mul_(scale)
+        block_BTD, dense_BTD, counted_BT, size = ctx.saved_tensors
+        slope_BTD = (block_BTD.float() - dense_BTD).mul_(2 * grad / size)
         if counted_BT is not None:
             slope_BTD.masked_fill_(~counted_BT[..., None], 0)
         return slope_BTD.to(block_BTD.dtype), None, None

@@ -137,7 +137,7 @@ class Hand:
         loss = share * (p * (p.log() - log_q)).sum(-1).mean()
         for h, h_dense in zip(out.hidden_states[1:], wanted.hidden_states[1:], strict=True):
             apart, size = (h - h_dense.detach())[:, :-1], h_dense[:, :-1].detach()
-            loss = loss + hidden * apart.norm() / size.norm()
+            loss = loss + hidden * (apart.norm() / size.norm()).square()
         if share < 1:
             shifted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
             loss = loss + (1 - share) * F.cross_entropy(*shifted)

@@ -142,7 +142,7 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
                     x, y = h[b, t].tolist(), h_dense[b, t].tolist()
                     error += sum((i - j) ** 2 for i, j in zip(x, y, strict=True))
                     size += sum(j**2 for j in y)
-        total += math.sqrt(error / size)
+        total += error / size
     args = torch.tensor(2.5), student, teacher, targets
     for weight in (0.0, 0.4):
         without = Distillation(weight).mix(*args).item()
@@ -153,11 +153,8 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
     twin = block.detach().requires_grad_()
     counts = torch.ones(3, 15) if targets is None else targets[:, 1:].float()
     error, size = ((h.square().sum(-1)[:, :-1] * counts).sum() for h in (twin - dense[0], dense[0]))
-    (error / size).sqrt().backward()
+    (error / size).backward()
     torch.testing.assert_close(block.grad, twin.grad)
-    same = dense[0].clone().requires_grad_()
-    relative_error(same, dense[0], targets).backward()
-    assert not same.grad.any()
     nothing = torch.zeros(3, 16, dtype=torch.bool)
     assert Distillation(1.0, hidden=1.0).mix(*args[:3], nothing, blocks, dense).item() == 0
 
