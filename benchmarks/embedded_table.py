@@ -170,6 +170,8 @@ def table(results: Rows, title: str) -> Table:
             dense, prior = results["dense"][0], results["magnitude"][0]
             gap = spread([100 * gap_closed(row, prior, dense) for row in rows], 1) + " %"
         runs = [row["run"] for row in rows]
+        # Results of earlier versions may lack it.
+        memory = [run["peak_memory_gib"] for run in runs if "peak_memory_gib" in run]
         out.add_row(
             name,
             *perplexities,
@@ -178,7 +180,7 @@ def table(results: Rows, title: str) -> Table:
             str(runs[0]["steps"]),
             f"{spent(rows[0], 'tokens'):,}",
             spread([spent(row, "seconds") for row in rows], 0),
-            spread([run["peak_memory_gib"] for run in runs], 2),
+            spread(memory, 2) if memory else "",
         )
     return out
 

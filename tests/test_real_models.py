@@ -92,6 +92,9 @@ def test_rows_of_a_kept_file_are_not_run_again_and_all_are_saved(
         "dense, seed 0",
     ]
     (kept,) = first.iterdir()
+    rows = json.loads(kept.read_text())
+    del rows["selfmask"][0]["run"]["peak_memory_gib"]  # as earlier versions had it
+    kept.write_text(json.dumps(rows))
     made = run("--only", "dense", "selfmask", "wanda", f"--keep={kept}", f"--save={second}")
     assert made == ["dense, seed 0", "wanda, seed 0"]  # dense for its protocol
     assert list(results(second)) == ["dense", "wanda", "selfmask"]
