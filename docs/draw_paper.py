@@ -58,7 +58,8 @@ def norms(axes: Any, content: dict[str, Any]) -> None:
         means = [sum(found[block]) / len(found[block]) for block in sorted(found)]
         axes.plot(sorted(found), means, f"{mark}-", label=name)
     axes.set(xlabel="block", ylabel="L1 norm, of magnitude's", title="Figure 6: what masks keep")
-    axes.legend()
+    axes.margins(y=0.3)
+    axes.legend(loc="lower left", ncols=2)
 
 
 def main() -> None:
@@ -71,11 +72,16 @@ def main() -> None:
     four, six, five_a, five_b, eight = places.values()
     samples(four, content)
     norms(six, content)
-    title = "Figure 5a: share of weights that differ between draws"
-    course(five_a, content, "sample_change", title, "share")
-    title = "Figure 5b: probability of the likeliest mask"
-    course(five_b, content, "max_probability", title, "probability")
-    heat_map(eight, content["differences"], list(content["differences"]), ".0%", 7)
+    title = "Figure 5a: how much draws differ"
+    course(five_a, content, "sample_change", title, "share of weights")
+    title = "Figure 5b: how sure draws are"
+    course(five_b, content, "max_probability", title, "likeliest mask's probability")
+    short = {name: name.replace(", ", ",\n") for name in content["differences"]}
+    shares = {
+        short[row]: {short[column]: share for column, share in found.items()}
+        for row, found in content["differences"].items()
+    }
+    heat_map(eight, shares, list(shares), ".0%", 7)
     eight.set_title("Figure 8: share of weights that differ")
     for axes in (four, six, five_a, five_b):
         axes.grid(alpha=0.25)

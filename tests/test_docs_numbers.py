@@ -49,10 +49,16 @@ def places(node: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def in_tables(section: str) -> Iterator[str]:
-    """The numbers of a section's tables; the first cell of a row is its name."""
+    """The numbers of a section's tables. The first cell of a row is its name, and columns of what
+    a paper found are not ours.
+    """
+    head: list[str] = []
     for line in section.splitlines():
-        if line.startswith("|"):
-            yield from NUMBER.findall(line.split("|", 2)[2])
+        cells = line.strip().strip("|").split("|") if line.startswith("|") else []
+        head = head if head and cells else cells
+        for title, cell in zip(head[1:], cells[1:], strict=True):
+            if "paper" not in title:
+                yield from NUMBER.findall(cell)
 
 
 def is_known(number: str, sorted_known: list[float]) -> bool:
