@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from draw_axes import GREY, newest, plain
+from draw_axes import GREY, RESULTS, newest, plain
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,21 +22,18 @@ PANELS = {
     "embedded_selfmask": "embedded model, selfmask",
     "smollm2_wanda": "SmolLM2-135M, Wanda",
 }
+# By whether patterns were chosen by layer, and whether channels were permuted.
 LINES = {
-    "one pattern": (lambda name: not chosen(name) and not permuted(name), "#888888", "s"),
-    "one pattern, permuted": (lambda name: not chosen(name) and permuted(name), "#1f77b4", "^"),
-    "a pattern for each layer": (lambda name: chosen(name) and not permuted(name), "#ff7f0e", "o"),
-    "both": (lambda name: chosen(name) and permuted(name), "#d62728", "D"),
+    (False, False): ("one pattern", "#888888", "s"),
+    (False, True): ("one pattern, permuted", "#1f77b4", "^"),
+    (True, False): ("a pattern for each layer", "#ff7f0e", "o"),
+    (True, True): ("both", "#d62728", "D"),
 }
 TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
 
 
-def chosen(name: str) -> bool:
-    return name.startswith("budget")
-
-
-def permuted(name: str) -> bool:
-    return name.endswith("permuted")
+def line_of(name: str) -> tuple[bool, bool]:
+    return name.startswith("budget"), name.endswith("permuted")
 
 
 def perplexity(row: dict[str, Any]) -> float:
@@ -45,8 +42,8 @@ def perplexity(row: dict[str, Any]) -> float:
 
 def draw(axes: Axes, rows: dict[str, dict[str, Any]], title: str) -> None:
     dense = perplexity(rows["dense"])
-    for label, (is_of, colour, marker) in LINES.items():
-        own = [row for name, row in rows.items() if name != "dense" and is_of(name)]
+    for line, (label, colour, marker) in LINES.items():
+        own = [row for name, row in rows.items() if name != "dense" and line_of(name) == line]
         own.sort(key=lambda row: row["bytes"])
         places = [row["bytes"] / 2**20 for row in own]
         ratios = [perplexity(row) / dense for row in own]
@@ -64,8 +61,7 @@ def draw(axes: Axes, rows: dict[str, dict[str, Any]], title: str) -> None:
 def main() -> None:
     newest("bytes_embedded_wanda-*.json", "benchmarks/bytes_table.py --folder FOLDER")
     found = {
-        title: sorted((ROOT / "benchmarks" / "results").glob(f"bytes_{name}-*.json"))[-1:]
-        for name, title in PANELS.items()
+        title: sorted(RESULTS.glob(f"bytes_{name}-*.json"))[-1:] for name, title in PANELS.items()
     }
     shown = {title: files[0] for title, files in found.items() if files}
     mpl.rcParams.update({"svg.hashsalt": "sparsify", "font.size": 9})
