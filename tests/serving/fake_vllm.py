@@ -198,5 +198,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
     linear = sys.modules.pop("sparsify.serving.vllm_plugin.linear", None)
     if linear is not None:
         linear.LIBRARY._destroy()
+        # Else, once it is collected, it takes the operator of a later test from torch.ops.
+        linear.LIBRARY._op_defs.clear()
     for name in [n for n in sys.modules if n.startswith("sparsify.serving.vllm_plugin")]:
         del sys.modules[name]
