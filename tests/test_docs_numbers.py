@@ -1,7 +1,8 @@
-"""Numbers in the tables of the documentation are those of the results files that it links.
+"""Numbers of the documentation are those of the results files that it links.
 
-A section's tables are held to the files that the same section links. A section without such a link
-is not: it describes, or says itself that its figures were not kept.
+A section's tables and sentences are held to the files that the same section links. A section
+without such a link is not: it describes, or says itself that its figures were not kept. Settings
+are set as code, which is not looked at.
 """
 
 import json
@@ -19,7 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 LINK = re.compile(r"benchmarks/results/([\w.-]+\d\.json)")
 # With a decimal point, and no part of a version; of shares only those that a file holds.
 NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*\.\d+(?![\w.])(?! ?%)")
-UNITS = (1, 100, 2**-10, 2**-20, 2**-30)  # a share in percent, bytes in KiB, MiB, GiB
+# A share in percent; bytes in KiB, MiB, GiB; millions and billions.
+UNITS = (1, 100, 2**-10, 2**-20, 2**-30, 1e-6, 1e-9)
 
 
 def numbers(node: Any) -> Iterator[float]:
@@ -61,6 +63,25 @@ def in_tables(section: str) -> Iterator[str]:
                 yield from NUMBER.findall(cell)
 
 
+def in_sentences(section: str) -> Iterator[str]:
+    """The numbers of a section outside its tables, code, formulas and links."""
+    section = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)", "", section, flags=re.DOTALL)
+    for line in section.splitlines():
+        if not line.startswith("|"):
+            yield from NUMBER.findall(line)
+
+
+def changes(section: str) -> Iterator[tuple[float, float]]:
+    """(what is said, what it is) of rows that end with a change in percent: that from the cell two
+    before it to the cell before it.
+    """
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) >= 4 and re.fullmatch(r"[-+][\d.]+ %", cells[-1]):
+            before, after = (float(cell.split(" ")[0]) for cell in cells[-3:-1])
+            yield float(cells[-1].rstrip(" %")), 100 * (after / before - 1)
+
+
 def is_known(number: str, sorted_known: list[float]) -> bool:
     """Whether the number is one of these, rounded."""
     digits = len(number.split(".")[1])
@@ -77,7 +98,7 @@ def linked() -> Iterator[tuple[str, str, list[str]]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for section in re.split(r"^(?=#+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
             files = sorted(set(LINK.findall(section)))
-            if files and any(in_tables(section)):
+            if files and any(NUMBER.finditer(section)):
                 heading = section.split("\n", 1)[0].strip("# ")
                 yield f"{page.relative_to(ROOT)}: {heading}", section, files
 
@@ -90,8 +111,11 @@ SECTIONS = list(linked())
 )
 def test_numbers_are_of_the_linked_results(section: str, files: list[str]) -> None:
     known = sorted(x for name in files for x in numbers(json.loads((RESULTS / name).read_text())))
-    unknown = [number for number in in_tables(section) if not is_known(number, known)]
+    found = [*in_tables(section), *in_sentences(section)]
+    unknown = [number for number in found if not is_known(number, known)]
     assert unknown == [], f"not in {', '.join(files)}"
+    for said, is_so in changes(section):  # of numbers that are rounded themselves
+        assert said == pytest.approx(is_so, abs=0.1)
 
 
 def test_most_numbers_are_held_to_a_file() -> None:
