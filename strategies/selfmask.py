@@ -6,7 +6,7 @@ The dense model, which is the same frozen weights without the masks, is the teac
     forward    m = the N largest scores of each group; y = (w o m) x. No noise and no temperature
     backward   ds = w g - mean over the group of w g, where g is the gradient at the masked weight
     loss       KL(dense || sparse) + 0.2 sum over blocks of |h - h_dense|^2 / |h_dense|^2
-    step       Adam, whose second moment is one number a layer: the mean of ds^2
+    step       Adam, whose second moment is one number a row: the mean of ds^2
 
 The gradient is straight-through (Bengio et al., 2013, arXiv 1308.3432): to first order, ``w g`` is
 what keeping a weight adds to the loss, of dropped weights too. A group's scores count only relative
@@ -117,8 +117,8 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         scale: the first score of a weight of its layer's mean size.
         margin: what is added to the first scores of the weights that the prior keeps. Where it
             keeps a smaller weight instead of a larger one, only this tells their scores apart.
-        lr: the learning rate, in the scores' unit: the root mean square of a layer's first step,
-            and of later ones where the gradients of all steps agree.
+        lr: the learning rate, in the scores' unit: about the root mean square of a row's first
+            step, and of later ones where the gradients of all steps agree.
         momentum: the share of the mean gradient that is left after a step; beta_1 of Adam.
         decay: the share of the mean square that is left after a step; beta_2 of Adam.
         dtype: of the scores and of their momentum; in bfloat16 both together take four bytes a

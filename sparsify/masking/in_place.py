@@ -9,7 +9,7 @@ Who owns what: the Parameter is its owner's, the momentum is the optimizer's sta
 the momentum only, ``step`` the Parameter. Replicas (DDP) average gradients after backward; there
 they are kept until ``step``. Sharded ranks (FSDP2) have averaged a gradient before it is taken.
 
-Shapes: O rows of a tensor, E elements of a row.
+Shapes: O rows of a tensor, E elements of a row, K random sums of a row.
 """
 
 import math
@@ -32,39 +32,42 @@ from sparsify.masking.sharded_rows import first_row
 
 # Round this many numbers at once: some 200 MB of temporary tensors.
 AT_ONCE = 1 << 24
-SAMPLE = 1 << 16  # gradients of a tensor whose squares tell their size
+SUMS = 16  # random sums of a row's gradients whose squares tell the gradients' size
+FLOOR = 0.01  # a row's second moment counts as at least this share of the mean of all rows
 TINY = torch.finfo(torch.float32).tiny  # what divides by zero divides by this
 # The hooks of the newest optimizer of each Parameter; an older one must not take its gradients.
 _HOOKS: Any = WeakTensorKeyDictionary()
 
 
 class InPlaceMomentum(Optimizer):
-    """Adam (Kingma and Ba, 2015, arXiv 1412.6980), with one second moment for a whole tensor.
+    """Adam (Kingma and Ba, 2015, arXiv 1412.6980), with one second moment for each row.
 
     With both averages corrected for their start at zero, as Adam's are::
 
         v = momentum v + (1 - momentum) gradient
-        s = decay s + (1 - decay) mean(gradient**2)      one number a tensor
+        s = decay s + (1 - decay) mean(gradient**2)      one number a row
         x = x - lr v / sqrt(s)
 
-    So the first step is ``lr``, as a root mean square over the tensor, whatever the size of its
+    So the first step is ``lr``, as a root mean square over a row, whatever the size of its
     gradients: to clip them would change nothing. Later steps are as large as the steps' gradients
     agree: ``lr`` if they are equal, a quarter of it if they are noise and the momentum is 0.9.
-    Numbers with large gradients move first; under Adam all move by about one size.
+    In a row, numbers with large gradients move first; under Adam all move by about one size. Rows
+    with next to no gradients move less: s is taken as at least 0.01 of its mean over all rows.
 
-    Micro-batches of a step cannot be squared one by one, and their sum is not held. So that of a
-    fixed sample is: the mean square of a large tensor is that of some 65,000 of its numbers.
+    Micro-batches of a step cannot be squared one by one, and their sum is not held. So 16 sums of
+    each row are, with signs that are drawn anew for every step: the square of such a sum is on
+    average the sum of the squares (Achlioptas, 2003, doi 10.1016/S0022-0000(03)00025-4).
 
     Parameters in bfloat16 are rounded up or down at random, by chances that keep the mean: a step
     is often smaller than half of such a number's last place, and would be lost in rounding to the
     nearest.
 
     Args:
-        params: Parameters of one dimension or more, or groups of them.
+        params: Parameters whose first dimension is O, or groups of them.
         lr: the learning rate, in the Parameters' unit.
         momentum: the share of v that is left after a step.
         decay: the share of s that is left after a step.
-        seed: of the random rounding.
+        seed: of the random rounding and of the signs.
 
     Raises:
         SparsifyError: a setting is out of range.
@@ -85,11 +88,12 @@ class InPlaceMomentum(Optimizer):
             )
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
         self._seed = seed
-        # The samples of the coming step's gradients, fp32, of those that have got some.
-        self._samples: dict[nn.Parameter, Tensor] = {}
+        # The random sums [O, K] of the coming step's gradients, of those that have got some; fp32.
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._signs: dict[tuple[int, int, torch.device], Tensor] = {}
         for parameter in self._parameters():
             momentum_like = torch.zeros_like(parameter, requires_grad=False)
-            square = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            square = torch.zeros(len(parameter), device=parameter.device)
             self.state[parameter] = {"step": 0, "momentum": momentum_like, "square": square}
             if handle := _HOOKS.pop(parameter, None):
                 handle.remove()
@@ -101,13 +105,13 @@ class InPlaceMomentum(Optimizer):
         """Add a gradient, if there is one, to the momentum, and drop it."""
         if parameter.grad is None:
             return
-        gradient = local_rows(parameter.grad)
-        momentum = local_rows(self.state[parameter]["momentum"])
-        sample = gradient.flatten()[_sampled(parameter)]
-        if parameter in self._samples:
-            self._samples[parameter] += sample
+        gradient = _rows(parameter.grad)
+        momentum = _rows(self.state[parameter]["momentum"])
+        sums = gradient.float() @ self._signs_for(parameter, gradient)
+        if parameter in self._sums:
+            self._sums[parameter] += sums
         else:
-            self._samples[parameter] = sample.to(torch.float32, copy=True)
+            self._sums[parameter] = sums
             momentum.mul_(self._group_of(parameter)["momentum"])
         momentum.add_(gradient)
         parameter.grad = None
@@ -118,37 +122,48 @@ class InPlaceMomentum(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for parameter in self._parameters():
             self.take(parameter)
-        moving = {n: p for n, p in enumerate(self._parameters()) if p in self._samples}
-        squares = _mean_squares({p: self._samples[p] for p in moving.values()})
-        self._samples.clear()
+        moving = {n: p for n, p in enumerate(self._parameters()) if p in self._sums}
+        squares = _mean_squares({p: self._sums[p] for p in moving.values()})
+        self._sums.clear()
+        self._signs.clear()
         for (number, parameter), square in zip(moving.items(), squares, strict=True):
             self._move(parameter, self._rate(parameter, square), number)
         return loss
 
+    def _signs_for(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """1 and -1 at random, ``[E, K]``; the same for all gradients of a step."""
+        step, columns = self.state[parameter]["step"], gradient.shape[1]
+        place = (step, columns, gradient.device)
+        if place not in self._signs:
+            key = noise.fold("signs", self._seed, step)
+            uniform = noise.uniform(key, columns, SUMS, device=gradient.device)
+            self._signs[place] = uniform.sub_(0.5).sign_()
+        return self._signs[place]
+
     def _rate(self, parameter: nn.Parameter, square: Tensor) -> Tensor:
-        """Count a step and its mean square; by what to multiply the momentum, 0-d fp32."""
+        """Count a step and its mean squares; by what to multiply the momentum, fp32 ``[O]``."""
         state, group = self.state[parameter], self._group_of(parameter)
         state["step"] += 1
         # In place of v the sum v / (1 - momentum) is held, to which gradients add as they are.
         share = (1 - group["momentum"]) / (1 - group["momentum"] ** state["step"])
         state["square"].lerp_(square, 1 - group["decay"])
         found = state["square"] / (1 - group["decay"] ** state["step"])
-        return (group["lr"] * share / found.sqrt().clamp(min=TINY)).float()
+        found = found.clamp(min=FLOOR * found.mean()).sqrt_().clamp_(min=TINY)
+        return group["lr"] * share / found
 
     def _move(self, parameter: nn.Parameter, rate: Tensor, number: int) -> None:
-        """Subtract the momentum times a rate, 0-d; ``number`` tells Parameters apart."""
-        state = self.state[parameter]
-        values, momentum = local_rows(parameter), local_rows(state["momentum"])
+        """Subtract the momentum times a rate a row; ``number`` tells Parameters apart."""
+        state, row0 = self.state[parameter], first_row(parameter)
+        values, momentum = _rows(parameter), _rows(state["momentum"])
+        rate = rate[row0 : row0 + len(values), None]
         if values.dtype != torch.bfloat16:
             values.addcmul_(momentum, rate.to(values.dtype), value=-1)
         elif values.numel():
-            row0 = first_row(parameter)
             key = noise.fold("rounding", self._seed, state["step"], number)
-            values, momentum = (x.view(len(x), -1) for x in (values, momentum))
             count = max(1, AT_ONCE // values.shape[1])
             for start in range(0, len(values), count):
                 rows = slice(start, start + count)
-                moved = values[rows].float().addcmul_(momentum[rows], rate, value=-1)
+                moved = values[rows].float().addcmul_(momentum[rows], rate[rows], value=-1)
                 values[rows] = noise.round_to_bfloat16(moved, key, row0 + start)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -161,29 +176,29 @@ class InPlaceMomentum(Optimizer):
         """As of every optimizer; but mean squares keep their type, not that of the Parameter."""
         super().load_state_dict(state_dict)
         for number, parameter in enumerate(self._parameters()):
-            held = state_dict["state"][number]["square"]
-            self.state[parameter]["square"] = held.to(parameter.device, torch.float64, copy=True)
+            held = state_dict["state"][number]["square"]  # one for all rows in older checkpoints
+            rows = held.to(parameter.device, torch.float32).expand(len(parameter))
+            self.state[parameter]["square"] = rows.clone()
 
 
-def _sampled(parameter: nn.Parameter) -> slice:
-    """Which numbers of a tensor, flat, are in its sample: every k-th; here those that a process
-    holds.
-    """
-    columns, stride = math.prod(parameter.shape[1:]), max(1, parameter.numel() // SAMPLE)
-    while math.gcd(stride, columns) > 1:  # a common divisor would leave out whole columns
-        stride += 1
-    return slice(-first_row(parameter) * columns % stride, None, stride)
+def _rows(tensor: Tensor) -> Tensor:
+    """The rows ``[O, E]`` that this process holds."""
+    own = local_rows(tensor)
+    return own.view(len(own), math.prod(own.shape[1:]))
 
 
-def _mean_squares(samples: dict[nn.Parameter, Tensor]) -> list[Tensor]:
-    """The mean squares of the gradients of whole tensors, 0-d fp64, from all ranks' samples."""
-    if not samples:
-        return []
-    sums = torch.stack([s.double().square().sum() for s in samples.values()])
-    if isinstance(first := next(iter(samples)), DTensor):
-        dist.all_reduce(sums, group=first.device_mesh.get_group())
-    counts = [len(range(0, p.numel(), _sampled(p).step)) for p in samples]
-    return [total / count for total, count in zip(sums.unbind(), counts, strict=True)]
+def _mean_squares(sums: dict[nn.Parameter, Tensor]) -> list[Tensor]:
+    """The mean squares of each row's gradients, fp32 ``[O]``, of whole tensors: all ranks' rows."""
+    found = []
+    for parameter, own in sums.items():
+        squares, row0 = own.new_zeros(len(parameter)), first_row(parameter)
+        squares[row0 : row0 + len(own)] = own.square().mean(1) * len(parameter) / parameter.numel()
+        found.append(squares)
+    if sums and isinstance(first := next(iter(sums)), DTensor):
+        together = torch.cat(found)
+        dist.all_reduce(together, group=first.device_mesh.get_group())
+        found = list(together.split([len(squares) for squares in found]))
+    return found
 
 
 def _take(optimizer: InPlaceMomentum) -> Callable[[Tensor], None]:

@@ -40,17 +40,23 @@ def by_hand(
     beta: float,
     decay: float,
 ) -> list[np.ndarray[Any, Any]]:
-    """The same steps in numpy; ``steps`` holds the gradients of each step."""
+    """The same steps in numpy; ``steps`` holds the gradients of each step. Squares are estimated
+    by random sums, whose signs are made again here.
+    """
     values = [p.detach().double().numpy().copy() for p in params]
     v = [np.zeros_like(value) for value in values]
-    s = [0.0 for _ in values]
+    s = [np.zeros(len(value)) for value in values]
     for t, gradients in enumerate(steps, start=1):
         for k, gradient in enumerate(gradients):
             g = gradient.double().numpy()
+            rows = g.reshape(len(g), -1)
+            uniform = noise.uniform(noise.fold("signs", 0, t - 1), rows.shape[1], 16).numpy()
+            squares = (rows @ np.where(uniform > 0.5, 1.0, -1.0)) ** 2
             v[k] = beta * v[k] + (1 - beta) * g
-            s[k] = decay * s[k] + (1 - decay) * (g**2).mean()
+            s[k] = decay * s[k] + (1 - decay) * squares.mean(1) / rows.shape[1]
             mean, square = v[k] / (1 - beta**t), s[k] / (1 - decay**t)
-            values[k] -= lr * mean / np.sqrt(square)
+            size = np.sqrt(np.maximum(square, 0.01 * square.mean()))
+            values[k] -= lr * mean / size.reshape(-1, *[1] * (g.ndim - 1))
     return values
 
 
@@ -93,34 +99,64 @@ def test_steps_are_as_large_as_gradients_agree() -> None:
             loss([parameter], 0 if kind == "equal" else number).backward()
             optimizer.step()
             sizes.append(float((parameter.detach() - before).square().mean().sqrt()))
-    assert moved["equal"] == pytest.approx([0.02] * 100, rel=1e-4)
-    assert moved["random"][0] == pytest.approx(0.02, rel=1e-4)
+    # The size of gradients is an estimate, and better after some steps.
+    assert moved["equal"][:10] == pytest.approx([0.02] * 10, rel=0.3)
+    assert moved["equal"][50:] == pytest.approx([0.02] * 50, rel=0.02)
+    assert moved["random"][0] == pytest.approx(0.02, rel=0.3)
     noise_share = math.sqrt((1 - 0.9) / (1 + 0.9))  # of a mean with these weights
     assert moved["random"][-1] == pytest.approx(0.02 * noise_share, rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (90, 60), (13, 7), (4096,), (64, 16, 6)])
-def test_a_sample_tells_the_size_of_gradients(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shape", [(96, 64), (13, 7), (300, 1000)])
+def test_random_sums_tell_the_size_of_each_rows_gradients(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_place, "SAMPLE", 1 << 10)
+    generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.zeros(shape))
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    gradient[..., -1:] *= 10  # as one large input of a layer makes it
+    gradient = torch.randn(shape, generator=generator)
+    gradient *= 10 ** torch.randn(shape[0], 1, generator=generator)
+    gradient[:, -1:] *= 10  # as one large input of a layer makes it
+    optimizer = InPlaceMomentum([parameter], decay=0.999)
+    parts: dict[int, list[Tensor]] = {1: [], 3: []}
+    for _ in range(200):
+        for micro_batches, found in parts.items():
+            for _ in range(micro_batches):
+                (parameter * gradient).sum().div(micro_batches).backward()
+            [sums] = optimizer._sums.values()
+            found.append(sums.clone())
+            if micro_batches == 1:
+                optimizer._sums.clear()
+        optimizer.step()
+    # The sums of a step are those of its gradients' sum, whatever its parts.
+    torch.testing.assert_close(parts[1], parts[3], rtol=1e-3, atol=1e-2)
+    found = optimizer.state[parameter]["square"] / (1 - 0.999**200)
+    torch.testing.assert_close(found, gradient.square().mean(1), rtol=0.15, atol=0)
+    # Processes that hold some rows have the same sums between them.
     optimizer = InPlaceMomentum([parameter])
-    (parameter * gradient).sum().backward()
-    optimizer.step()
-    # The first step's mean square is the second moment, corrected for its start at zero.
-    found = float(optimizer.state[parameter]["square"]) / (1 - 0.99)
-    assert found == pytest.approx(float(gradient.square().mean()), rel=0.15)
-    # Processes that hold some rows have the same sample between them.
-    chosen = gradient.flatten()[in_place._sampled(parameter)]
-    parts = []
+    signs = optimizer._signs_for(parameter, gradient)
+    squares = []
     for rows in (slice(0, 3), slice(3, 4), slice(4, None)):
         monkeypatch.setattr(in_place, "first_row", lambda _, start=rows.start: start)
-        parts.append(gradient[rows].flatten()[in_place._sampled(parameter)])
-    assert torch.equal(torch.cat(parts), chosen)
-    assert len(chosen) > min(parameter.numel() - 1, 700)
+        squares += in_place._mean_squares({parameter: gradient[rows] @ signs})
+    monkeypatch.undo()
+    [whole] = in_place._mean_squares({parameter: gradient @ signs})
+    torch.testing.assert_close(torch.stack(squares).sum(0), whole)
+
+
+def test_rows_with_next_to_no_gradients_move_less() -> None:
+    parameter = nn.Parameter(torch.zeros(4, 64))
+    scale = torch.tensor([1.0, 1.0, 1e-3, 0.0])[:, None]
+    optimizer = InPlaceMomentum([parameter], lr=0.02, momentum=0.0)
+    for number in range(50):
+        before = parameter.detach().clone()
+        generator = torch.Generator().manual_seed(number)
+        (parameter * scale * torch.randn(4, 64, generator=generator)).sum().backward()
+        optimizer.step()
+    moved = (parameter.detach() - before).square().mean(1).sqrt()
+    assert moved[:2].tolist() == pytest.approx([0.02] * 2, rel=0.3)
+    # The mean square of all rows is a half, of which a hundredth counts: 0.02 * 1e-3 / sqrt(0.005)
+    assert float(moved[2]) == pytest.approx(0.02 * 1e-3 / 0.005**0.5, rel=0.3)
+    assert float(moved[3]) == 0
 
 
 def test_gradients_are_dropped_one_by_one() -> None:
@@ -203,7 +239,7 @@ def test_bf16_moves_on_average_by_less_than_its_last_place() -> None:
     for _ in range(10):  # half of the last place of 1 is 0.002 below it
         parameter.float().sum().backward()
         optimizer.step()
-    assert float(parameter.detach().float().mean()) == pytest.approx(1 - 1e-3, abs=1e-4)
+    assert float(parameter.detach().float().mean()) == pytest.approx(1 - 1e-3, abs=2e-4)
     assert len(parameter.unique()) > 1
 
 
