@@ -42,8 +42,6 @@ SMOLLM2 = ONE_SHOT | {
     "maskllm": recipe("maskllm"),
     "maskllm, distilled": recipe("maskllm", *SAME_TEACHER),
     "selfmask": recipe("selfmask"),
-    # With little text the start decides more than on the embedded model.
-    "selfmask, from swaps": recipe("selfmask", "--model.strategy.prior=swaps"),
     "selfmask, no teacher": recipe("selfmask", *NO_TEACHER),
     "selfmask, then fixed_mask": recipe("fixed_mask", "--model.strategy.prior={selfmask}"),
     "sr_ste, distilled": recipe("sr_ste"),
