@@ -1,5 +1,5 @@
 """Draws docs/images/smollm2_curve.svg from the newest real_models_smollm2-*.json of
-benchmarks/results.
+benchmarks/results, and from smollm2_table-*.json what that file has not.
 
 python docs/draw_curves.py
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from draw_axes import GREY, newest, plain
+from draw_axes import GREY, RESULTS, newest, plain
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -54,8 +54,13 @@ def finish(axes: Axes, label: str) -> None:
 
 
 def main() -> None:
-    file = newest("real_models_smollm2-*.json", "benchmarks/real_models.py --model smollm2")
-    draw(json.loads(file.read_text(encoding="utf-8")), PICTURE)
+    files = sorted(RESULTS.glob("smollm2_table-*.json"))[-1:]
+    files += [newest("real_models_smollm2-*.json", "benchmarks/real_models.py --model smollm2")]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        for name, rows in json.loads(file.read_text(encoding="utf-8")).items():
+            results[name] = rows if isinstance(rows, list) else [rows]
+    draw(results, PICTURE)
 
 
 if __name__ == "__main__":

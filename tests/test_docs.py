@@ -236,6 +236,22 @@ def test_a_result_table_has_all_rows_of_the_strategy(
     assert "| **ria** | not measured |" in hooks["results"].result_tables("ria", tmp_path)[0]
 
 
+def test_a_strategy_is_looked_for_in_earlier_tables_too(
+    hooks: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    def write(kind: str, *names: str) -> None:
+        rows = {name: [_result(name, 20)] for name in ("dense", *names)}
+        (tmp_path / f"{kind}-2026-01-01.json").write_text(json.dumps(rows))
+
+    write("smollm2_table", "wanda", "ria")
+    write("real_models_smollm2", "wanda")
+    for name, kind in (("wanda", "real_models_smollm2"), ("ria", "smollm2_table")):
+        (table,) = hooks["results"].result_tables(name, tmp_path)
+        assert f"results/{kind}-2026-01-01.json" in table
+    (table,) = hooks["results"].result_tables("admm", tmp_path)
+    assert "| **admm** | not measured |" in table
+
+
 def test_results_of_two_protocols_share_no_table(
     hooks: dict[str, ModuleType], tmp_path: Path
 ) -> None:

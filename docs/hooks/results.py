@@ -12,7 +12,7 @@ from sparsify.masking.registry import find_strategy
 
 MARKER = re.compile(r"<!-- result: (\w+) -->")
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"
-# Of each the newest file of the first kind that is there.
+# Of each the newest file of the first kind that has rows of the strategy, else of the last kind.
 TABLES = (("compare-*.json",), ("real_models_smollm2-*.json", "smollm2_table-*.json"))
 REFERENCES = ("dense", "magnitude")
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
@@ -38,9 +38,21 @@ def result_tables(name: str, folder: Path) -> list[str]:
         name: the strategy's short name.
         folder: with the files that the benchmarks saved.
     """
-    found = [[sorted(folder.glob(files))[-1:] for files in kinds] for kinds in TABLES]
-    newest = [next(filter(None, kinds), []) for kinds in found]
-    return [result_table(name, file) for files in newest for file in files]
+    tables = []
+    for kinds in TABLES:
+        newest = [file for kind in kinds for file in sorted(folder.glob(kind))[-1:]]
+        having = [file for file in newest if _own(name, _rows(file))]
+        tables += [result_table(name, file) for file in (having or newest[::-1])[:1]]
+    return tables
+
+
+def _rows(file: Path) -> Results:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {row: v if isinstance(v, list) else [v] for row, v in content.items()}
+
+
+def _own(name: str, results: Results) -> list[str]:
+    return [row for row, (result, *_) in results.items() if _is_of(name, result)]
 
 
 def result_table(name: str, file: Path) -> str:
@@ -49,9 +61,8 @@ def result_table(name: str, file: Path) -> str:
     Raises:
         SparsifyError: the rows were measured under different protocols.
     """
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    results: Results = {row: v if isinstance(v, list) else [v] for row, v in content.items()}
-    own = [row for row, (result, *_) in results.items() if _is_of(name, result)]
+    results = _rows(file)
+    own = _own(name, results)
     shown = dict.fromkeys([*(row for row in REFERENCES if row in results), *own])
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
     for row in shown:
