@@ -31,11 +31,13 @@ def draw(results: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     tokens, minutes = figure.subplots(1, 2, sharey=True)
     for name, colour in COLOURS.items():
         if name in results:
-            course = results[name][0]["history"]["validation"]
+            row = results[name][0]  # earlier ones have no times
+            course = row["history"]["validation"] if "history" in row else row["held_out_c4"]
             perplexities = [look["perplexity"] for look in course]
             line = {"color": colour, "marker": "o", "markersize": 3, "label": name}
             tokens.plot([look["tokens"] / 1000 for look in course], perplexities, **line)
-            minutes.plot([look["seconds"] / 60 for look in course], perplexities, **line)
+            if "history" in row:
+                minutes.plot([look["seconds"] / 60 for look in course], perplexities, **line)
     tokens.set_ylabel("perplexity of held-out C4", color=GREY)
     finish(tokens, "thousand tokens learned from")
     finish(minutes, "minutes of learning")
