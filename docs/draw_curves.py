@@ -41,7 +41,7 @@ def draw(results: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     tokens.set_ylabel("perplexity of held-out C4", color=GREY)
     finish(tokens, "thousand tokens learned from")
     finish(minutes, "minutes of learning")
-    minutes.legend(frameon=False, labelcolor="linecolor")
+    tokens.legend(frameon=False, labelcolor="linecolor")
     figure.savefig(picture, transparent=True, metadata={"Date": None})
 
 
