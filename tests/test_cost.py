@@ -129,8 +129,10 @@ def test_quick_parts_are_saved_and_drawn(
     assert not {"wanda", "sparsegpt"} & set(steps)
     assert steps["dense"]["blocks"] == 1
     assert steps["dense"]["held_bytes"] == pytest.approx(8, abs=0.1)  # AdamW's two moments
-    # Scores, momentum, and a bit; of rows as short as these also their second moments.
-    assert steps["selfmask"]["held_bytes"] == pytest.approx(8.125, abs=0.15)
+    # Scores, momentum, and a bit; and four bytes a row, of which these layers have many.
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
+    held = 8.125 + 4 * sum(rows for rows, _ in shapes) / sum(o * i for o, i in shapes)
+    assert steps["selfmask"]["held_bytes"] == pytest.approx(held, abs=0.02)
     assert oneshot["wanda, plain"]["share_of_plain"] == 1
     assert all(row["peak_bytes"] > 0 for row in oneshot.values())
     printed = capsys.readouterr().out

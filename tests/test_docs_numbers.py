@@ -98,7 +98,7 @@ def linked() -> Iterator[tuple[str, str, list[str]]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for section in re.split(r"^(?=#+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
             files = sorted(set(LINK.findall(section)))
-            if files and any(NUMBER.finditer(section)):
+            if files and NUMBER.search(section):
                 heading = section.split("\n", 1)[0].strip("# ")
                 yield f"{page.relative_to(ROOT)}: {heading}", section, files
 

@@ -155,6 +155,9 @@ def test_blocks_add_their_relative_errors(targets: Tensor | None) -> None:
     error, size = ((h.square().sum(-1)[:, :-1] * counts).sum() for h in (twin - dense[0], dense[0]))
     (error / size).backward()
     torch.testing.assert_close(block.grad, twin.grad)
+    same = dense[0].clone().requires_grad_()
+    relative_error(same, dense[0], targets).backward()
+    assert not same.grad.any()
     nothing = torch.zeros(3, 16, dtype=torch.bool)
     assert Distillation(1.0, hidden=1.0).mix(*args[:3], nothing, blocks, dense).item() == 0
 
