@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from embedded_table import SEEDED
-from kept_runs import check_protocol, exported, fit, save, spread
+from kept_runs import check_protocol, exported, fit, learn_in, save, spread
 from rich.console import Console
 from rich.table import Table
 from smollm2 import RECIPES, cut_wikitext, fetch_model
@@ -66,7 +66,7 @@ def smollm2_runs(general: Path, args: argparse.Namespace) -> dict[str, list[str]
         f"--config={RECIPES / f'smollm2_{args.strategy}.yaml'}",
         *data,
         "--data.validation=embedded:python",
-        f"--trainer.precision={args.precision}",
+        *learn_in(args.precision),
         f"--trainer.max_steps={args.steps}",
         f"--trainer.val_check_interval={args.steps // 2}",
         *([rate] if args.strategy == "maskllm" else []),
@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--general", type=Path, help="SmolLM2's general mask: an exported folder")
     parser.add_argument("--wikitext", type=Path, help="WikiText-2 text, to be measured beside")
     parser.add_argument("--steps", type=int, default=100, help="of learning on SmolLM2")
-    parser.add_argument("--precision", default="32-true", help="of learning on SmolLM2")
+    parser.add_argument(
+        "--precision", default="32-true", help="of learning on SmolLM2, not of the test"
+    )
     parser.add_argument("--only", nargs="+", help="these masks; then there is no table")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
     args = parser.parse_args()

@@ -66,7 +66,8 @@ def run_all(runs: Sequence[Run], folder: Path, jobs: int) -> Iterator[tuple[str,
 
 def fit(name: str, options: list[str], folder: Path, aloud: bool = True) -> dict[str, Any]:
     """The result of one ``sparsify fit``: of an earlier one of this name, where the folder has it;
-    a run that was stopped is resumed. Unless ``aloud``, what it prints goes to a file beside it.
+    a run that was stopped is resumed, and tested if it only learned. Unless ``aloud``, what it
+    prints goes to a file beside it.
     """
     root = _root(name, folder)
     with _RUNNING[root]:  # another thread may have started it
@@ -78,6 +79,12 @@ def fit(name: str, options: list[str], folder: Path, aloud: bool = True) -> dict
                 command = "export" if _is_trained(checkpoint) else "fit"
             _sparsify(name, [command, *options], root, aloud)
     return json.loads(result.read_text())
+
+
+def learn_in(precision: str) -> list[str]:
+    """Options of a run that learns in this precision; :func:`fit` tests it in float32."""
+    untested = [] if precision == "32-true" else ["--output.enabled=false"]
+    return [f"--trainer.precision={precision}", *untested]
 
 
 def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -> Path:

@@ -39,6 +39,7 @@ from kept_runs import (
     fit,
     from_export,
     is_kept,
+    learn_in,
     percent,
     read_rows,
     run_all,
@@ -94,7 +95,7 @@ def weight(name: str, args: argparse.Namespace) -> float:
 def learning(count: int, precision: str) -> list[str]:
     """Options of a row that learns, and whose course is to be drawn."""
     return [
-        f"--trainer.precision={precision}",
+        *learn_in(precision),
         f"--trainer.max_steps={count}",
         f"--trainer.val_check_interval={max(1, count // LOOKS)}",
         "--trainer.check_val_every_n_epoch=null",
@@ -212,7 +213,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         default="32-true",
-        help="of rows that learn; bf16-mixed is faster on GPUs and newer CPUs",
+        help="of learning, not of the test; bf16-mixed is faster on GPUs and newer CPUs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--selfmask", type=Path, help="what that row exported elsewhere")

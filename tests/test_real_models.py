@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from sparsify.cli.main import main
@@ -162,6 +163,35 @@ def test_a_row_that_starts_from_anothers_export_makes_it_first(
     real.run(name, 0, args)
     assert f"--model.strategy.prior={tmp_path}/given" in made.popitem()[1]
     assert not made
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_that_was_stopped_goes_on_and_is_tested_in_float32(
+    precision: str, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_runs = scripts("kept_runs")
+    commands: list[list[str]] = []
+
+    def sparsify(name: str, words: list[str], root: Path, aloud: bool) -> None:
+        commands.append(words)
+        folder = root / "runs/fit/version_0"
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        config = {"trainer": {"max_steps": 4}}
+        state = {"global_step": min(4, 2 * len(commands)), "hyper_parameters": {"config": config}}
+        torch.save(state, folder / "checkpoints/last.ckpt")
+        tests = words[0] == "export" or "--output.enabled=false" not in commands[0]
+        if state["global_step"] == 4 and tests:
+            (folder / "result.json").write_text('{"scores": 1}')
+
+    monkeypatch.setattr(kept_runs, "_sparsify", sparsify)
+    options = ["--strategy=selfmask", *kept_runs.learn_in(precision)]
+    assert kept_runs.fit("a, b", options, tmp_path) == {"scores": 1}
+    again = f"--ckpt_path={tmp_path}/a-b/runs/fit/version_0/checkpoints/last.ckpt"
+    # A precision is taken from a checkpoint only by what goes on learning.
+    export = [["export", again]] if precision == "bf16-mixed" else []
+    assert commands == [["fit", *options], ["fit", again], *export]
+    assert kept_runs.fit("a, b", options, tmp_path) == {"scores": 1}
+    assert len(commands) == 2 + len(export)
 
 
 # -- tables and curves -----------------------------------------------------------------------------
