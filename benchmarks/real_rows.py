@@ -5,7 +5,7 @@ from smollm2 import RECIPES
 
 CONFIGS = RECIPES.parent
 # The teacher of the recipe of selfmask.
-SAME_TEACHER = ["--model.distillation.weight=1", "--model.distillation.hidden=0.2"]
+SAME_TEACHER = ["--model.distillation.weight=1"]
 
 # Rows of the embedded model, as they are.
 ONE_SHOT = {

@@ -5,7 +5,7 @@ The dense model, which is the same frozen weights without the masks, is the teac
                kept ones get a margin more
     forward    m = the N largest scores of each group; y = (w o m) x. No noise and no temperature
     backward   ds = w g - mean over the group of w g, where g is the gradient at the masked weight
-    loss       KL(dense || sparse) + 0.2 sum over blocks of |h - h_dense|^2 / |h_dense|^2
+    loss       KL(dense || sparse), over the vocabulary; no cross-entropy
     step       Adam, whose second moment is one number a row: the mean of ds^2
 
 The gradient is straight-through (Bengio et al., 2013, arXiv 1308.3432): to first order, ``w g`` is
@@ -109,7 +109,7 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
     """Learns one score a weight over frozen weights; the dense model teaches.
 
     Unless the run says otherwise (``--model.distillation``), the loss is the divergence from the
-    dense model, plus 0.2 times the errors of its blocks' outputs, and no cross-entropy.
+    dense model alone.
 
     Args:
         prior: the masks from which learning starts: a strategy by name or as an object, a mask file
@@ -125,7 +125,7 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
             weight.
     """
 
-    distillation = Distillation(weight=1.0, hidden=0.2)
+    distillation = Distillation(weight=1.0)
 
     def __init__(
         self,

@@ -186,7 +186,7 @@ def test_steps_are_those_of_the_equations(
     strategy = SelfMask("magnitude", lr=0.02)
     module = built(strategy, tokenizer, distillation=distillation)
     if distillation == Distillation():
-        assert module.distillation == Distillation(1.0, 1.0, 0.2)
+        assert module.distillation == Distillation(1.0, 1.0, 0.0)
     hand = Hand(module)
     first = dict(hard_masks(module.lm))
     steps = train(module, text, tmp_path)
