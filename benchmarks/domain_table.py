@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedded_table import SEEDED
+from embedded_table import SEEDED, slim
 from kept_runs import check_protocol, exported, fit, learn_in, save, spread
 from rich.console import Console
 from rich.table import Table
@@ -138,6 +138,7 @@ def main() -> None:
     check_protocol([run for row in rows.values() for runs in row.values() for run in runs])
     title = f"Perplexity of each domain under its mask, {args.model}, {args.strategy}"
     Console(width=120).print(table(rows, title))
+    rows = {name: slim(results) for name, results in rows.items()}
     save(rows, args.save, f"domain_{args.model}_{args.strategy}")
 
 

@@ -20,6 +20,10 @@ from sparsify.common.files import write_json
 
 Rows = dict[str, list[dict[str, Any]]]  # results by a row's name, one for each seed
 
+# Steps between checkpoints. It divides no run's steps, so that the last one is saved at the end,
+# after the last validation, and holds that too.
+EVERY = 37
+
 _RUNNING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -83,8 +87,8 @@ def fit(name: str, options: list[str], folder: Path, aloud: bool = True) -> dict
 
 def learn_in(precision: str) -> list[str]:
     """Options of a run that learns in this precision; :func:`fit` tests it in float32."""
-    untested = [] if precision == "32-true" else ["--output.enabled=false"]
-    return [f"--trainer.precision={precision}", *untested]
+    untested = ["--output.enabled=false", f"--checkpoint.every_n_steps={EVERY}"]
+    return [f"--trainer.precision={precision}", *(untested if precision != "32-true" else [])]
 
 
 def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -> Path:
