@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from embedded_table import SEEDED
+from embedded_table import SEEDED, slim
 from kept_runs import check_protocol, exported, fit, overrides, save
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +104,7 @@ def main() -> None:
         cells = f"{100 * row['kept']:.1f} %", f"{row['bytes'] / 2**20:.2f}", f"{perplexity:.2f}"
         table.add_row(name, *cells)
     Console(width=100).print(table)
+    slim({name: [row] for name, row in results.items()})  # changes the rows themselves
     save(results, args.save, f"bytes_{args.model}_{args.strategy}")
 
 
