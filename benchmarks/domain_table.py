@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="32-true", help="of learning on SmolLM2, not of the test"
     )
-    parser.add_argument("--only", nargs="+", help="these masks; then there is no table")
+    parser.add_argument("--only", nargs="+", help="these masks")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -133,8 +133,6 @@ def main() -> None:
     for seed in args.seeds:
         for (name, domain), result in results(args, seed):
             rows.setdefault(name, {}).setdefault(domain, []).append(result)
-    if args.only:
-        return
     check_protocol([run for row in rows.values() for runs in row.values() for run in runs])
     title = f"Perplexity of each domain under its mask, {args.model}, {args.strategy}"
     Console(width=120).print(table(rows, title))
