@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from embedded_table import SEEDED, slim
-from kept_runs import check_protocol, exported, fit, overrides, save
+from embedded_table import SEEDED
+from kept_runs import check_protocol, exported, fit, overrides, save, slim
 from rich.console import Console
 from rich.table import Table
 from smollm2 import data_options, fetch_model
@@ -68,10 +68,10 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
                 masked = sound_manifest(export).layers
                 shapes = {layer: about.shape for layer, about in masked.items()}
             size, share = kept_bytes(export, shapes)
-            results[name] = {"bytes": size, "kept": share, "budget_by": args.by, **result}
+            results[name] = {"bytes": size, "kept": share, "budget_by": args.by, **slim(result)}
     size = sum(stored_bytes(shape, HALF, None) for shape in shapes.values())
     dense = fit("dense", ["--strategy=dense", *common], args.folder)
-    return {"dense": {"bytes": size, "kept": 1.0, **dense}, **results}
+    return {"dense": {"bytes": size, "kept": 1.0, **slim(dense)}, **results}
 
 
 def main() -> None:
@@ -104,7 +104,6 @@ def main() -> None:
         cells = f"{100 * row['kept']:.1f} %", f"{row['bytes'] / 2**20:.2f}", f"{perplexity:.2f}"
         table.add_row(name, *cells)
     Console(width=100).print(table)
-    slim({name: [row] for name, row in results.items()})  # changes the rows themselves
     save(results, args.save, f"bytes_{args.model}_{args.strategy}")
 
 

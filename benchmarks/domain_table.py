@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedded_table import SEEDED, slim
-from kept_runs import check_protocol, exported, fit, learn_in, save, spread
+from embedded_table import SEEDED
+from kept_runs import check_protocol, exported, fit, learn_in, save, slim, spread
 from rich.console import Console
 from rich.table import Table
 from smollm2 import RECIPES, cut_wikitext, fetch_model
@@ -132,11 +132,10 @@ def main() -> None:
     rows: Rows = {}
     for seed in args.seeds:
         for (name, domain), result in results(args, seed):
-            rows.setdefault(name, {}).setdefault(domain, []).append(result)
+            rows.setdefault(name, {}).setdefault(domain, []).append(slim(result))
     check_protocol([run for row in rows.values() for runs in row.values() for run in runs])
     title = f"Perplexity of each domain under its mask, {args.model}, {args.strategy}"
     Console(width=120).print(table(rows, title))
-    rows = {name: slim(results) for name, results in rows.items()}
     save(rows, args.save, f"domain_{args.model}_{args.strategy}")
 
 

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import kept_runs
-from kept_runs import Rows, check_protocol, fit, from_export, overrides, save, share_cores, spread
+from kept_runs import (
+    Rows,
+    check_protocol,
+    fit,
+    from_export,
+    overrides,
+    save,
+    share_cores,
+    slim,
+    spread,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -185,14 +195,6 @@ def table(results: Rows, title: str) -> Table:
     return out
 
 
-def slim(results: Rows) -> Rows:
-    """The results without what is known of single layers, which is most of them."""
-    for rows in results.values():
-        for row in rows:
-            (row["masks"] or {}).pop("layers", None)
-    return results
-
-
 def run_name(name: str, seed: int) -> str:
     return f"{name}, seed {seed}"
 
@@ -247,14 +249,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         for (name, _), result in zip(rows, run_all(rows, args), strict=True):
-            results.setdefault(name, []).append(result)
+            results.setdefault(name, []).append(slim(result))
     if args.only:
         return
     check_protocol([row for rows in results.values() for row in rows])
     title = "Test perplexity of the embedded model"
     Console(width=max(160, Console().width)).print(table(results, title))
     print(GAP)
-    save(slim(results), args.save, "compare")
+    save(results, args.save, "compare")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from sparsify.common.files import write_json
 
 Rows = dict[str, list[dict[str, Any]]]  # results by a row's name, one for each seed
 
-# Steps between checkpoints. It divides no run's steps, so that the last one is saved at the end,
-# after the last validation, and holds that too.
+# Steps between checkpoints. It divides no usual number of steps, so that the last one is saved at
+# the end, after the last validation, and holds that too.
 EVERY = 37
 
 _RUNNING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
@@ -189,6 +189,12 @@ def check_protocol(results: list[dict[str, Any]]) -> None:
     """Stop if the results were measured in different ways."""
     if len({json.dumps(result["protocol"], sort_keys=True) for result in results}) != 1:
         raise SystemExit("these results were measured under different protocols; clear the folder")
+
+
+def slim(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without what is known of single layers, which is most of it."""
+    masks = result["masks"]  # None of a model without masks
+    return result | {"masks": masks and {k: v for k, v in masks.items() if k != "layers"}}
 
 
 def save(results: dict[str, Any], folder: Path | None, name: str) -> None:

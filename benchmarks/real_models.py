@@ -29,7 +29,7 @@ from typing import Any
 
 from continuation_tasks import embedded_texts, write_tasks
 from domain_table import DOMAINS, embedded_data
-from embedded_table import GAP, SEEDED, WITHOUT_SEED, slim, table
+from embedded_table import GAP, SEEDED, WITHOUT_SEED, table
 from kept_runs import (
     Rows,
     Run,
@@ -46,6 +46,7 @@ from kept_runs import (
     save,
     saved_today,
     share_cores,
+    slim,
 )
 from real_rows import MOE, ONE_SHOT, OWN_STEPS, SMOLLM2, STEPS
 from rich.console import Console
@@ -254,7 +255,7 @@ def main() -> None:
     ]
     for ended, result in run_all(runs, args.folder, args.jobs):
         check_kept(results, result["protocol"])
-        results = united(results, slim({names[ended]: [result]}), list(RUNS[args.model]))
+        results = united(results, {names[ended]: [slim(result)]}, list(RUNS[args.model]))
         save(results, args.save, name)
     show(results, f"Test perplexity of {TITLES[args.model]}, 2:4")
 
