@@ -42,6 +42,7 @@ SMOLLM2 = ONE_SHOT | {
     "maskllm": recipe("maskllm"),
     "maskllm, distilled": recipe("maskllm", *SAME_TEACHER),
     "selfmask": recipe("selfmask"),
+    "selfmask, twice the steps": recipe("selfmask"),
     "selfmask, no teacher": recipe("selfmask", *NO_TEACHER),
     "selfmask, then fixed_mask": recipe("fixed_mask", "--model.strategy.prior={selfmask}"),
     "sr_ste, distilled": recipe("sr_ste"),
@@ -55,4 +56,4 @@ MOE = {name: ONE_SHOT[name] for name in EXPERTS} | {
 }
 # Of learned rows, where --steps does not say; a recipe may have its own.
 STEPS = {"smollm2": 240, "moe": 300}
-OWN_STEPS = {"maskpro": 40}
+OWN_STEPS = {"maskpro": 40, "selfmask, twice the steps": 480}
