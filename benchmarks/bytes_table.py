@@ -61,7 +61,7 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
             chosen = overrides(f"budget{order}", options, args.folder)
             rows[f"budget {kept}{order}"] = [f"--config={chosen}"]
         for name, own in rows.items():
-            run = f"{args.strategy}, {name.replace(':', '_')}"
+            run = f"{args.strategy}, {name}"
             result = fit(run, [*plain, *own, *permute], args.folder)
             export = exported(run, args.folder)
             if not shapes:  # one pattern for all: no layer is left dense

@@ -7,7 +7,9 @@ results as one JSON file, for ``make compare``, which then makes the report of t
     python benchmarks/embedded_table.py --all --seeds 0 1 2 --jobs 2 --folder work --save .
 
 Results are kept in the folder; what it holds is not run again. Rows of ``EXTRA`` answer questions
-of single pages of the documentation, and run when they are named (``--only``).
+of single pages of the documentation, and run when they are named, into a file of their own::
+
+    python benchmarks/embedded_table.py --only dense "selfmask, 1:4" --save . --name patterns
 """
 
 import argparse
@@ -102,6 +104,20 @@ EXTRA: dict[str, list[str]] = {
     },
     "maskllm, permuted": ["--strategy=maskllm", "--model.permute=all"],
     "selfmask, permuted": ["--strategy=selfmask", "--model.permute=all"],
+    **{
+        f"{name}, {pattern}": [*RUNS[name], f"--model.pattern={pattern}"]
+        for pattern in ("1:4", "4:8")
+        for name in ("magnitude", "swaps", "maskllm", "selfmask")
+    },
+    **{
+        f"{name}, 1:4, from swaps": [
+            *RUNS[name],
+            "--model.pattern=1:4",
+            "--model.strategy.prior=swaps",
+        ]
+        for name in ("maskllm", "selfmask")
+    },
+    "selfmask, 8:16": ["--strategy=selfmask", "--model.pattern=8:16"],
     "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
     "maskpro, leave-one-out": [
         "--strategy=maskpro",
@@ -116,12 +132,9 @@ EXTRA: dict[str, list[str]] = {
 }
 SEEDED = ("model", "data", "model.calibration")
 WITHOUT_SEED = ("dense", "magnitude")  # nothing random enters
-# Those before the first that learns, in both tables.
-ONE_SHOT = tuple(
-    name
-    for rows in (RUNS, EXTRA)
-    for name in itertools.takewhile(lambda name: not name.startswith("maskllm"), rows)
-)
+# Strategies before the first that learns.
+METHODS = tuple(itertools.takewhile(lambda name: name != "maskllm", RUNS))
+ONE_SHOT = tuple(name for name in RUNS | EXTRA if name.split(", ")[0] in METHODS)
 GAP = "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
 DEMO = ("dense", "magnitude", "maskllm")
 # The course of a run, for the report: five validations, and 15 looks at the masks.
@@ -235,7 +248,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="so many at a time, a core for each")
     parser.add_argument("--folder", type=Path, help="where runs are kept; the default is nowhere")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")
+    parser.add_argument("--name", help="of that file, where --only names its rows")
     args = parser.parse_args()
+    if args.only and args.save and not args.name:
+        parser.error("--only with --save needs --name: a part must not take the place of the whole")
     os.environ["HF_HUB_OFFLINE"] = "1"
     share_cores(args.jobs)
     names = args.only or (list(RUNS) if args.all else DEMO)
@@ -250,13 +266,11 @@ def main() -> None:
         args.folder = (args.folder or Path(temporary)).resolve()
         for (name, _), result in zip(rows, run_all(rows, args), strict=True):
             results.setdefault(name, []).append(slim(result))
-    if args.only:
-        return
     check_protocol([row for rows in results.values() for row in rows])
     title = "Test perplexity of the embedded model"
     Console(width=max(160, Console().width)).print(table(results, title))
     print(GAP)
-    save(results, args.save, "compare")
+    save(results, args.save, args.name or "compare")
 
 
 if __name__ == "__main__":

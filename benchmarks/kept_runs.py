@@ -170,7 +170,7 @@ def exported(name: str, folder: Path) -> Path:
 
 def _root(name: str, folder: Path) -> Path:
     """Where the run of this name is kept."""
-    return folder / name.replace(", ", "-").replace(" ", "_")
+    return folder / name.replace(", ", "-").replace(" ", "_").replace(":", "_")
 
 
 def _newest(root: Path, what: str) -> Path | None:
