@@ -65,7 +65,7 @@ def expand(args: Sequence[str]) -> list[str]:
         )
     if names_code(rest):
         allow_current_folder()
-    run_name, logger, root = command, "csv", _root_in_configs(rest) or RUNS
+    run_name, logger, root = _run_name(rest, command), "csv", _root(rest)
     before: list[str] = []
     after: list[str] = []
     for word in rest:
@@ -90,8 +90,8 @@ def expand(args: Sequence[str]) -> list[str]:
                 path = newest_whole(Path(value))
                 word = f"{flag}={path}"
                 settings = _settings(path, command in LEARNS, named_classes(rest))
-                if command == "fit" and not given & {*STRATEGY_FLAGS}:
-                    run_name = settings["model"]["strategy"]["class_path"].rpartition(".")[2]
+                if command == run_name == "fit" and not given & {*STRATEGY_FLAGS}:
+                    run_name = _class_name(settings["model"]["strategy"]["class_path"])
                 before.append(f"--config={json.dumps(settings)}")
             after.append(word)
     if command in ("fit", BUDGET) and not asks:
@@ -108,19 +108,39 @@ def expand(args: Sequence[str]) -> list[str]:
     return [command, *_logger(logger, run_name.lower(), root), *before, *after]
 
 
-def _root_in_configs(words: Sequence[str]) -> str | None:
-    """The ``default_root_dir`` of the last config that sets it; the parser checks the configs."""
-    found: str | None = None
+def _in_configs(words: Sequence[str], *keys: str) -> Any:
+    """The value at these nested keys in the last config that sets it, or None; the parser checks
+    the configs.
+    """
+    found = None
     for word in words:
         flag, _, path = word.partition("=")
         if flag == "--config":
             try:
-                said = yaml_text.load(Path(path).read_text(encoding="utf-8"))
-                value = said["trainer"]["default_root_dir"]
+                value = yaml_text.load(Path(path).read_text(encoding="utf-8"))
+                for key in keys:
+                    value = value[key]
             except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
                 continue
-            found = str(Path(value).expanduser()) if isinstance(value, str) else found
+            found = value
     return found
+
+
+def _root(words: Sequence[str]) -> str:
+    """Where results go, as far as configs say."""
+    root = _in_configs(words, "trainer", "default_root_dir")
+    return str(Path(root).expanduser()) if isinstance(root, str) else RUNS
+
+
+def _run_name(words: Sequence[str], command: str) -> str:
+    """The strategy of a run that a config names; other commands have their own name."""
+    strategy = _in_configs(words, "model", "strategy") if command in ("fit", BUDGET) else None
+    path = strategy.get("class_path") if isinstance(strategy, dict) else strategy
+    return _class_name(path) if isinstance(path, str) else command
+
+
+def _class_name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _only_overrides(word: str) -> bool:

@@ -395,3 +395,23 @@ def test_results_go_where_a_config_says(tmp_path: Path) -> None:
     assert f"--trainer.logger.save_dir={tmp_path}/other" in words
     with pytest.raises(SparsifyError, match="run.yaml is no folder that can be written to; give"):
         expand(["fit", "--strategy=dense", f"--trainer.default_root_dir={config}/below"])
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "class_path: sparsify.strategies.wanda.Wanda",
+        "sparsify.strategies.wanda.Wanda",
+        "Wanda",
+    ],
+)
+def test_a_run_has_the_name_of_the_strategy_in_its_config(strategy: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    inner = f"\n    {strategy}" if ":" in strategy else f" {strategy}"
+    config.write_text(f"model:\n  strategy:{inner}\n")
+    assert "--trainer.logger.name=wanda" in expand(["fit", f"--config={config}"])
+    named = expand(["fit", "--strategy=magnitude", f"--config={config}"])
+    assert "--trainer.logger.name=magnitude" in named
+    assert "--trainer.logger.name=test" in expand(["test", f"--config={config}"])
+    config.write_text("model:\n  pattern: '2:4'\n")
+    assert "--trainer.logger.name=fit" in expand(["fit", f"--config={config}"])
