@@ -136,7 +136,7 @@ WITHOUT_SEED = ("dense", "magnitude")  # nothing random enters
 METHODS = tuple(itertools.takewhile(lambda name: name != "maskllm", RUNS))
 ONE_SHOT = tuple(name for name in RUNS | EXTRA if name.split(", ")[0] in METHODS)
 GAP = "gap closed: share of magnitude's loss over dense, in nats a token, that was learned away"
-DEMO = ("dense", "magnitude", "maskllm")
+DEMO = ("dense", "magnitude", "selfmask")
 # The course of a run, for the report: five validations, and 15 looks at the masks.
 WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
 STEPS = {"maskpro": 600, "maskpro, leave-one-out": 600}
