@@ -117,6 +117,9 @@ EXTRA: dict[str, list[str]] = {
         ]
         for name in ("maskllm", "selfmask")
     },
+    "wanda, 8:16": ["--strategy=wanda", "--model.pattern=8:16"],
+    "wanda, budget of 16": ["--strategy=wanda", "--config={budget_16}"],
+    "selfmask, budget of 16": ["--strategy=selfmask", "--config={budget_16}"],
     "selfmask, 8:16": ["--strategy=selfmask", "--model.pattern=8:16"],
     "sr_ste, same teacher": ["--strategy=sr_ste", *DISTILLED],
     "maskpro, leave-one-out": [
@@ -141,15 +144,17 @@ DEMO = ("dense", "magnitude", "selfmask")
 WATCHED = ["--history.at_start=true", "--trainer.check_val_every_n_epoch=null"]
 STEPS = {"maskpro": 600, "maskpro, leave-one-out": 600}
 STEPS |= {f"maskllm, {n} steps": n for n in (10, 30, 100)}
-# What takes the place of a word in braces: the export of a row, or what `sparsify budget` chose.
-BUDGET = [
-    "--kept=0.5",
-    "--strategy=wanda",
-    "--unit=layer",
-    "--windows=16",
-    "--rounds=1",
-    "--patterns=[dense,6:8,5:8,2:4,3:8,1:4]",
-]
+# In braces, such a word stands for what this search with `sparsify budget` chose; the name of a row
+# stands for what that row exported.
+SEARCH = ["--kept=0.5", "--unit=layer", "--windows=16", "--rounds=1"]
+BUDGETS = {
+    "budget": [*SEARCH, "--strategy=wanda", "--patterns=[dense,6:8,5:8,2:4,3:8,1:4]"],
+    "budget_16": [
+        *SEARCH,
+        "--strategy=swaps",
+        "--patterns=[dense,14:16,12:16,10:16,8:16,6:16,4:16]",
+    ],
+}
 
 
 def watched(name: str) -> list[str]:
@@ -223,9 +228,10 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     if any("{selfmask}" in option for option in options):
         run("selfmask", seed, args)
         options = from_export(options, "selfmask", run_name("selfmask", seed), args.folder)
-    if any("{budget}" in option for option in options):
-        chosen = overrides("budget", BUDGET, args.folder, aloud)
-        options = [option.replace("{budget}", str(chosen)) for option in options]
+    for word, search in BUDGETS.items():
+        if f"--config={{{word}}}" in options:
+            chosen = overrides(word, search, args.folder, aloud)
+            options = [option.replace(f"{{{word}}}", str(chosen)) for option in options]
     options = [*options, "--logger=csv", *(watched(name) if args.all else [])]
     options += [f"--{part}.seed={seed}" for part in SEEDED]
     return fit(run_name(name, seed), options, args.folder, aloud)
