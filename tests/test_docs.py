@@ -1,13 +1,14 @@
 """The documentation builds, refers to no other host, and says what the code says."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -169,23 +170,38 @@ def test_the_front_page_in_a_browser(site: Path, tmp_path: Path) -> None:
                 page.screenshot(tmp_path / f"{width}-{'dark' if dark else 'light'}.png")
 
 
-# -- the hooks -------------------------------------------------------------------------------------
+# -- tables that are written into pages ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def hooks(site: Path) -> dict[str, ModuleType]:
-    return {name: sys.modules[f"docs/hooks/{name}.py"] for name in ("settings", "results", "links")}
+def tables() -> Iterator[Callable[[str], ModuleType]]:
+    sys.path.insert(0, str(DOCS))
+    yield importlib.import_module
+    sys.path.remove(str(DOCS))
 
 
-def test_a_settings_table_has_defaults_choices_and_meanings(hooks: dict[str, ModuleType]) -> None:
-    table = hooks["settings"].settings_table("sr_ste")
+@pytest.mark.parametrize("path", sorted((DOCS / "strategies").glob("*.md")), ids=lambda p: p.stem)
+def test_tables_are_as_the_code_and_the_newest_results_say(
+    path: Path, tables: Callable[[str], ModuleType]
+) -> None:
+    page = path.read_text()
+    assert page == tables("fill_pages").filled(page), "run python docs/fill_pages.py"
+    if path.stem != "index":
+        kinds = re.findall(rf"<!-- (settings|result): {path.stem} -->", page)
+        assert (kinds, page.count("<!-- end -->")) == (["settings", "result"], 2)
+
+
+def test_a_settings_table_has_defaults_choices_and_meanings(
+    tables: Callable[[str], ModuleType],
+) -> None:
+    table = tables("fill_settings").settings_table("sr_ste")
     assert "| `decay` | `10.0` | Lambda, of dropped weights, which keeps" in table
     assert "| `prior` | `null` |" in table
     assert "One of `every_step`, `never`. |" in table
-    assert "| `tau` | `4` to `0.05`, linear |" in hooks["settings"].settings_table("maskllm")
-    assert hooks["settings"].settings_table("wanda") == "It has no settings of its own.\n"
+    assert "| `tau` | `4` to `0.05`, linear |" in tables("fill_settings").settings_table("maskllm")
+    assert tables("fill_settings").settings_table("wanda") == "It has no settings of its own.\n"
     with pytest.raises(SparsifyError, match="there is no strategy 'mask_llm'"):
-        hooks["settings"].settings_table("mask_llm")
+        tables("fill_settings").settings_table("mask_llm")
 
 
 def _result(name: str, perplexity: float, seed: int = 0, windows: int = 5) -> dict[str, Any]:
@@ -210,7 +226,7 @@ def _result(name: str, perplexity: float, seed: int = 0, windows: int = 5) -> di
 
 
 def test_a_result_table_has_all_rows_of_the_strategy(
-    hooks: dict[str, ModuleType], tmp_path: Path
+    tables: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     rows = {
         "dense": [_result("dense", 20)],
@@ -222,22 +238,22 @@ def test_a_result_table_has_all_rows_of_the_strategy(
     for day, dense in ((1, 99), (2, 20)):
         rows["dense"] = [_result("dense", dense)]
         (tmp_path / f"compare-2026-01-0{day}.json").write_text(json.dumps(rows))
-    (table,) = hooks["results"].result_tables("sr_ste", tmp_path)
+    (table,) = tables("fill_results").result_tables("sr_ste", tmp_path)
     assert "| dense | 20.00 | 1,000 | 12 |  |  |" in table
     assert "| **sr_ste** | 25.00 ± 1.41 | 1,000 | 12 |  |  |" in table
     assert "| **sr_ste, distilled** | 23.00 |" in table
     assert "wanda" not in table
     assert "hash `0123456789ab`), float32; 2:4; test text bible: 5 windows of 16 tokens" in table
-    assert "up to 2 seeds (`benchmarks/results/compare-2026-01-02.json`)" in table
+    assert "up to 2 seeds ([results](../../benchmarks/results/compare-2026-01-02.json))" in table
     assert (
         "| **wanda** | 50.00 | 1,000 | 12 | 3 |"
-        in hooks["results"].result_tables("wanda", tmp_path)[0]
+        in tables("fill_results").result_tables("wanda", tmp_path)[0]
     )
-    assert "| **ria** | not measured |" in hooks["results"].result_tables("ria", tmp_path)[0]
+    assert "| **ria** | not measured |" in tables("fill_results").result_tables("ria", tmp_path)[0]
 
 
 def test_a_strategy_is_looked_for_in_earlier_tables_too(
-    hooks: dict[str, ModuleType], tmp_path: Path
+    tables: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     def write(kind: str, *names: str) -> None:
         rows = {name: [_result(name, 20)] for name in ("dense", *names)}
@@ -246,30 +262,42 @@ def test_a_strategy_is_looked_for_in_earlier_tables_too(
     write("smollm2_table", "wanda", "ria")
     write("real_models_smollm2", "wanda")
     for name, kind in (("wanda", "real_models_smollm2"), ("ria", "smollm2_table")):
-        (table,) = hooks["results"].result_tables(name, tmp_path)
+        (table,) = tables("fill_results").result_tables(name, tmp_path)
         assert f"results/{kind}-2026-01-01.json" in table
-    (table,) = hooks["results"].result_tables("admm", tmp_path)
+    (table,) = tables("fill_results").result_tables("admm", tmp_path)
     assert "| **admm** | not measured |" in table
 
 
+def test_each_text_of_a_real_model_has_its_column(
+    tables: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    result = _result("wanda", 52)
+    result["scores"] |= {"wikitext": {"perplexity": 47.5}, "c4": {"perplexity": 65.25}}
+    file = tmp_path / "real_models_smollm2-2026-01-01.json"
+    file.write_text(json.dumps({"wanda": [result], "notes": {"windows": 3}}))
+    table = tables("fill_results").result_table("wanda", file)
+    assert "| | WikiText-2 | held-out C4 | tokens trained on |" in table
+    assert "| **wanda** | 47.50 | 65.25 | 1,000 |" in table
+
+
 def test_results_of_two_protocols_share_no_table(
-    hooks: dict[str, ModuleType], tmp_path: Path
+    tables: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     rows = {"dense": [_result("dense", 20)], "wanda": [_result("wanda", 50, windows=4)]}
     file = tmp_path / "compare-2026-01-01.json"
     file.write_text(json.dumps(rows))
     with pytest.raises(SparsifyError, match="measured under different protocols"):
-        hooks["results"].result_table("wanda", file)
+        tables("fill_results").result_table("wanda", file)
 
 
-def test_links_out_of_the_documentation_become_names(hooks: dict[str, ModuleType]) -> None:
+def test_links_out_of_the_documentation_become_names(site: Path) -> None:
     class Where:
         def __init__(self, src_uri: str) -> None:
             self.file = self
             self.src_uri = src_uri
 
     markdown = "[a](../benchmarks/a.json) [b](../b.md)"
-    rename = hooks["links"].on_page_markdown
+    rename = sys.modules["docs/hooks/links.py"].on_page_markdown
     assert rename(markdown, page=Where("x.md")) == "a (`benchmarks/a.json`) b (`b.md`)"
     assert rename(markdown, page=Where("strategies/x.md")) == markdown
 

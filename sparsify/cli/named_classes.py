@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sparsify.masking.registry import find_strategy
+from sparsify.masking.registry import find_strategy, import_path
 
 STRATEGY_FLAGS = ("--strategy", "--model.strategy")
 # The options that may name a class by its import path.
@@ -32,8 +32,7 @@ def named_classes(words: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for flag, value in _options(words):
         if flag in STRATEGY_FLAGS and not value.startswith("{"):
-            cls = find_strategy(value)
-            found.add(f"{cls.__module__}.{cls.__qualname__}")
+            found.add(import_path(find_strategy(value)))
         elif flag.startswith(_FLAGS[:2]):
             found |= set(_texts(_read(value)))
         elif flag == "--config":

@@ -21,6 +21,7 @@ from sparsify.masking.registry import (
     STRATEGIES,
     allow_current_folder,
     find_strategy,
+    import_path,
     plugins,
     strategy_name,
 )
@@ -34,6 +35,7 @@ LOGGERS = {
     "wandb": "lightning.pytorch.loggers.WandbLogger",
 }
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # one of them
+STRATEGY_HELP = "--model.strategy.help"
 RUNS = "runs"
 BUDGET = "budget"  # the command, and the name of its folder
 LEARNS = ("fit", "plan")  # commands of a run that learns, and resumes if given a checkpoint
@@ -46,7 +48,8 @@ def expand(args: Sequence[str]) -> list[str]:
     If neither a config nor a model is named, the strategy's packaged config, made for the embedded
     model, comes first; a strategy named by its import path gets it too. ``--logger NAME`` becomes
     ``--trainer.logger``; the default is ``csv``. ``--devices N`` becomes ``--trainer.devices``, and
-    ``--shard`` ``--trainer.strategy fsdp``. With ``--ckpt_path`` the settings of the checkpoint's
+    ``--shard`` ``--trainer.strategy fsdp``. ``--model.strategy.help`` takes a short name too, and
+    without one that of ``--strategy``. With ``--ckpt_path`` the settings of the checkpoint's
     run come first, so that the command line overrides them. If the command line names a class or a
     config, modules in the current folder can be imported.
 
@@ -65,6 +68,7 @@ def expand(args: Sequence[str]) -> list[str]:
         )
     if names_code(rest):
         allow_current_folder()
+    rest = _helped(rest)
     run_name, logger, root = _run_name(rest, command), "csv", _root(rest)
     before: list[str] = []
     after: list[str] = []
@@ -82,7 +86,7 @@ def expand(args: Sequence[str]) -> list[str]:
         elif flag in STRATEGY_FLAGS and not value.startswith("{"):
             cls = find_strategy(value)
             run_name = cls.__name__
-            after.append(f"--model.strategy={cls.__module__}.{cls.__qualname__}")
+            after.append(f"--model.strategy={import_path(cls)}")
             if not given & {"--config", "--model.name_or_path", "--ckpt_path"}:
                 before += _packaged_config(strategy_name(cls))
         else:
@@ -197,6 +201,21 @@ def _split(args: Sequence[str]) -> list[str]:
             word = f"{'--config' if word == '-c' else word}={value}"
         out.append(word)
     return out
+
+
+def _helped(words: list[str]) -> list[str]:
+    """Give ``--model.strategy.help [NAME]`` the class's path; the default is ``--strategy``'s."""
+    start = next((i for i, word in enumerate(words) if word.startswith(STRATEGY_HELP)), None)
+    if start is None:
+        return words
+    name, after = words[start].partition("=")[2], words[start + 1 :]
+    if not name and after and not after[0].startswith("-"):
+        name, after = after[0], after[1:]
+    for word in [] if name else words:
+        flag, _, value = word.partition("=")
+        name = value if flag in STRATEGY_FLAGS else name
+    asked = f"{STRATEGY_HELP}={import_path(find_strategy(name))}" if name else STRATEGY_HELP
+    return [*words[:start], asked, *after]
 
 
 def _listed(args: Sequence[str]) -> list[str]:

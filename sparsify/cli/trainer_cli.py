@@ -46,7 +46,8 @@ OWN = ("config", "ckpt_path")
 SHORT_FORMS = f"""
 
 --strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
-import path such as my_package.MyStrategy. --logger NAME (csv, tensorboard or wandb) stands for
+import path such as my_package.MyStrategy; with --model.strategy.help the strategy's own settings
+are shown. --logger NAME (csv, tensorboard or wandb) stands for
 --trainer.logger. --devices N stands for --trainer.devices, and --shard for --trainer.strategy fsdp,
 which shards weights and masks over the devices.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's

@@ -73,9 +73,14 @@ def find_strategy(name: str) -> type[SparsityStrategy]:
     return found
 
 
+def import_path(cls: type[SparsityStrategy]) -> str:
+    """The path by which ``--strategy`` can name a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def strategy_name(cls: type[SparsityStrategy]) -> str:
     """The short name of a strategy class; its class name if it is no entry point."""
-    return short_name(f"{cls.__module__}.{cls.__qualname__}")
+    return short_name(import_path(cls))
 
 
 def short_name(path: str) -> str:

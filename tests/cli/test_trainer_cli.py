@@ -415,3 +415,23 @@ def test_a_run_has_the_name_of_the_strategy_in_its_config(strategy: str, tmp_pat
     assert "--trainer.logger.name=test" in expand(["test", f"--config={config}"])
     config.write_text("model:\n  pattern: '2:4'\n")
     assert "--trainer.logger.name=fit" in expand(["fit", f"--config={config}"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "wanda", "--model.strategy.help"],
+        ["--model.strategy.help", "Wanda"],
+        ["--model.strategy.help=sparsify.strategies.wanda.Wanda"],
+        ["--strategy=magnitude", "--model.strategy.help", "wanda"],
+    ],
+)
+def test_the_settings_of_a_strategy_are_asked_for_by_its_name(words: list[str]) -> None:
+    assert "--model.strategy.help=sparsify.strategies.wanda.Wanda" in expand(["fit", *words])
+
+
+def test_help_of_an_unknown_strategy_is_an_error_and_without_a_name_it_is_left() -> None:
+    with pytest.raises(SparsifyError, match="did you mean 'wanda'"):
+        expand(["fit", "--model.strategy.help", "wandb"])
+    assert "--model.strategy.help" in expand(["fit", "--model.strategy.help"])
+    assert "--model.strategy.help" in expand(["fit", "--model.strategy.help", "--devices=1"])

@@ -1,7 +1,6 @@
-"""Tables of what was measured, made from the newest results: ``<!-- result: maskllm -->``."""
+"""Tables of what was measured, made from the newest results; ``fill_pages.py`` writes them."""
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,25 +9,24 @@ from typing import Any
 from sparsify.common.errors import SparsifyError
 from sparsify.masking.registry import find_strategy
 
-MARKER = re.compile(r"<!-- result: (\w+) -->")
-FOLDER = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 # Of each the newest file of the first kind that has rows of the strategy, else of the last kind.
-TABLES = (("compare-*.json",), ("real_models_smollm2-*.json", "smollm2_table-*.json"))
+TABLES = (
+    ("compare-*.json",),
+    ("real_models_smollm2-*.json", "smollm2_maskpro-*.json", "smollm2_table-*.json"),
+)
+# The texts whose perplexities are shown: of the embedded model the mean over its three, of SmolLM2
+# each, since not all files have both.
+TEXTS = {"overall": "test perplexity", "wikitext": "WikiText-2", "c4": "held-out C4"}
 REFERENCES = ("dense", "magnitude")
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
-    "test perplexity": lambda result: result["scores"]["overall"]["perplexity"],
     "tokens trained on": lambda result: result["run"]["tokens"],
     "training, s": lambda result: result["run"]["seconds"],
     "calibration, s": lambda result: (result["run"]["calibration"] or {}).get("seconds"),
     "peak GiB": lambda result: result["run"].get("peak_memory_gib"),
 }
-DIGITS = dict(zip(COLUMNS, (2, 0, 0, 0, 2), strict=True))
+DIGITS = dict(zip(COLUMNS, (0, 0, 0, 2), strict=True))
 
 Results = dict[str, list[dict[str, Any]]]
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return MARKER.sub(lambda found: "\n\n".join(result_tables(found[1], FOLDER)), markdown)
 
 
 def result_tables(name: str, folder: Path) -> list[str]:
@@ -48,7 +46,8 @@ def result_tables(name: str, folder: Path) -> list[str]:
 
 def _rows(file: Path) -> Results:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return {row: v if isinstance(v, list) else [v] for row, v in content.items()}
+    rows = {row: v if isinstance(v, list) else [v] for row, v in content.items()}
+    return {row: results for row, results in rows.items() if "run" in results[0]}
 
 
 def _own(name: str, results: Results) -> list[str]:
@@ -64,15 +63,29 @@ def result_table(name: str, file: Path) -> str:
     results = _rows(file)
     own = _own(name, results)
     shown = dict.fromkeys([*(row for row in REFERENCES if row in results), *own])
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    measured = [result for row in shown for result in results[row]]
+    texts = _texts(measured[0])
+    columns = [*(TEXTS[text] for text in texts), *COLUMNS]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for row in shown:
-        cells = [_spread(map(get, results[row]), DIGITS[column]) for column, get in COLUMNS.items()]
+        cells = [_spread([_perplexity(one, text) for one in results[row]], 2) for text in texts]
+        cells += [_spread(map(get, results[row]), DIGITS[name]) for name, get in COLUMNS.items()]
         lines.append(f"| {f'**{row}**' if row in own else row} | {' | '.join(cells)} |")
     if not own:
-        lines.append(f"| **{name}** | not measured |" + " |" * (len(COLUMNS) - 1))
-    measured = [result for row in shown for result in results[row]]
-    lines += ["", f"{_protocol(measured, file)} (`benchmarks/results/{file.name}`)."]
-    return "\n".join(lines) + "\n"
+        lines.append(f"| **{name}** | not measured |" + " |" * (len(columns) - 1))
+    link = f"[results](../../benchmarks/results/{file.name})"
+    return "\n".join([*lines, "", f"{_protocol(measured, file)} ({link})."]) + "\n"
+
+
+def _texts(result: dict[str, Any]) -> list[str]:
+    """Those whose perplexities are shown."""
+    single = [text for text in TEXTS if text in result["scores"] and text != "overall"]
+    return single or ["overall"]
+
+
+def _perplexity(result: dict[str, Any], text: str) -> float:
+    found: float = result["scores"][text]["perplexity"]
+    return found
 
 
 def _is_of(name: str, result: dict[str, Any]) -> bool:

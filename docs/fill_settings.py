@@ -1,8 +1,8 @@
-"""Tables of settings, made from the strategies themselves: ``<!-- settings: maskllm -->``."""
+"""Tables of settings, made from the strategies themselves; ``fill_pages.py`` writes them."""
 
 import inspect
 import re
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
@@ -10,17 +10,12 @@ from sparsify.masking.registry import find_strategy
 from sparsify.masking.schedule import Schedule
 from sparsify.masking.strategy import SparsityStrategy
 
-MARKER = re.compile(r"<!-- settings: (\w+) -->")
 NONE = "It has no settings of its own.\n"
 HEAD = """Each is given as `--model.strategy.NAME VALUE`.
 
 | name | default | meaning |
 |---|---|---|
 """
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return MARKER.sub(lambda found: settings_table(found[1]), markdown)
 
 
 def settings_table(name: str) -> str:
