@@ -42,6 +42,7 @@ RUNS: dict[str, list[str]] = {
     "admm": ["--strategy=admm"],
     "swaps": ["--strategy=swaps"],
     "selfmask": ["--strategy=selfmask", *SMALL, *LEARN],
+    "selfmask, scores in float32": ["--strategy=selfmask", *LEARN],
     "selfmask, no teacher": ["--strategy=selfmask", *SMALL, *LEARN, *NO_TEACHER],
     "maskllm": ["--strategy=maskllm", *LEARN],
     "maskllm, distilled": ["--strategy=maskllm", *LEARN, *SAME_TEACHER],

@@ -9,6 +9,6 @@ class MyStrategy(SparsityStrategy):
     def calibrate(self, blocks):
         for block in blocks:
             for name, layer in block.layers.items():
-                size = layer.weight_OI.abs()
+                size = layer.weight_OI.float().abs()
                 score = size / size.sum(0) + size / size.sum(1, keepdim=True)
                 yield name, LayerResult(layer.masker.pattern.top(score))
