@@ -19,7 +19,7 @@ from sparsify.common.signals import Interrupted
 from sparsify.data import TextDataModule
 from sparsify.export.folder import export, mask_lineage
 from sparsify.export.mask_file.file import write_masks
-from sparsify.masking.layer import layer_patterns, masked_layers
+from sparsify.masking.layer import layer_patterns, masked_layers, put_back
 from sparsify.masking.registry import CALLBACKS, make_strategy, plugins
 from sparsify.masking.strategy import SparsityStrategy
 from sparsify.models.load_checks import check_model
@@ -197,8 +197,7 @@ def _restored_on_failure(model: PreTrainedModel, weights: bool) -> Iterator[None
     try:
         yield
     except BaseException:
-        for name in masked_layers(model):
-            model.set_submodule(name, modules[name])
+        put_back(model, modules)
         for module, flag, value in flags:
             setattr(module, flag, value)
         for parameter, requires_grad in learned:

@@ -20,6 +20,7 @@ from sparsify.export import folder, read_back
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.training.build import calibrate
 from tests.conftest import tiny_llama
+from tests.tiny_models import tiny_gpt_oss, tiny_mixtral
 
 
 def test_a_model_object_learns_masks_and_exports(
@@ -184,6 +185,22 @@ def test_a_failed_run_gives_the_model_back(
     assert len(again.masks()) == 14
     assert process() == around
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["maskllm", "sr_ste"])
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt_oss])
+def test_a_failed_run_gives_experts_back(make, tokenizer, text: Path, name: str) -> None:
+    model = make().train()
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16, batch_size=4)
+    options: Any = {"steps": 2, "calibration": sparsify.Calibration(samples=4, cache=False)}
+    before, way = state(model), model.config._experts_implementation
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    failing = {"enable_progress_bar": False, "callbacks": [Fails(KeyboardInterrupt())]}
+    with pytest.raises(KeyboardInterrupt):
+        sparsify.sparsify(model, name, data, tokenizer, trainer=failing, **options)
+    assert state(model) == before
+    assert model.config._experts_implementation == way
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_a_failed_calibration_gives_the_model_back(

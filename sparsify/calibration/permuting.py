@@ -26,7 +26,7 @@ from sparsify.common.machine import device_name
 from sparsify.common.ranks import from_rank_zero
 from sparsify.common.replace import whole_file
 from sparsify.common.seal import sealed
-from sparsify.masking.layer import masked_layers
+from sparsify.masking.layer import put_back
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.select import Selection
 from sparsify.masking.strategy import SparsityStrategy
@@ -126,11 +126,7 @@ def _masked_for(
         masked.check_called()
         yield masked
     finally:
-        for name, layer in masked_layers(base.model).items():
-            if name in plain:
-                base.model.set_submodule(name, plain[name])
-            else:  # experts
-                layer.leave(base.model, name)
+        put_back(base.model, plain)
 
 
 def _wanted(base: BaseModel, kinds: Sequence[Kind]) -> dict[str, Part]:

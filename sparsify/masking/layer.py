@@ -255,6 +255,17 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     }
 
 
+def put_back(model: nn.Module, plain: Mapping[str, nn.Module]) -> None:
+    """Give the places of all masked layers back to the modules that were there. Stacks of experts,
+    which are no modules of their own, get their Parameters back.
+    """
+    for name, layer in masked_layers(model).items():
+        if name in plain:
+            model.set_submodule(name, plain[name])
+        else:
+            layer.leave(model, name)
+
+
 def maskers(layers: Mapping[str, MaskedLinear]) -> dict[Masker, Tensor]:
     """Each masker once, with the weight ``[O, I]`` that it masks. Layers that share a weight also
     share its masker.
