@@ -100,7 +100,8 @@ def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -
     with _RUNNING[root]:
         if not done.exists():
             root.mkdir(parents=True, exist_ok=True)
-            words = ["budget", *options, f"--output.folder={root.resolve()}"]
+            place = [f"--output.folder={root.resolve()}", "--output.overwrite=true"]
+            words = ["budget", *options, *place]
             _sparsify(f"{name}, {options[0]}", words, root, aloud)
             (root / "overrides.yaml").rename(done)
     return done.resolve()

@@ -18,7 +18,7 @@ from sparsify.models.token_batch import split_batch
 from sparsify.results.budget import report
 from sparsify.results.budget.bank import Bank
 from sparsify.results.budget.goal import Goal
-from sparsify.results.budget.measure import SCORES, Scores, spread
+from sparsify.results.budget.measure import SCORES, Scores, check_ours, spread
 from sparsify.results.budget.prefix import Batch, Prefix
 from sparsify.results.budget.search import Search
 from sparsify.results.budget.units import Choice, make_units
@@ -26,12 +26,13 @@ from sparsify.results.result import describe_protocol
 from sparsify.training.build import calibrate
 
 T = TypeVar("T")
+LEAST = 2  # windows: of one, no error can be told
 MORE = 4  # times as many windows for a whole choice as for a change
 
 
 class MeasureBudget(Callback):
-    """Finds the choice that a goal asks for, and writes it to the run's folder, or to that of
-    ``--output.folder``.
+    """Finds the choice that a goal asks for, and writes it to a new ``version_N`` in the run's
+    folder, or to ``--output.folder``. What was measured is kept in the folder itself, for all.
 
     Args:
         goal: what is asked for.
@@ -48,14 +49,24 @@ class MeasureBudget(Callback):
                 f"{trainer.world_size} processes: a budget is measured by one; give "
                 "--trainer.devices 1"
             )
+        output = find(trainer, EvaluateAndExport)
+        for name in (SCORES, *report.FILES) if output.folder and not output.overwrite else ():
+            # Measurements of an earlier start are ours, and go on.
+            if name == SCORES:
+                check_ours(Path(output.folder) / name)
+            elif (file := Path(output.folder) / name).exists():
+                raise SparsifyError(
+                    f"{file} exists, and stays; give another --output.folder, or "
+                    "--output.overwrite true"
+                )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
             trainer.progress_bar_callback.finish()
         goal, masked, out = self.goal, pl_module.masked, console(trainer)
         own = find(trainer, EvaluateAndExport).folder
-        folder = Path(own) if own else run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        root = Path(own) if own else run_folder(trainer)
+        root.mkdir(parents=True, exist_ok=True)
         bank = Bank(masked, lambda: calibrate(pl_module, trainer))
         stored = masked.base.stored_dtype.itemsize
         units = make_units(masked.layers, goal, stored, pl_module.device)
@@ -71,13 +82,18 @@ class MeasureBudget(Callback):
             "dtype": pl_module.scored_dtype,
             "device": pl_module.device.type,
         }
-        scores = Scores(folder / SCORES, context, bank)
+        scores = Scores(root / SCORES, context, bank)
         for pattern in goal.patterns:
             if pattern is not None:
                 bank.add(pattern)
         blocks = decoder_blocks(masked.model)
         few = Prefix(blocks, self._windows(trainer, 1), losses)
         many = Prefix({}, self._windows(trainer, MORE), losses)  # whole choices: no block is equal
+        if min(_count(few), _count(many)) < LEAST:
+            raise SparsifyError(
+                f"the validation text has {_count(many)} window(s), and a budget compares choices "
+                f"over at least {LEAST}; give more text, or a smaller --data.block_size"
+            )
 
         def together(choice: Choice) -> Tensor:
             return scores(bank.calibrated(units.patterns(choice)), many)
@@ -98,7 +114,12 @@ class MeasureBudget(Callback):
             "measured": scores.measured,
         }
         given = pl_module.selection.overrides.describe()
+        folder = root if own else report.next_version(root)
         path = folder / report.OVERRIDES
+        words = self.words
+        if masked.base.permutation is not None:  # fit would search orders for the chosen patterns
+            masked.base.permutation.write(folder)
+            words = [*report.without(words, "model.permute"), f"--model.permute={folder}"]
         report.write_overrides(path, units, found, goal, given)
         report.write_record(folder / report.RECORD, units, found, goal, about)
         title = f"{type(pl_module.strategy).__name__} on {masked.base.name}"
@@ -112,7 +133,7 @@ class MeasureBudget(Callback):
         except ImportError:
             out.print(r"no figure, as Matplotlib is missing: pip install 'sparsify-llm\[plot]'")
         out.print(f"result in {folder}", soft_wrap=True)
-        out.print(f"next: {report.next_command(self.words, path)}", soft_wrap=True, markup=False)
+        out.print(f"next: {report.next_command(words, path)}", soft_wrap=True, markup=False)
 
     def _windows(self, trainer: Any, more: int) -> list[Batch]:
         loaders = trainer.datamodule.val_dataloader()

@@ -34,6 +34,8 @@ from sparsify.masking.masker import Draw, Masker
 from sparsify.masking.pattern import NMPattern
 from sparsify.masking.strategy import LayerResult, SparsityStrategy
 
+LARGEST = 1_000  # scale and margin; scores are usually below one
+
 
 class _StraightThrough(torch.autograd.Function):
     """The masked weight; the scores get the gradient as if they were the mask."""
@@ -140,10 +142,12 @@ class SelfMask(StartsFromPrior[ScoreMasker]):
         super().__init__(prior)
         if self.prior is not None:
             self.prior = WithInputs(self.prior)
-        if not scale > 0 or not margin >= 0 or dtype not in ("float32", "bfloat16"):
+        in_range = 0 < scale <= LARGEST and 0 <= margin <= LARGEST
+        if not in_range or dtype not in ("float32", "bfloat16"):
             raise SparsifyError(
                 f"scale={scale}, margin={margin}, dtype={dtype!r}; the scale must be positive, the "
-                "margin not negative, and scores are held in 'float32' or 'bfloat16'"
+                f"margin not negative, both at most {LARGEST:,}, and scores are held in 'float32' "
+                "or 'bfloat16'"
             )
         self.scale, self.margin, self.dtype = scale, margin, dtype
         self.lr, self.momentum, self.decay = lr, momentum, decay

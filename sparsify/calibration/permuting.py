@@ -49,9 +49,9 @@ def parse_permute(value: str | Sequence[str]) -> tuple[Kind, ...] | Path:
     if isinstance(value, str):
         if value in (NONE, ALL):
             return KINDS if value == ALL else ()
-        if value not in KINDS and ("/" in value or Path(value).exists()):
+        if not is_kinds(value) and ("/" in value or Path(value).exists()):
             return Path(value)
-        value = [kind.strip() for kind in value.strip("[]").split(",")]
+        value = _split(value)
     asked = list(value)
     if odd := [kind for kind in asked if kind not in KINDS]:
         raise SparsifyError(
@@ -59,6 +59,15 @@ def parse_permute(value: str | Sequence[str]) -> tuple[Kind, ...] | Path:
             "path of an exported folder whose orders to take"
         )
     return tuple(kind for kind in KINDS if kind in asked)
+
+
+def is_kinds(value: str) -> bool:
+    """Whether a value of ``--model.permute`` names kinds of parts, and no folder."""
+    return {*_split(value)} <= {NONE, ALL, *KINDS}
+
+
+def _split(value: str) -> list[str]:
+    return [kind.strip() for kind in value.strip("[]").split(",")]
 
 
 def find_orders(

@@ -54,6 +54,8 @@ def run(name: str, tool: Tool, words: list[str]) -> int:
                 )
                 or 0
             )
+    except BrokenPipeError:  # the reader of our output left
+        raise
     except OSError as error:
         raise SparsifyError(f"{error.filename or 'a file'}: {error.strerror}") from error
 

@@ -44,3 +44,7 @@ class SafeConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as the base class does, which by itself removes only some escape sequences."""
         super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which ends quietly; the base class would exit with 1."""
+        raise BrokenPipeError

@@ -14,7 +14,7 @@ Shapes: O rows of a tensor, E elements of a row, K random sums of a row.
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,9 +58,9 @@ class InPlaceMomentum(Optimizer):
     each row are, with signs that are drawn anew for every step: the square of such a sum is on
     average the sum of the squares (Achlioptas, 2003, doi 10.1016/S0022-0000(03)00025-4).
 
-    Parameters in bfloat16 are rounded up or down at random, by chances that keep the mean: a step
-    is often smaller than half of such a number's last place, and would be lost in rounding to the
-    nearest.
+    Parameters in bfloat16, and their momentum, are rounded up or down at random, by chances that
+    keep the mean: a step, or the gradient of one micro-batch of many, is often smaller than half of
+    such a number's last place, and would be lost in rounding to the nearest.
 
     Args:
         params: Parameters whose first dimension is O, or groups of them.
@@ -91,6 +91,8 @@ class InPlaceMomentum(Optimizer):
         # The random sums [O, K] of the coming step's gradients, of those that have got some; fp32.
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._signs: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._taken: dict[nn.Parameter, int] = {}  # how many gradients these sums hold
+        self._numbers = {parameter: n for n, parameter in enumerate(self._parameters())}
         for parameter in self._parameters():
             momentum_like = torch.zeros_like(parameter, requires_grad=False)
             square = torch.zeros(len(parameter), device=parameter.device)
@@ -106,15 +108,27 @@ class InPlaceMomentum(Optimizer):
         if parameter.grad is None:
             return
         gradient = _rows(parameter.grad)
-        momentum = _rows(self.state[parameter]["momentum"])
         sums = gradient.float() @ self._signs_for(parameter, gradient)
-        if parameter in self._sums:
-            self._sums[parameter] += sums
+        if first := parameter not in self._sums:
+            self._sums[parameter], self._taken[parameter] = sums, 0
         else:
-            self._sums[parameter] = sums
-            momentum.mul_(self._group_of(parameter)["momentum"])
-        momentum.add_(gradient)
+            self._sums[parameter] += sums
+        self._add(parameter, gradient, self._group_of(parameter)["momentum"] if first else 1.0)
+        self._taken[parameter] += 1
         parameter.grad = None
+
+    def _add(self, parameter: nn.Parameter, gradient: Tensor, left: float) -> None:
+        """Add a gradient to the momentum, of which a share is left."""
+        state, row0 = self.state[parameter], first_row(parameter)
+        momentum = _rows(state["momentum"])
+        if momentum.dtype != torch.bfloat16:
+            momentum.mul_(left).add_(gradient)
+            return
+        place = state["step"], self._numbers[parameter], self._taken[parameter]
+        key = noise.fold("momentum", self._seed, *place)
+        for rows in _pieces(momentum):
+            moved = momentum[rows].float().mul_(left).add_(gradient[rows])
+            momentum[rows] = noise.round_to_bfloat16(moved, key, row0 + rows.start)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -122,12 +136,12 @@ class InPlaceMomentum(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for parameter in self._parameters():
             self.take(parameter)
-        moving = {n: p for n, p in enumerate(self._parameters()) if p in self._sums}
-        squares = _mean_squares({p: self._sums[p] for p in moving.values()})
-        self._sums.clear()
-        self._signs.clear()
-        for (number, parameter), square in zip(moving.items(), squares, strict=True):
-            self._move(parameter, self._rate(parameter, square), number)
+        moving = [p for p in self._parameters() if p in self._sums]
+        squares = _mean_squares({p: self._sums[p] for p in moving})
+        for of_step in (self._sums, self._signs, self._taken):
+            of_step.clear()
+        for parameter, square in zip(moving, squares, strict=True):
+            self._move(parameter, self._rate(parameter, square))
         return loss
 
     def _signs_for(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -151,20 +165,18 @@ class InPlaceMomentum(Optimizer):
         found = found.clamp(min=FLOOR * found.mean()).sqrt_().clamp_(min=TINY)
         return group["lr"] * share / found
 
-    def _move(self, parameter: nn.Parameter, rate: Tensor, number: int) -> None:
-        """Subtract the momentum times a rate a row; ``number`` tells Parameters apart."""
+    def _move(self, parameter: nn.Parameter, rate: Tensor) -> None:
+        """Subtract the momentum times a rate a row."""
         state, row0 = self.state[parameter], first_row(parameter)
         values, momentum = _rows(parameter), _rows(state["momentum"])
         rate = rate[row0 : row0 + len(values), None]
         if values.dtype != torch.bfloat16:
             values.addcmul_(momentum, rate.to(values.dtype), value=-1)
-        elif values.numel():
-            key = noise.fold("rounding", self._seed, state["step"], number)
-            count = max(1, AT_ONCE // values.shape[1])
-            for start in range(0, len(values), count):
-                rows = slice(start, start + count)
-                moved = values[rows].float().addcmul_(momentum[rows], rate[rows], value=-1)
-                values[rows] = noise.round_to_bfloat16(moved, key, row0 + start)
+            return
+        key = noise.fold("rounding", self._seed, state["step"], self._numbers[parameter])
+        for rows in _pieces(values):
+            moved = values[rows].float().addcmul_(momentum[rows], rate[rows], value=-1)
+            values[rows] = noise.round_to_bfloat16(moved, key, row0 + rows.start)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -185,6 +197,13 @@ def _rows(tensor: Tensor) -> Tensor:
     """The rows ``[O, E]`` that this process holds."""
     own = local_rows(tensor)
     return own.view(len(own), math.prod(own.shape[1:]))
+
+
+def _pieces(rows_OE: Tensor) -> Iterator[slice]:
+    """Some rows at a time, so that copies in fp32 stay small; none of an empty tensor."""
+    count = max(1, AT_ONCE // max(1, rows_OE.shape[1]))
+    for start in range(0, len(rows_OE) if rows_OE.numel() else 0, count):
+        yield slice(start, start + count)
 
 
 def _mean_squares(sums: dict[nn.Parameter, Tensor]) -> list[Tensor]:

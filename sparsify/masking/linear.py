@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Classes of experts that do not say how they store their matrices, by name: whether as [E, I, O].
-_TRANSPOSED = {
-    "JetMoeParallelExperts": False,
-    "Llama4TextExperts": True,
-    "LongcatFlashExperts": False,
-}
+from sparsify.models.expert_layout import is_transposed
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,8 @@ def stacks(module: nn.Module) -> dict[str, Stack]:
     """The stacks of experts' matrices that a module holds itself, by their names there. Empty if
     its class does not tell how they are stored.
     """
-    named = _TRANSPOSED.get(type(module).__name__)
-    transposed = getattr(module, "is_transposed", named)  # as Transformers' experts say
-    if not isinstance(transposed, bool):
+    transposed = is_transposed(module)
+    if transposed is None:
         return {}
     return {
         key: Stack(module, key, transposed)

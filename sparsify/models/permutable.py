@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.models.channel_trace import ChannelTrace
+from sparsify.models.expert_layout import is_transposed
 from sparsify.models.permutation import Kind, Part, Place, inverse, permute
 
 RESIDUAL = "residual"
@@ -87,9 +88,10 @@ class _Parts:
         if not bool(self._labels.read[start : start + size].any()):
             return None
         owner, _, key = name.rpartition(".")
-        if self._parameters[name].ndim == 3:
-            return name
         layer = self._model.get_submodule(owner)
+        if self._parameters[name].ndim == 3:
+            inputs_at = 1 if is_transposed(layer) else 2
+            return name if along == inputs_at else None
         inputs = {nn.Linear: 1, Conv1D: 0}
         known = any(isinstance(layer, kind) and along == at for kind, at in inputs.items())
         return owner if known and key == "weight" else None

@@ -1,7 +1,7 @@
 """Orders of a model's channels that change nothing of what it computes.
 
 The rows of one layer and the columns of the next can be put in another order together, at no cost
-when the model runs: methods.md, section 11.2. Only the columns' order decides which weights share a
+when the model runs: docs/permute.md. Only the columns' order decides which weights share a
 group of N:M.
 
 Shapes: C channels of a part, O out, I in, E experts, K places of one channel in a Parameter.

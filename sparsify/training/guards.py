@@ -145,6 +145,9 @@ def check_shards(
             )
 
 
+RATES = "--model.optimizer.init_args.lr, or of a strategy's own optimizer --model.strategy.lr"
+
+
 class FiniteWatch:
     """Remembers, on the device, the optimizer step since which the loss is not finite."""
 
@@ -173,8 +176,7 @@ class FiniteWatch:
         when = f"since optimizer step {since}" if since >= 0 else "on another rank"
         raise SparsifyError(
             f"the loss is not finite {when}; checkpoints from before it are intact: resume from "
-            "one with a lower learning rate (--model.optimizer.init_args.lr), or look at that "
-            "step's data"
+            f"one with a lower learning rate ({RATES}), or look at that step's data"
         )
 
 
@@ -192,7 +194,7 @@ def check_learned(module: nn.Module, trainer: Any) -> None:
     raise SparsifyError(
         f"after optimizer step {trainer.global_step}, {odd or 'what another rank learned'} is not "
         "finite; checkpoints from before it are intact: resume from one with a lower learning rate "
-        "(--model.optimizer.init_args.lr)"
+        f"({RATES})"
     )
 
 

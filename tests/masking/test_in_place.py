@@ -248,6 +248,20 @@ def test_bf16_moves_on_average_by_less_than_its_last_place() -> None:
     assert len(parameter.unique()) > 1
 
 
+def test_bf16_adds_up_gradients_that_are_less_than_the_last_place_of_their_sum() -> None:
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = nn.Parameter(torch.zeros(16, 256, dtype=dtype))
+        optimizer = InPlaceMomentum([parameter], lr=0.01)
+        for _ in range(20):
+            for _ in range(128):
+                parameter.grad = torch.full_like(parameter, 1 / 128)
+                optimizer.take(parameter)
+            optimizer.step()
+        moved[dtype] = parameter.detach().float().mean().item()
+    assert moved[torch.bfloat16] == pytest.approx(moved[torch.float32], rel=0.02)
+
+
 @pytest.mark.parametrize("at_once", [1, 100])
 def test_bf16_does_not_depend_on_the_size_of_pieces(
     at_once: int, monkeypatch: pytest.MonkeyPatch

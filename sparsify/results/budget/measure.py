@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.common.errors import SparsifyError
 from sparsify.common.files import write_json
 from sparsify.models.hashes import hash_tensor
 from sparsify.models.token_batch import TokenBatch, split_batch
@@ -70,10 +71,27 @@ class Scores:
         return torch.tensor(self.known[key], dtype=torch.float64)
 
 
+def check_ours(path: Path) -> None:
+    """Refuse a file that is there and holds no measurements, so that it is not replaced.
+
+    Raises:
+        SparsifyError: it holds something else.
+    """
+    if path.exists() and _measurements(path) is None:
+        raise SparsifyError(
+            f"{path} holds no measurements of sparsify budget, and stays; move it away, or give "
+            "another --output.folder"
+        )
+
+
 def _read(path: Path) -> dict[str, list[float]]:
     """What an earlier start measured; nothing if the file is damaged."""
+    return _measurements(path) or {}
+
+
+def _measurements(path: Path) -> dict[str, list[float]] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {str(key): [float(loss) for loss in losses] for key, losses in content.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        return None

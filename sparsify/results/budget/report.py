@@ -18,7 +18,7 @@ from sparsify.results.budget.search import SURE, Found, Point, cheaper_and_bette
 from sparsify.results.budget.units import Units, describe
 
 BUDGET_SCHEMA = "sparsify.budget/1"
-OVERRIDES, RECORD, PICTURE = "overrides.yaml", "budget.json", "frontier.svg"
+FILES = OVERRIDES, RECORD, PICTURE = "overrides.yaml", "budget.json", "frontier.svg"
 OPTIONS = {"patterns", "unit", "windows", "rounds", "tokens", *LIMITS}
 CHOSEN, LINE, UNIFORM = "#b5442e", "#2f6690", "#555555"
 
@@ -185,14 +185,27 @@ def pattern_counts(units: Units, found: Found) -> Table:
     return table
 
 
+def next_version(root: Path) -> Path:
+    """Make the next folder ``version_N``."""
+    taken = [folder.name.removeprefix("version_") for folder in root.glob("version_*")]
+    number = max((int(name) + 1 for name in taken if name.isdecimal()), default=0)
+    (folder := root / f"version_{number}").mkdir()
+    return folder
+
+
 def fit_words(words: Sequence[str]) -> list[str]:
     """Those of the words after ``sparsify budget`` that ``fit`` takes too."""
-    kept, own = [], False
+    return without(words, *OPTIONS, "output")
+
+
+def without(words: Sequence[str], *options: str) -> list[str]:
+    """A command line without these options, and those that they group; nor their values."""
+    kept, drop = [], False
     for word in words:
         if word.startswith("-"):
             flag = word.partition("=")[0].lstrip("-")
-            own = flag in OPTIONS or flag.startswith("output.")
-        if not own:
+            drop = any(flag == option or flag.startswith(f"{option}.") for option in options)
+        if not drop:
             kept.append(word)
     return kept
 

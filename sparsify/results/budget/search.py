@@ -29,6 +29,7 @@ Watch = Callable[[Sequence[T], str], Iterable[T]]
 
 SURE = 2.0  # standard errors that a ratio must stay below its limit
 BISECTIONS = 8
+STEPS = 100  # at most, from a choice that does not keep the ratio to the dearest
 POINTS = 6  # of the frontier, besides what the search runs anyway
 PENALTIES = (0.0, 0.5, 1.0, 2.0)  # on a change, in medians of what changes do
 
@@ -242,12 +243,18 @@ class Search:
         return self._fitting(knapsacks[0])
 
     def _dearer(self, best: Point, knapsack: Knapsack[Pattern]) -> Point:
-        """The cheapest choice dearer than the best whose joint run is surer to keep the ratio."""
-        cost, one = float(self._units.cost(best.choice)), (knapsack.most - knapsack.least) / 100
-        while (cost := cost + one) <= knapsack.most:
-            point = self._point(knapsack.at(cost))
-            if point.increase < best.increase and point.keeps(self._goal.limit):
+        """A choice dearer than the best whose joint run keeps the ratio: the cheapest that is surer
+        to keep it, or else the cheapest of all that were run.
+        """
+        least = self._units.cost(best.choice)
+        for part in range(1, STEPS + 1):
+            point = self._point(knapsack.at(least + (knapsack.most - least) * part / STEPS))
+            surer = point.increase < best.increase and self._units.cost(point.choice) > least
+            if surer and point.keeps(self._goal.limit):
                 return point
+        run = [p for p in self._points.values() if p.keeps(self._goal.limit)]
+        if dearer := [p for p in run if self._units.cost(p.choice) > least]:
+            return min(dearer, key=lambda p: self._units.cost(p.choice))
         raise SparsifyError(
             f"max_perplexity_ratio={self._goal.limit:g}: none of the choices that were run keeps "
             "it with masks that are calibrated together; allow a larger one"

@@ -5,12 +5,14 @@ are checked before the parser sees them. They must be plain values; a class may 
 belongs, and must be one that is known for that place. The check imports nothing.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
+from sparsify.calibration.permuting import is_kinds
 from sparsify.common.errors import SparsifyError
 from sparsify.common.secrets import REDACTED
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, own_plugins
@@ -117,6 +119,8 @@ def _model(given: Mapping[str, Any], resumes: bool, named: Collection[str]) -> d
         for key, value in given.items()
         if key not in ("strategy", "optimizer")
     }
+    if isinstance(permute := taken.get("permute"), str) and not is_kinds(permute):
+        taken["permute"] = os.path.join(".", permute)  # still a path where nothing has its name
     if "strategy" in given:
         taken["strategy"] = _strategy(given["strategy"], "model.strategy", named)
     optimizer = given.get("optimizer")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,14 @@ def budget(cli: Cli, trained: Path) -> Cli:
     return cli
 
 
+def newest(cli: Cli) -> Path:
+    """The folder of the newest budget."""
+    records = cli.folder.rglob("budget.json")
+    return max(records, key=lambda file: file.stat().st_mtime_ns).parent
+
+
 def record(cli: Cli) -> dict[str, Any]:
-    folder = cli.folder / "runs" / "magnitude" / "budget"
-    found: dict[str, Any] = json.loads((folder / "budget.json").read_text())
+    found: dict[str, Any] = json.loads((newest(cli) / "budget.json").read_text())
     return found
 
 
@@ -125,7 +131,9 @@ def test_losses_are_those_of_plain_models(
     assert chosen["kept"] <= 0.5
     even = next(p for p in found["frontier"] if set(p["patterns"]) == {"2:4"})
     assert chosen["loss_increase"] < even["loss_increase"]
-    picture = (budget.folder / "runs/magnitude/budget/frontier.svg").read_text()
+    assert newest(budget) == budget.folder / "runs/magnitude/budget/version_0"
+    assert not list(budget.folder.rglob("config.yaml"))
+    picture = (newest(budget) / "frontier.svg").read_text()
     assert "<svg" in picture
 
 
@@ -255,6 +263,10 @@ def test_windows_are_evenly_spaced_and_have_targets() -> None:
             ["--max_perplexity_ratio=1.0001", "--patterns", "2:4", "1:4"],
             "max_perplexity_ratio=1.0001: none of the choices that were run keeps it",
         ),
+        (
+            ["--kept=0.5", "--data.block_size=256"],
+            r"text has 1 window\(s\), and a budget compares",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -264,6 +276,61 @@ def test_what_cannot_be_done_is_refused(
         budget("budget", "--strategy=magnitude", "--windows=2", "--rounds=0", *words)
     assert re.search(message, capsys.readouterr().err)
     assert not list(budget.folder.rglob("overrides.yaml"))
+
+
+def test_no_file_of_the_users_or_of_another_budget_is_replaced(
+    budget: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["budget", *COMMAND, "--unit=block", "--rounds=0"]
+    budget(*command, "--kept=0.5")
+    first = newest(budget) / "overrides.yaml"
+    first.write_text("mine")
+    budget(*command, "--kept=0.6")
+    assert newest(budget).name == "version_1"
+    assert first.read_text() == "mine"
+
+    there = budget.folder / "there"
+    there.mkdir()
+    (there / "scores.json").write_text('{"mine": "all of it"}')
+    for name, message in (
+        ("scores.json", "scores.json holds no measurements of sparsify budget, and stays"),
+        ("overrides.yaml", "overrides.yaml exists, and stays; give another --output.folder"),
+    ):
+        if name == "overrides.yaml":
+            (there / "scores.json").unlink()
+            (there / name).write_text("mine")
+        with pytest.raises(SystemExit, match="^2$"):
+            budget(*command, "--kept=0.5", "--output.folder=there")
+        assert message in capsys.readouterr().err
+        assert "mine" in (there / name).read_text()
+    budget(*command, "--kept=0.5", "--output.folder=there", "--output.overwrite=true")
+    assert "overrides:" in (there / "overrides.yaml").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["gblm", "pruner_zero"])
+def test_strategies_that_calibrate_by_gradients_have_budgets(budget: Cli, strategy: str) -> None:
+    words = [f"--strategy={strategy}", "--model.calibration.samples=4", "--windows=2"]
+    budget("budget", *words, "--kept=0.6", "--unit=block", "--rounds=0")
+    assert record(budget)["final"]["kept"] <= 0.6
+
+
+def test_the_next_command_has_the_orders_under_which_was_measured(
+    budget: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--strategy=wanda", "--model.calibration.samples=8", "--model.permute", "[mlp]"]
+    words.append("--trainer.enable_progress_bar=true")
+    budget("budget", *words, "--kept=0.5", "--windows=99", "--rounds=0", "--unit=block")
+    folder = newest(budget)
+    line = re.sub(r"\s+", " ", capsys.readouterr().out).partition("next: sparsify ")[2]
+    assert f"--model.permute={folder.relative_to(budget.folder)}" in line
+    assert "[mlp]" not in line
+    final = record(budget)["final"]
+    budget(*shlex.split(line))
+    run = max((budget.folder / "runs/wanda").glob("version_*"))
+    result = json.loads((run / "result.json").read_text())
+    history = result["history"]["validation"][-1]
+    increase = math.log(history["perplexity"]) - dense(budget)
+    assert increase == pytest.approx(final["loss_increase"], abs=1e-6)
 
 
 def test_a_strategy_keeps_its_packaged_config_beside_overrides(tmp_path: Path) -> None:
