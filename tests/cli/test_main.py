@@ -192,13 +192,21 @@ def test_an_interrupted_command(exits: Exits, monkeypatch: pytest.MonkeyPatch) -
     assert exits("compare", "x") == (130, "", "interrupted\n")
 
 
-def test_whoever_reads_the_help_may_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", ["--help", "cache show", "cache show --format=json", "mask show", "mask diff"]
+)
+def test_whoever_reads_may_stop(command: str, tmp_path: Path) -> None:
+    words = command.split()
+    if words[0] == "mask":
+        masks = {f"layers.{n}": torch.tensor([[True, True, False, False]]) for n in range(2)}
+        files = [tmp_path / "a.nmask", tmp_path / "b.nmask"][: 1 if words[1] == "show" else 2]
+        for file in files:
+            write_masks(file, masks, NMPattern(2, 4), "0" * 64)
+        words += map(str, files)
+    run = f"import time; time.sleep(0.3); from sparsify.cli.main import main; main({words})"
     read = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import time; time.sleep(0.3); from sparsify.cli.main import main; main(['--help'])",
-        ],
+        [sys.executable, "-c", run],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

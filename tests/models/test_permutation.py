@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.common.errors import SparsifyError
+from sparsify.models.expert_layout import is_transposed
 from sparsify.models.permutable import permutable, proven, random_order
 from sparsify.models.permutation import Part, inverse, permute
 from tests.architectures import tiny
@@ -80,6 +81,17 @@ def _check_columns(
     )
     # Rows may be in another order: every column holds the same numbers.
     assert torch.equal(expected.sort(-2).values, new.detach().sort(-2).values)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "mixtral"])
+def test_of_experts_only_the_axis_of_inputs_is_a_layers(kind: str) -> None:
+    model = tiny(kind)
+    for part in permutable(model)[0].values():
+        for place in part.places:
+            parameter = model.get_parameter(place.parameter)
+            if parameter.ndim == 3:
+                owner = model.get_submodule(place.parameter.rpartition(".")[0])
+                assert place.reads == (place.axis == (1 if is_transposed(owner) else 2))
 
 
 def test_the_parts_of_a_llama_are_those_of_the_equations() -> None:

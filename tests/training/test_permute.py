@@ -1,6 +1,7 @@
 """Permuted channels through the product: fit, export, verify, masks, adapters, priors, resume."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.module import SparseCausalLM
 from tests.conftest import Cli, start_in, tiny_llama, word_tokenizer
+from tests.tiny_models import tiny_gpt_oss, tiny_mixtral
 from tests.training.test_two_ranks import TORCHRUN, launch
 
 TOKENS = torch.arange(2, 18)[None]
@@ -185,6 +187,26 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert module.masked.base.hash == orders.permuted_hash
     masks, stored = module.masked.hard_masks(), read_masks(whole / "export")
     assert all(torch.equal(mask, stored[name]) for name, mask in masks.items())
+
+
+def test_a_checkpoint_needs_the_folder_of_its_orders_no_more(cli: Cli, export: Path) -> None:
+    shutil.copytree(export, cli.folder / "orders")
+    cli("fit", "--strategy=maskllm", "--model.strategy.prior=null", "--model.permute=orders")
+    shutil.rmtree(cli.folder / "orders")
+    main(["validate", f"--ckpt_path={cli.runs()[-1] / 'checkpoints' / 'last.ckpt'}"])
+    assert list(cli.folder.rglob("result-validation.json"))
+
+
+@pytest.mark.parametrize("make", [tiny_gpt_oss, tiny_mixtral])
+def test_orders_are_found_for_experts_however_they_are_stored(
+    make: Callable[[], Any], text: Path, tmp_path: Path
+) -> None:
+    data = TextDataModule(train=str(text / "train.txt"), block_size=16)
+    quiet = {"enable_progress_bar": False, "default_root_dir": tmp_path}
+    calibration = Calibration(samples=8, cache=False)
+    options: Any = {"permute": "mlp", "calibration": calibration, "trainer": quiet}
+    result = sparsify(make(), "wanda", data, word_tokenizer(), **options)
+    assert result.module.masked.base.permutation.orders
 
 
 def test_a_model_object_is_permuted_in_place(text: Path, tmp_path: Path) -> None:
