@@ -265,6 +265,8 @@ def test_metrics_say_how_far_groups_are_from_a_flip() -> None:
     [
         ({"scale": 0.0}, "scale=0.0.*must be positive"),
         ({"margin": -0.1}, "margin=-0.1.*not negative"),
+        ({"margin": 1e38}, r"margin=1e\+38.*at most 1,000"),
+        ({"scale": float("inf")}, "scale=inf.*at most 1,000"),
         ({"dtype": "float16"}, "dtype='float16'.*'float32' or 'bfloat16'"),
         ({"prior": "maskllm"}, "prior MaskLLM: it learns its masks"),
     ],
