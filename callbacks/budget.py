@@ -18,7 +18,7 @@ from sparsify.models.token_batch import split_batch
 from sparsify.results.budget import report
 from sparsify.results.budget.bank import Bank
 from sparsify.results.budget.goal import Goal
-from sparsify.results.budget.measure import SCORES, Scores, check_ours, spread
+from sparsify.results.budget.measure import SCORES, Scores, spread
 from sparsify.results.budget.prefix import Batch, Prefix
 from sparsify.results.budget.search import Search
 from sparsify.results.budget.units import Choice, make_units
@@ -50,15 +50,8 @@ class MeasureBudget(Callback):
                 "--trainer.devices 1"
             )
         output = find(trainer, EvaluateAndExport)
-        for name in (SCORES, *report.FILES) if output.folder and not output.overwrite else ():
-            # Measurements of an earlier start are ours, and go on.
-            if name == SCORES:
-                check_ours(Path(output.folder) / name)
-            elif (file := Path(output.folder) / name).exists():
-                raise SparsifyError(
-                    f"{file} exists, and stays; give another --output.folder, or "
-                    "--output.overwrite true"
-                )
+        if output.folder is not None and not output.overwrite:
+            report.check_free(Path(output.folder))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(trainer.progress_bar_callback, Progress):
@@ -83,9 +76,6 @@ class MeasureBudget(Callback):
             "device": pl_module.device.type,
         }
         scores = Scores(root / SCORES, context, bank)
-        for pattern in goal.patterns:
-            if pattern is not None:
-                bank.add(pattern)
         blocks = decoder_blocks(masked.model)
         few = Prefix(blocks, self._windows(trainer, 1), losses)
         many = Prefix({}, self._windows(trainer, MORE), losses)  # whole choices: no block is equal
@@ -94,6 +84,9 @@ class MeasureBudget(Callback):
                 f"the validation text has {_count(many)} window(s), and a budget compares choices "
                 f"over at least {LEAST}; give more text, or a smaller --data.block_size"
             )
+        for pattern in goal.patterns:
+            if pattern is not None:
+                bank.add(pattern)
 
         def together(choice: Choice) -> Tensor:
             return scores(bank.calibrated(units.patterns(choice)), many)

@@ -176,7 +176,8 @@ class CommandTrainer(Trainer):
         self.limit_val_batches = 1  # the callback reads the text by itself
         self.validate_loop.inference_mode = False  # a strategy may calibrate by gradients
         # Several budgets share a folder, so it has no config; their records say what was asked.
-        cast(Any, self).callbacks = [c for c in self.callbacks if not isinstance(c, SaveConfig)]
+        trainer = cast(Any, self)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SaveConfig)]
         words = sys.argv[1:]
         words.remove("budget")
         self._validate_for(MeasureBudget(goal, fit_words(words)), model, datamodule)

@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from sparsify.common.errors import SparsifyError
 from sparsify.common.files import write_json
 from sparsify.common.replace import whole_file
 from sparsify.masking.overrides import DENSE
 from sparsify.models.layer_names import family
 from sparsify.results.budget.goal import LIMITS, Goal, Pattern
+from sparsify.results.budget.measure import SCORES, check_ours
 from sparsify.results.budget.search import SURE, Found, Point, cheaper_and_better
 from sparsify.results.budget.units import Units, describe
 
@@ -183,6 +185,21 @@ def pattern_counts(units: Units, found: Found) -> Table:
     for name, own in patterns.items():
         table.add_row(name, *(str(own.get(p, "")) for p in columns))
     return table
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder with results. Measurements of an earlier start may be there, and go on.
+
+    Raises:
+        SparsifyError: a file would be replaced.
+    """
+    check_ours(folder / SCORES)
+    for name in FILES:
+        if (folder / name).exists():
+            raise SparsifyError(
+                f"{folder / name} exists, and stays; give another --output.folder, or "
+                "--output.overwrite true"
+            )
 
 
 def next_version(root: Path) -> Path:
