@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.common.errors import SparsifyError
-from sparsify.masking.registry import find_strategy
+from sparsify.masking.registry import find_strategy, import_path
 
 # Of each the newest file of the first kind that has rows of the strategy, else of the last kind.
 TABLES = (
@@ -89,9 +89,8 @@ def _perplexity(result: dict[str, Any], text: str) -> float:
 
 
 def _is_of(name: str, result: dict[str, Any]) -> bool:
-    strategy = find_strategy(name)
     described: str = result["run"]["strategy"]["class"]
-    return described == f"{strategy.__module__}.{strategy.__qualname__}"
+    return described == import_path(find_strategy(name))
 
 
 def _spread(values: Any, digits: int) -> str:
