@@ -124,11 +124,11 @@ class InPlaceMomentum(Optimizer):
         if momentum.dtype != torch.bfloat16:
             momentum.mul_(left).add_(gradient)
             return
-        place = state["step"], self._numbers[parameter], self._taken[parameter]
-        key = noise.fold("momentum", self._seed, *place)
+        key = noise.fold("momentum", self._seed, state["step"], self._numbers[parameter])
+        count = self._taken[parameter]
         for rows in _pieces(momentum):
             moved = momentum[rows].float().mul_(left).add_(gradient[rows])
-            momentum[rows] = noise.round_to_bfloat16(moved, key, row0 + rows.start)
+            momentum[rows] = noise.dither_to_bfloat16(moved, key, count, row0 + rows.start)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

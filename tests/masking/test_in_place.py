@@ -277,6 +277,20 @@ def test_bf16_does_not_depend_on_the_size_of_pieces(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_dithered_rounding_is_to_a_neighbour_and_evenly_up_and_down() -> None:
+    values = torch.tensor([[1.0, 1.002, -1.006, 3e-5, 0.0, -7.001]]).repeat(50, 1)
+    rounded = torch.stack(
+        [noise.dither_to_bfloat16(values, noise.fold("test"), n) for n in range(64)]
+    ).float()
+    step = 2.0 ** (torch.frexp(values).exponent - 8)
+    assert ((rounded - values).abs() < step).all()
+    # The errors of random rounding would add up to some 4 steps.
+    assert ((rounded - values).sum(0).abs() <= 2 * step).all()
+    assert len(rounded[0, :, 1].unique()) == 2
+    half = noise.dither_to_bfloat16(values[20:], noise.fold("test"), 3, row0=20)
+    assert torch.equal(half.float(), rounded[3, 20:])
+
+
 def test_rounding_is_to_a_neighbour_and_right_on_average() -> None:
     values = torch.tensor([1.0, 1 + 2**-9, -1 - 2**-10, 3e-5, -7.7, 0.0])
     counts = [
