@@ -1,4 +1,4 @@
-# make demo     learn 2:4 masks of the embedded model: about three minutes on two cores
+# make demo     learn 2:4 masks of the embedded model: a few minutes on two cores
 # make compare  every strategy on it, three seeds, and the report; two hours
 # make test     the tests; test-slow and test-browser those that need minutes, or Chromium
 # make lint     ruff and mypy
