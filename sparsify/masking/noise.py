@@ -181,7 +181,7 @@ def round_to_bfloat16(values: Tensor, key: Tensor, row0: int = 0) -> Tensor:
 
 
 def dither_to_bfloat16(values: Tensor, key: Tensor, count: int, row0: int = 0) -> Tensor:
-    """The same for a sum that is rounded after every addition, in a tenth of the operations: what a
+    """The same for a sum that is rounded after every addition, in far fewer operations: what a
     number is rounded by runs evenly through all values as ``count`` does (a Kronecker sequence), so
     that errors of one number cancel even better than random ones.
 

@@ -14,6 +14,7 @@ from sparsify.common.files import write_json
 from sparsify.common.replace import whole_file
 from sparsify.masking.overrides import DENSE
 from sparsify.models.layer_names import family
+from sparsify.models.permutation_file import FILE as ORDERS
 from sparsify.results.budget.goal import LIMITS, Goal, Pattern
 from sparsify.results.budget.measure import SCORES, check_ours
 from sparsify.results.budget.search import SURE, Found, Point, cheaper_and_better
@@ -194,7 +195,7 @@ def check_free(folder: Path) -> None:
         SparsifyError: a file would be replaced.
     """
     check_ours(folder / SCORES)
-    for name in FILES:
+    for name in (*FILES, ORDERS):
         if (folder / name).exists():
             raise SparsifyError(
                 f"{folder / name} exists, and stays; give another --output.folder, or "

@@ -295,9 +295,10 @@ def test_no_file_of_the_users_or_of_another_budget_is_replaced(
     for name, message in (
         ("scores.json", "scores.json holds no measurements of sparsify budget, and stays"),
         ("overrides.yaml", "overrides.yaml exists, and stays; give another --output.folder"),
+        ("sparsity_permutation.json", "sparsity_permutation.json exists, and stays; give"),
     ):
-        if name == "overrides.yaml":
-            (there / "scores.json").unlink()
+        if name != "scores.json":
+            next(there.iterdir()).unlink()
             (there / name).write_text("mine")
         with pytest.raises(SystemExit, match="^2$"):
             budget(*command, "--kept=0.5", "--output.folder=there")
