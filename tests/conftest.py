@@ -3,7 +3,10 @@
 import os
 import random
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +33,8 @@ from sparsify.training.trainer import Trainer
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread is slower, on busy cores ten times
 
+ROOT = Path(__file__).parents[1]
+Scripts = Callable[[str], ModuleType]
 EOS = "<eos>"
 SIZES = {
     "vocab_size": 64,
@@ -45,6 +50,14 @@ SIZES = {
     "eos_token_id": 0,
 }
 WORDS = [f"w{i}" for i in range(62)]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    """Imports a script of ``benchmarks/`` or ``docs/`` by its name."""
+    for folder in ("benchmarks", "docs"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    return import_module
 
 
 # Files with few tests that take long: begun last, they would keep one of two workers waiting.

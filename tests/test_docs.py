@@ -1,17 +1,15 @@
 """The documentation builds, refers to no other host, and says what the code says."""
 
 import contextlib
-import importlib
 import inspect
 import json
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jsonargparse
@@ -26,7 +24,7 @@ from sparsify.cli.table import TOOLS
 from sparsify.cli.trainer_cli import NOT_OPTIONS, Parser, SparsifyCLI
 from sparsify.masking.registry import STRATEGIES, find_strategy, plugins
 from tests.browser import browser, open_page
-from tests.conftest import Cli
+from tests.conftest import Cli, Scripts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -173,35 +171,26 @@ def test_the_front_page_in_a_browser(site: Path, tmp_path: Path) -> None:
 # -- tables that are written into pages ------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tables() -> Iterator[Callable[[str], ModuleType]]:
-    sys.path.insert(0, str(DOCS))
-    yield importlib.import_module
-    sys.path.remove(str(DOCS))
-
-
 @pytest.mark.parametrize("path", sorted((DOCS / "strategies").glob("*.md")), ids=lambda p: p.stem)
-def test_tables_are_as_the_code_and_the_newest_results_say(
-    path: Path, tables: Callable[[str], ModuleType]
-) -> None:
+def test_tables_are_as_the_code_and_the_newest_results_say(path: Path, scripts: Scripts) -> None:
     page = path.read_text()
-    assert page == tables("fill_pages").filled(page), "run python docs/fill_pages.py"
+    assert page == scripts("fill_pages").filled(page), "run python docs/fill_pages.py"
     if path.stem != "index":
         kinds = re.findall(rf"<!-- (settings|result): {path.stem} -->", page)
         assert (kinds, page.count("<!-- end -->")) == (["settings", "result"], 2)
 
 
 def test_a_settings_table_has_defaults_choices_and_meanings(
-    tables: Callable[[str], ModuleType],
+    scripts: Scripts,
 ) -> None:
-    table = tables("fill_settings").settings_table("sr_ste")
+    table = scripts("fill_settings").settings_table("sr_ste")
     assert "| `decay` | `10.0` | Lambda, of dropped weights, which keeps" in table
     assert "| `prior` | `null` |" in table
     assert "One of `every_step`, `never`. |" in table
-    assert "| `tau` | `4` to `0.05`, linear |" in tables("fill_settings").settings_table("maskllm")
-    assert tables("fill_settings").settings_table("wanda") == "It has no settings of its own.\n"
+    assert "| `tau` | `4` to `0.05`, linear |" in scripts("fill_settings").settings_table("maskllm")
+    assert scripts("fill_settings").settings_table("wanda") == "It has no settings of its own.\n"
     with pytest.raises(SparsifyError, match="there is no strategy 'mask_llm'"):
-        tables("fill_settings").settings_table("mask_llm")
+        scripts("fill_settings").settings_table("mask_llm")
 
 
 def _result(name: str, perplexity: float, seed: int = 0, windows: int = 5) -> dict[str, Any]:
@@ -225,9 +214,7 @@ def _result(name: str, perplexity: float, seed: int = 0, windows: int = 5) -> di
     }
 
 
-def test_a_result_table_has_all_rows_of_the_strategy(
-    tables: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_a_result_table_has_all_rows_of_the_strategy(scripts: Scripts, tmp_path: Path) -> None:
     rows = {
         "dense": [_result("dense", 20)],
         "magnitude": [_result("magnitude", 60)],
@@ -238,7 +225,7 @@ def test_a_result_table_has_all_rows_of_the_strategy(
     for day, dense in ((1, 99), (2, 20)):
         rows["dense"] = [_result("dense", dense)]
         (tmp_path / f"compare-2026-01-0{day}.json").write_text(json.dumps(rows))
-    (table,) = tables("fill_results").result_tables("sr_ste", tmp_path)
+    (table,) = scripts("fill_results").result_tables("sr_ste", tmp_path)
     assert "| dense | 20.00 | 1,000 | 12 |  |  |" in table
     assert "| **sr_ste** | 25.00 ± 1.41 | 1,000 | 12 |  |  |" in table
     assert "| **sr_ste, distilled** | 23.00 |" in table
@@ -247,14 +234,12 @@ def test_a_result_table_has_all_rows_of_the_strategy(
     assert "up to 2 seeds ([results](../../benchmarks/results/compare-2026-01-02.json))" in table
     assert (
         "| **wanda** | 50.00 | 1,000 | 12 | 3 |"
-        in tables("fill_results").result_tables("wanda", tmp_path)[0]
+        in scripts("fill_results").result_tables("wanda", tmp_path)[0]
     )
-    assert "| **ria** | not measured |" in tables("fill_results").result_tables("ria", tmp_path)[0]
+    assert "| **ria** | not measured |" in scripts("fill_results").result_tables("ria", tmp_path)[0]
 
 
-def test_a_strategy_is_looked_for_in_earlier_tables_too(
-    tables: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_a_strategy_is_looked_for_in_earlier_tables_too(scripts: Scripts, tmp_path: Path) -> None:
     def write(kind: str, *names: str) -> None:
         rows = {name: [_result(name, 20)] for name in ("dense", *names)}
         (tmp_path / f"{kind}-2026-01-01.json").write_text(json.dumps(rows))
@@ -262,32 +247,28 @@ def test_a_strategy_is_looked_for_in_earlier_tables_too(
     write("smollm2_table", "wanda", "ria")
     write("real_models_smollm2", "wanda")
     for name, kind in (("wanda", "real_models_smollm2"), ("ria", "smollm2_table")):
-        (table,) = tables("fill_results").result_tables(name, tmp_path)
+        (table,) = scripts("fill_results").result_tables(name, tmp_path)
         assert f"results/{kind}-2026-01-01.json" in table
-    (table,) = tables("fill_results").result_tables("admm", tmp_path)
+    (table,) = scripts("fill_results").result_tables("admm", tmp_path)
     assert "| **admm** | not measured |" in table
 
 
-def test_each_text_of_a_real_model_has_its_column(
-    tables: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_each_text_of_a_real_model_has_its_column(scripts: Scripts, tmp_path: Path) -> None:
     result = _result("wanda", 52)
     result["scores"] |= {"wikitext": {"perplexity": 47.5}, "c4": {"perplexity": 65.25}}
     file = tmp_path / "real_models_smollm2-2026-01-01.json"
     file.write_text(json.dumps({"wanda": [result], "notes": {"windows": 3}}))
-    table = tables("fill_results").result_table("wanda", file)
+    table = scripts("fill_results").result_table("wanda", file)
     assert "| | WikiText-2 | held-out C4 | tokens trained on |" in table
     assert "| **wanda** | 47.50 | 65.25 | 1,000 |" in table
 
 
-def test_results_of_two_protocols_share_no_table(
-    tables: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_results_of_two_protocols_share_no_table(scripts: Scripts, tmp_path: Path) -> None:
     rows = {"dense": [_result("dense", 20)], "wanda": [_result("wanda", 50, windows=4)]}
     file = tmp_path / "compare-2026-01-01.json"
     file.write_text(json.dumps(rows))
     with pytest.raises(SparsifyError, match="measured under different protocols"):
-        tables("fill_results").result_table("wanda", file)
+        scripts("fill_results").result_table("wanda", file)
 
 
 def test_links_out_of_the_documentation_become_names(site: Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +13,9 @@ import yaml
 
 from sparsify.cli.main import main
 from sparsify.data import Source
+from tests.conftest import Scripts
 
-ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
-Scripts = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
-    """Imports a script by its name."""
-    for folder in ("benchmarks", "docs"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    return import_module
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +70,8 @@ def expand(args: Sequence[str]) -> list[str]:
     if names_code(rest):
         allow_current_folder()
     rest = _helped(rest)
-    run_name, logger, root = _run_name(rest, command), "csv", _root(rest)
+    configs = _contents(rest)
+    run_name, logger, root = _run_name(configs, command), "csv", _root(configs)
     before: list[str] = []
     after: list[str] = []
     for word in rest:
@@ -112,33 +114,38 @@ def expand(args: Sequence[str]) -> list[str]:
     return [command, *_logger(logger, run_name.lower(), root), *before, *after]
 
 
-def _in_configs(words: Sequence[str], *keys: str) -> Any:
-    """The value at these nested keys in the last config that sets it, or None; the parser checks
-    the configs.
+def _contents(words: Sequence[str]) -> list[Any]:
+    """What the words' configs hold. Those that cannot be read are left out; the parser refuses
+    them.
     """
-    found = None
+    found = []
     for word in words:
         flag, _, path = word.partition("=")
         if flag == "--config":
-            try:
-                value = yaml_text.load(Path(path).read_text(encoding="utf-8"))
-                for key in keys:
-                    value = value[key]
-            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-                continue
-            found = value
+            with suppress(OSError, ValueError, yaml.YAMLError):
+                found.append(yaml_text.load(Path(path).read_text(encoding="utf-8")))
     return found
 
 
-def _root(words: Sequence[str]) -> str:
+def _last(configs: Sequence[Any], *keys: str) -> Any:
+    """The value at these nested keys in the last config that sets it, or None."""
+    for value in reversed(configs):
+        with suppress(KeyError, TypeError):
+            for key in keys:
+                value = value[key]
+            return value
+    return None
+
+
+def _root(configs: Sequence[Any]) -> str:
     """Where results go, as far as configs say."""
-    root = _in_configs(words, "trainer", "default_root_dir")
+    root = _last(configs, "trainer", "default_root_dir")
     return str(Path(root).expanduser()) if isinstance(root, str) else RUNS
 
 
-def _run_name(words: Sequence[str], command: str) -> str:
+def _run_name(configs: Sequence[Any], command: str) -> str:
     """The strategy of a run that a config names; other commands have their own name."""
-    strategy = _in_configs(words, "model", "strategy") if command in ("fit", BUDGET) else None
+    strategy = _last(configs, "model", "strategy") if command in ("fit", BUDGET) else None
     path = strategy.get("class_path") if isinstance(strategy, dict) else strategy
     return _class_name(path) if isinstance(path, str) else command
 
@@ -211,9 +218,9 @@ def _helped(words: list[str]) -> list[str]:
     name, after = words[start].partition("=")[2], words[start + 1 :]
     if not name and after and not after[0].startswith("-"):
         name, after = after[0], after[1:]
-    for word in [] if name else words:
-        flag, _, value = word.partition("=")
-        name = value if flag in STRATEGY_FLAGS else name
+    if not name:
+        given = dict(word.partition("=")[::2] for word in words)
+        name = next((given[flag] for flag in STRATEGY_FLAGS if flag in given), "")
     asked = f"{STRATEGY_HELP}={import_path(find_strategy(name))}" if name else STRATEGY_HELP
     return [*words[:start], asked, *after]
 
