@@ -36,7 +36,7 @@ class MeasureBudget(Callback):
 
     Args:
         goal: what is asked for.
-        words: of the command line that ``fit`` takes too, for the command to run next.
+        words: of the command line, for the command to run next.
     """
 
     def __init__(self, goal: Goal, words: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ class MeasureBudget(Callback):
         given = pl_module.selection.overrides.describe()
         folder = root if own else report.next_version(root)
         path = folder / report.OVERRIDES
-        words = self.words
+        words = report.fit_words(self.words, folder)
         if masked.base.permutation is not None:  # fit would search orders for the chosen patterns
             masked.base.permutation.write(folder)
             words = [*report.without(words, "model.permute"), f"--model.permute={folder}"]

@@ -24,7 +24,7 @@ from sparsify.common.ranks import leave_process_group
 from sparsify.common.secrets import holds_redacted, redacted
 from sparsify.data import TextDataModule
 from sparsify.masking.registry import CALLBACKS, STRATEGIES, plugins
-from sparsify.results.budget import PATTERNS, Goal, Unit, fit_words
+from sparsify.results.budget import PATTERNS, Goal, Unit
 from sparsify.training.module import SparseCausalLM
 from sparsify.training.optimizers import ADAMW
 from sparsify.training.trainer import Trainer
@@ -180,7 +180,7 @@ class CommandTrainer(Trainer):
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SaveConfig)]
         words = sys.argv[1:]
         words.remove("budget")
-        self._validate_for(MeasureBudget(goal, fit_words(words)), model, datamodule)
+        self._validate_for(MeasureBudget(goal, words), model, datamodule)
 
     def _validate_for(
         self,

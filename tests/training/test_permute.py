@@ -22,6 +22,7 @@ from sparsify.serving.adapters import MaskAdapters
 from sparsify.serving.verify import verify
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.strategies.wanda import Wanda
+from sparsify.training.checkpoints.resume import check_order
 from sparsify.training.module import SparseCausalLM
 from tests.conftest import Cli, start_in, tiny_llama, word_tokenizer
 from tests.tiny_models import tiny_gpt_oss, tiny_mixtral
@@ -195,6 +196,29 @@ def test_a_checkpoint_needs_the_folder_of_its_orders_no_more(cli: Cli, export: P
     shutil.rmtree(cli.folder / "orders")
     main(["validate", f"--ckpt_path={cli.runs()[-1] / 'checkpoints' / 'last.ckpt'}"])
     assert list(cli.folder.rglob("result-validation.json"))
+
+
+@pytest.mark.parametrize(("of_run", "asked"), [("none", "all"), ("all", "none"), ("all", "[mlp]")])
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_goes_on_in_its_own_order(
+    cli: Cli, capsys: pytest.CaptureFixture[str], command: str, of_run: str, asked: str
+) -> None:
+    cli("fit", "--strategy=maskllm", "--model.strategy.prior=null", f"--model.permute={of_run}")
+    checkpoint = cli.runs()[-1] / "checkpoints" / "last.ckpt"
+    more = ["--trainer.max_steps=9"] if command == "fit" else []
+    with pytest.raises(SystemExit):
+        main([command, f"--ckpt_path={checkpoint}", f"--model.permute={asked}", *more])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"run had --model.permute {of_run}, and this one has" in said
+    main([command, f"--ckpt_path={checkpoint}", f"--model.permute={of_run}", *more])
+
+
+@pytest.mark.parametrize("damaged", [5, ["tails"], [["mlp"]]])
+def test_a_damaged_order_in_a_checkpoint_is_refused(damaged: Any) -> None:
+    with pytest.raises(SparsifyError, match="permute="):
+        check_order({"hyper_parameters": {"permute": damaged}}, "all")
+    check_order({"hyper_parameters": {"permute": "gone/export"}}, "./gone/export")
+    check_order({"hyper_parameters": {}}, "all")
 
 
 @pytest.mark.parametrize("make", [tiny_gpt_oss, tiny_mixtral])

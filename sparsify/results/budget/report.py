@@ -1,6 +1,7 @@
 """What a budget's search leaves: overrides, a record, a picture and a table."""
 
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from sparsify.common import yaml_text
 from sparsify.common.errors import SparsifyError
 from sparsify.common.files import write_json
 from sparsify.common.replace import whole_file
@@ -22,6 +24,7 @@ from sparsify.results.budget.units import Units, describe
 
 BUDGET_SCHEMA = "sparsify.budget/1"
 FILES = OVERRIDES, RECORD, PICTURE = "overrides.yaml", "budget.json", "frontier.svg"
+COPY = "fit_"  # begins the name of a config's copy
 OPTIONS = {"patterns", "unit", "windows", "rounds", "tokens", *LIMITS}
 CHOSEN, LINE, UNIFORM = "#b5442e", "#2f6690", "#555555"
 
@@ -195,10 +198,10 @@ def check_free(folder: Path) -> None:
         SparsifyError: a file would be replaced.
     """
     check_ours(folder / SCORES)
-    for name in (*FILES, ORDERS):
-        if (folder / name).exists():
+    for path in (*(folder / name for name in (*FILES, ORDERS)), *folder.glob(f"{COPY}*.yaml")):
+        if path.exists():
             raise SparsifyError(
-                f"{folder / name} exists, and stays; give another --output.folder, or "
+                f"{path} exists, and stays; give another --output.folder, or "
                 "--output.overwrite true"
             )
 
@@ -211,9 +214,29 @@ def next_version(root: Path) -> Path:
     return folder
 
 
-def fit_words(words: Sequence[str]) -> list[str]:
-    """Those of the words after ``sparsify budget`` that ``fit`` takes too."""
-    return without(words, *OPTIONS, "output")
+def fit_words(words: Sequence[str], folder: Path) -> list[str]:
+    """Those of the words after ``sparsify budget`` that ``fit`` takes too. A config that holds
+    others is copied to the folder without them.
+    """
+    kept: list[str] = []
+    for word in without(words, *OPTIONS, "output"):
+        flag, equals, path = word.rpartition("=")
+        names_file = (flag if equals else "".join(kept[-1:])) in ("--config", "-c")
+        if names_file and os.path.exists(path):  # a config may also be given as JSON
+            word = f"{flag}{equals}{_fit_config(Path(path), folder)}"
+        kept.append(word)
+    return kept
+
+
+def _fit_config(config: Path, folder: Path) -> Path:
+    settings = yaml_text.load(config.read_text(encoding="utf-8"))
+    taken = {key: value for key, value in settings.items() if key not in {*OPTIONS, "output"}}
+    if taken == settings:
+        return config
+    copy = folder / f"{COPY}{config.stem}.yaml"
+    with whole_file(copy) as file:
+        file.write(yaml.safe_dump(taken, sort_keys=False).encode())
+    return copy
 
 
 def without(words: Sequence[str], *options: str) -> list[str]:

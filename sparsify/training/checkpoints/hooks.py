@@ -8,7 +8,13 @@ from sparsify.common.seal import content_hash
 from sparsify.masking.layer import base_parameters
 from sparsify.training.checkpoints.content import check_content, check_training
 from sparsify.training.checkpoints.new_settings import keep_patience
-from sparsify.training.checkpoints.resume import check_fits, check_resumes, continue_on, step_shape
+from sparsify.training.checkpoints.resume import (
+    check_fits,
+    check_order,
+    check_resumes,
+    continue_on,
+    step_shape,
+)
 
 
 def saved_keys(module: Any) -> set[str]:
@@ -49,6 +55,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
         SparsifyError: the checkpoint is damaged, or belongs to another run.
     """
     check_content(checkpoint, getattr(trainer, "ckpt_path", None) or "the checkpoint")
+    check_order(checkpoint, module.hparams["permute"])
     module.orders = checkpoint.get("orders") or {}
     module.configure_model()
     module.steps_before = checkpoint["global_step"]

@@ -2,11 +2,13 @@
 ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsify.calibration.permuting import is_kinds, parse_permute
 from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import data_parallel
 
@@ -46,6 +48,31 @@ def check_fits(
             f"in it and {wanted.get(name, 'unknown')} here; give the strategy, pattern, include, "
             "exclude and overrides of its run"
         )
+
+
+def check_order(checkpoint: Mapping[str, Any], asked: str | Sequence[str]) -> None:
+    """Check that a run permutes as its checkpoint's did, whose orders it takes.
+
+    Args:
+        checkpoint: what Lightning read.
+        asked: this run's ``permute``.
+
+    Raises:
+        SparsifyError: it asks for others.
+    """
+    saved = checkpoint.get("hyper_parameters", {}).get("permute", asked)  # old ones do not say
+    if _order(saved) != _order(asked):
+        raise SparsifyError(
+            f"the checkpoint's run had --model.permute {saved}, and this one has {asked}: masks "
+            f"are learned for one order of the channels; give {saved}, or start without a "
+            "checkpoint"
+        )
+
+
+def _order(permute: Any) -> tuple[str, ...] | Path:
+    if isinstance(permute, str) and not is_kinds(permute):
+        return Path(permute)  # which need not be there any more
+    return parse_permute(permute if isinstance(permute, Sequence) else str(permute))
 
 
 def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:

@@ -18,8 +18,8 @@ from sparsify.cli.main import main
 from sparsify.cli.short_forms import expand
 from sparsify.export.mask_file.file import read_masks
 from sparsify.export.mask_file.index import find_file
-from sparsify.results.budget import fit_words
 from sparsify.results.budget.measure import Scores, spread
+from sparsify.results.budget.report import fit_words
 from tests.conftest import Cli, tiny_llama
 
 BLOCK = 16
@@ -334,6 +334,28 @@ def test_the_next_command_has_the_orders_under_which_was_measured(
     assert increase == pytest.approx(final["loss_increase"], abs=1e-6)
 
 
+def test_the_next_command_takes_a_config_that_held_the_budget(
+    budget: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = budget.folder / "mine.yaml"
+    text = (
+        "# of both commands\nmodel:\n  strategy: {class_path: Magnitude}\n  pattern: 2:4\n"
+        "kept: 0.5\nwindows: 3\nrounds: 0\nunit: block\noutput: {overwrite: true}\n"
+    )
+    mine.write_text(text)
+    for word in (["--config", "mine.yaml"], ["--config=mine.yaml"], ["-c", "mine.yaml"]):
+        budget("budget", *word, "--trainer.enable_progress_bar=true")
+        line = re.sub(r"\s+", " ", capsys.readouterr().out).partition("next: sparsify ")[2]
+        assert "mine.yaml" in line
+        budget(*shlex.split(line))
+    assert mine.read_text() == text
+    copy = yaml.safe_load((newest(budget) / "fit_mine.yaml").read_text())
+    assert copy.keys() == {"model"}
+    assert copy["model"]["pattern"] == "2:4"
+    run = max((budget.folder / "runs/magnitude").glob("version_*"))
+    assert read_masks(find_file(run / "export")).patterns
+
+
 def test_a_strategy_keeps_its_packaged_config_beside_overrides(tmp_path: Path) -> None:
     file = tmp_path / "overrides.yaml"
     file.write_text("# a comment\nmodel:\n  overrides:\n    '*.q_proj': 2:4\n")
@@ -344,12 +366,14 @@ def test_a_strategy_keeps_its_packaged_config_beside_overrides(tmp_path: Path) -
     assert [word for word in expand(words) if word.startswith("--config=")] == configs[1:]
 
 
-def test_the_words_that_fit_takes_too() -> None:
+def test_the_words_that_fit_takes_too(tmp_path: Path) -> None:
     given = "--strategy wanda --patterns dense 2:4 --kept 0.5 -c file --unit=block --data.seed 1"
-    assert fit_words(given.split()) == ["--strategy", "wanda", "-c", "file", "--data.seed", "1"]
-    assert fit_words(["--output.folder", "x", "--rounds", "0", "--model.seed=2"]) == [
-        "--model.seed=2"
-    ]
+    taken = fit_words(given.split(), tmp_path)
+    assert taken == ["--strategy", "wanda", "-c", "file", "--data.seed", "1"]
+    own = ["--output.folder", "x", "--rounds", "0", "--model.seed=2"]
+    assert fit_words(own, tmp_path) == ["--model.seed=2"]
+    assert fit_words(['--config={"model": {}}'], tmp_path) == ['--config={"model": {}}']
+    assert not list(tmp_path.iterdir())
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def test_both_ranks_learn_what_one_process_learns(
         assert torch.equal(first["logits"][name], second["logits"][name]), name
         if exactly:
             assert torch.equal(first["logits"][name], logits), name
-        torch.testing.assert_close(first["logits"][name], logits, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(first["logits"][name], logits, rtol=1e-6, atol=1e-5, msg=name)
         assert torch.equal(first["masks"][name], single["masks"][name]), name
         assert bool((logits.remainder(2) != 0).any()), name  # they start at 0 and 2
     for key in ("average", "logged"):
