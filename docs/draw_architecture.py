@@ -57,7 +57,7 @@ WIDTH, HEIGHT = 1.8, 0.7
 
 def folder_of(module: str) -> str:
     """The folder of a module of the package, ``sparsify.masking.layer`` -> ``masking``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def module_imports(file: Path) -> set[str]:

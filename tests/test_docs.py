@@ -99,7 +99,10 @@ def test_no_page_makes_a_browser_ask_another_host(site: Path) -> None:
 def _headings(page: Path) -> set[str]:
     """The anchors that headings of a page have."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    words = [re.sub(r"[^\w\s-]", "", line).strip() for line in re.findall(r"^#+ (.*)$", text, re.M)]
+    words = [
+        re.sub(r"[^\w\s-]", "", line).strip()
+        for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
     return {re.sub(r"[-\s]+", "-", heading).lower() for heading in words}
 
 

@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 
 
 def newest(files: str) -> Path:
-    return sorted((ROOT / "benchmarks" / "results").glob(files))[-1]
+    return max((ROOT / "benchmarks" / "results").glob(files))
 
 
 NEWEST = newest("compare-*.json")

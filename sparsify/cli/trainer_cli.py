@@ -1,6 +1,7 @@
 """The commands with a Trainer: Lightning's command line, after short forms are rewritten."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import yaml
@@ -136,7 +137,7 @@ class CommandTrainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
-        patterns: list[str] = list(PATTERNS),
+        patterns: Sequence[str] = PATTERNS,
         max_perplexity_ratio: float | None = None,
         kept: float | None = None,
         bytes: str | float | None = None,

@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace  # which jsonargparse's is derived from
+from itertools import pairwise
 from typing import Any
 
 REDACTED = "(redacted)"
@@ -32,7 +33,7 @@ def is_secret(key: str) -> bool:
     """Whether the name of a setting says that its value is a secret."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
     words = re.findall(r"[a-z0-9]+", spaced.lower())
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     return (
         bool(_WORDS & set(words))
         or words in (["token"], ["auth"])

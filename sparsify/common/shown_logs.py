@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class _ShownRecord(logging.LogRecord):
-    def getMessage(self) -> str:  # noqa: N802
+    def getMessage(self) -> str:
         from sparsify.common.printable import printable
 
         return printable(super().getMessage())

@@ -36,7 +36,7 @@ def replaying(replay: Replay) -> Iterator[None]:
     """Within this context ``replay(function, arguments, options)`` takes the place of every call of
     a marked function from outside of such functions.
     """
-    global _replay  # noqa: PLW0603
+    global _replay
     before, _replay = _replay, replay
     try:
         yield

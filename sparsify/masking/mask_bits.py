@@ -5,6 +5,7 @@ Shapes: O out, I in, J = I / 8, rounded up.
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -25,14 +26,14 @@ def pack(mask_OI: Tensor) -> Tensor:
 def unpack(bytes_OJ: Tensor, columns: int) -> Tensor:
     """The mask of ``columns`` weights a row: bool ``[O, I]``."""
     # A lookup of eight bool values as one int64 is faster than eight shifts.
-    table = _bytes().to(bytes_OJ.device)
+    table = torch.from_numpy(_bytes()).to(bytes_OJ.device)
     found = table.index_select(0, bytes_OJ.flatten().int()).view(torch.bool)
     rows, count = bytes_OJ.shape
     return found.view(rows, _EIGHT * count)[:, :columns]
 
 
-@cache
-def _bytes() -> Tensor:
+@cache  # an array: a tensor would stay one of the mode in which it is first asked for
+def _bytes() -> np.ndarray:
     """The eight bits of every byte, as eight bool values that are read as one int64."""
-    bits = torch.arange(256)[:, None] >> torch.arange(_EIGHT)
-    return (bits & 1).to(torch.bool).view(torch.int64).squeeze(1)
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    return np.unpackbits(every, axis=1, bitorder="little").view(np.int64).squeeze(1)

@@ -16,6 +16,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.masking.by_shape import by_shape
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -81,7 +82,9 @@ class NMPattern:
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """All candidates in order: bool ``[K, M]``, True = kept."""
-        return _table(self.n, self.m).to(device)
+        import torch
+
+        return torch.from_numpy(_table(self.n, self.m)).to(device)
 
     def groups(self, values_OI: Tensor) -> Tensor:
         """View ``[O, I]`` as ``[O, G, M]``."""
@@ -131,7 +134,7 @@ class NMPattern:
         bits = torch.zeros(groups.shape[:-1], dtype=dtype, device=groups.device)
         for position, kept in enumerate(groups.unbind(-1)):
             bits.add_(kept, alpha=1 << position)
-        table = _rank_of_bits(self.n, self.m).to(groups.device)
+        table = torch.from_numpy(_rank_of_bits(self.n, self.m)).to(groups.device)
         ranks = table.index_select(0, bits.flatten().int()).view(bits.shape)
         if not trusted and ranks.numel() and ranks.min() < 0:
             row, group = (ranks < 0).nonzero()[0].tolist()
@@ -158,22 +161,25 @@ class NMPattern:
         return bool((self.groups(weight_OI != 0).sum(-1) <= self.n).all())
 
 
+# Arrays are kept, not tensors, which would stay those of the mode in which they are first asked
+# for, such as a plan's without values.
 @cache
-def _table(n: int, m: int) -> Tensor:
-    import torch
+def _table(n: int, m: int) -> np.ndarray:
+    import numpy as np
 
-    kept = torch.tensor(list(itertools.combinations(range(m), n)))
-    return torch.zeros(len(kept), m, dtype=torch.bool).scatter_(1, kept, True)
+    kept = np.array(list(itertools.combinations(range(m), n)))
+    table = np.zeros((len(kept), m), dtype=bool)
+    np.put_along_axis(table, kept, True, axis=1)
+    return table
 
 
 @cache
-def _rank_of_bits(n: int, m: int) -> Tensor:
+def _rank_of_bits(n: int, m: int) -> np.ndarray:
     """The rank for each set of kept positions (bit i = position i); -1 if it is not N of them."""
-    import torch
+    import numpy as np
 
-    ranks = torch.full((2**m,), -1, dtype=torch.int16)
-    bits = (_table(n, m).int() << torch.arange(m, dtype=torch.int32)).sum(-1)
-    ranks[bits] = torch.arange(len(bits), dtype=torch.int16)
+    ranks = np.full(2**m, -1, dtype=np.int16)
+    ranks[_table(n, m) @ (1 << np.arange(m))] = np.arange(math.comb(m, n))
     return ranks
 
 

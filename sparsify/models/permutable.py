@@ -64,7 +64,7 @@ class _Parts:
     def found(self) -> tuple[dict[str, Part], dict[str, str]]:
         """All parts, and what has none."""
         groups: dict[int, list[int]] = defaultdict(list)  # the axes that a kind of channel reads
-        for axis, (name, _, start, size) in enumerate(self._trace.axes):
+        for axis, (_, _, start, size) in enumerate(self._trace.axes):
             if self._layer(axis) is not None:
                 for sign in self._sign[self._root[start : start + size]].unique().tolist():
                     groups[sign].append(axis)

@@ -39,7 +39,7 @@ def train(model: PreTrainedModel, folder: Path) -> None:
 def case(folder: Path) -> dict[str, float]:
     """How far the sharded run ends from the whole one, and what it did to the zeros."""
     models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(3)]
-    before, alone, sharded = models
+    _, alone, sharded = models
     train(alone, folder)
     for block in decoder_blocks(sharded).values():
         fully_shard(block)

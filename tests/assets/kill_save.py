@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(folder: Path, sharded: bool, again: bool) -> dict[str, Any]:
         new = 2 if again else 3
         place = folder / "checkpoints"
         operation = crash_run.killed_at(
-            len(operations), True, lambda new=new: save(folder, new, callback, sharded)
+            len(operations), True, partial(save, folder, new, callback, sharded)
         )
         newest = newest_whole(place / "last.ckpt")
         step = saved_step(newest)

@@ -1,6 +1,7 @@
 """The search of orders: what it predicts is what happens, and no round makes it worse."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_the_error_never_rises_and_ends_far_lower() -> None:
     layers = [inputs("2:4", 64, dtype=torch.float32), inputs("2:4", 64, 1, 1, torch.float32)]
     order_C, errors = find_order(layers, 1, CPU, rounds=30, least=0.0)
     assert torch.equal(order_C.sort().values, torch.arange(64))
-    assert all(later <= earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(errors))
     assert errors[0] == pytest.approx(error_of(layers, torch.arange(64)), rel=1e-4)
     assert errors[-1] == pytest.approx(error_of(layers, order_C), rel=1e-4)
     assert errors[-1] < 0.9 * errors[0]

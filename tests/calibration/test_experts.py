@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, O out, I in.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import pytest
@@ -197,7 +197,7 @@ def test_the_least_number_of_tokens_is_enough(more: int, monkeypatch: pytest.Mon
 class Counted(Hessian):
     """Knows which of them are alive, and what they held together at most."""
 
-    alive: WeakSet["Counted"] = WeakSet()
+    alive: ClassVar[WeakSet["Counted"]] = WeakSet()
     made = most = 0
 
     def __init__(self, inputs: int, device: torch.device) -> None:

@@ -198,8 +198,8 @@ def test_a_full_disk_at_the_end_is_an_error_after_the_export(
 def test_lightnings_checkpoints_beside_ours(cli: Cli) -> None:
     """In the same folder, with a ``last.ckpt`` of its own; whole, and damaged."""
     beside = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
-    for option in ("every_n_train_steps=2", "save_top_k=-1", "filename={step}", "save_last=True"):
-        beside.append(f"--trainer.callbacks.{option}")
+    own = ("every_n_train_steps=2", "save_top_k=-1", "filename={step}", "save_last=True")
+    beside += [f"--trainer.callbacks.{option}" for option in own]
     cli(*FIT, *beside, steps=4)
     [run] = cli.runs()
     folder = run / "checkpoints"

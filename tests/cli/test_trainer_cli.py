@@ -157,7 +157,7 @@ def test_a_checkpoint_brings_its_settings_and_the_command_line_wins(cli: Cli) ->
     main(["test", *bare, "--data.eval_batch_size", "4"])
     main(["validate", *bare])
     main(["export", *bare, "--output.folder", "again"])
-    fitted, tested, validated, exported = cli.runs()
+    fitted, tested, validated, _ = cli.runs()
     for name, score in result(fitted)["scores"].items():
         assert result(tested)["scores"][name] == pytest.approx(score, rel=1e-5)
     assert result(tested)["run"]["pattern"] == "1:4"
@@ -266,7 +266,7 @@ def test_a_logger_whose_package_is_missing(
 def test_help(capsys: pytest.CaptureFixture[str], cli: Cli) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "sparsify", "--help"], capture_output=True, text=True, check=True
-    )  # noqa: S603
+    )
     assert out.stderr == ""
     assert "N:M sparse masks" in out.stdout
     for command in ("fit", "validate", "test", "export", "sensitivity", "budget"):

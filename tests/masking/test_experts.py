@@ -391,7 +391,7 @@ def test_another_use_of_the_matrices_is_named_with_its_fix(
 )
 def test_what_blocks_may_do(use: Callable[..., Tensor], transposed: bool) -> None:
     masked = using(use, transposed)
-    ((name, layer),) = masked.layers.items()
+    [layer] = masked.layers.values()
     mask = NMPattern(2, 4).top(torch.rand(64, 32, generator=torch.Generator().manual_seed(4)))
     layer.masker.set_mask(mask)
     masked.check_called()

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsify.masking import mask_bits
 from sparsify.masking.mask_bits import pack, unpack
 
 
@@ -23,3 +25,10 @@ def test_eight_weights_are_one_byte_and_come_back(rows: int, columns: int) -> No
 def test_every_byte_comes_back() -> None:
     bytes_OJ = torch.arange(256, dtype=torch.uint8).view(8, 32)
     assert torch.equal(pack(unpack(bytes_OJ, 256)), bytes_OJ)
+
+
+def test_bytes_that_were_first_unpacked_without_values_have_values_later() -> None:
+    mask_bits._bytes.cache_clear()
+    with FakeTensorMode():
+        assert unpack(torch.zeros(1, 1, dtype=torch.uint8), 8).shape == (1, 8)
+    assert unpack(torch.tensor([[0b101]], dtype=torch.uint8), 4).tolist() == [[1, 0, 1, 0]]

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify import NMPattern, SparsifyError
+from sparsify.masking import pattern
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "8:16"]
 
@@ -148,3 +150,13 @@ def test_holds_counts_nonzeros_in_every_group() -> None:
     weights[1, 0] = 1e-30
     assert not pattern.holds(weights)
     assert not pattern.holds(torch.tensor([[0.0, 0, 1, 1, 1, 1, 1, 0]]))
+
+
+def test_patterns_that_were_first_used_without_values_have_values_later() -> None:
+    pattern._table.cache_clear()
+    pattern._rank_of_bits.cache_clear()
+    with FakeTensorMode():
+        ranks = NMPattern(3, 5).rank(torch.ones(1, 5, dtype=torch.bool), trusted=True)
+        assert NMPattern(3, 5).unrank(ranks).shape == (1, 5)
+    mask = torch.tensor([[True, False, True, True, False]])
+    assert torch.equal(NMPattern(3, 5).unrank(NMPattern(3, 5).rank(mask)), mask)

@@ -37,10 +37,10 @@ def test_times_are_found_again(tmp_path: Path) -> None:
         lambda content: json.dumps({**content, "seconds": [1, 2]}),
         lambda content: json.dumps({"machine": content["machine"]}),
         lambda content: json.dumps(
-            {**content, "seconds": dict.fromkeys(content["seconds"], [1.0, -1.0])}
+            {**content, "seconds": {key: [1.0, -1.0] for key in content["seconds"]}}
         ),
         lambda content: json.dumps(
-            {**content, "seconds": dict.fromkeys(content["seconds"], ["1", 2.0])}
+            {**content, "seconds": {key: ["1", 2.0] for key in content["seconds"]}}
         ),
         lambda content: json.dumps({**content, "seconds": dict.fromkeys(content["seconds"], 1.0)}),
     ],

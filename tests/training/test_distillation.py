@@ -339,7 +339,7 @@ def test_checkpoints_hold_no_teacher_and_go_on_bit_for_bit(
         return module, callback.losses
 
     whole, expected = fit(0)
-    half, first = fit(2)
+    _, first = fit(2)
     saved = torch.load(tmp_path / "stopped.ckpt", weights_only=False)
     assert not any("teacher" in name for name in saved["state_dict"])
     resumed, second = fit(0, tmp_path / "stopped.ckpt")

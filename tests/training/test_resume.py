@@ -66,9 +66,8 @@ def check_same(whole: Path, resumed: Path, at: int) -> None:
         same = float(found[key]) == pytest.approx(float(value), rel=1e-6)
         assert same if key[0] < at else found[key] == value
     histories = [json.loads((r / "result.json").read_text())["history"] for r in (whole, resumed)]
-    assert [[row["step"] for row in h["validation"]] for h in histories][0] == [
-        row["step"] for row in histories[1]["validation"]
-    ]
+    of_whole, of_resumed = ([row["step"] for row in h["validation"]] for h in histories)
+    assert of_whole == of_resumed
     assert {step for step, name in expected if name == "train/task_loss"} == set(range(at, STEPS))
     a, b = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from sparsify.results.compare.loading import Run
@@ -113,4 +114,4 @@ def thinned(values: list[T], most: int) -> list[T]:
 def intervals(row: Row) -> set[int]:
     """The steps between two looks at the masks."""
     steps = [[look["step"] for look in _looks(run, "masks")] for run in row.samples]
-    return {b - a for some in steps for a, b in zip(some, some[1:], strict=False)}
+    return {b - a for some in steps for a, b in pairwise(some)}

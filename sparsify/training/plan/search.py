@@ -80,13 +80,13 @@ def make_plan(settings: PlanSettings, memory: int | None = None) -> Plan:
         words = vocabulary_of(seen.masked.model)
         settings = replace(settings, eval_batch_size=fitting_windows(settings.block_size, words))
     plan.tries.append(({}, estimate(settings, seen)))
-    for change, settings in _remedies(settings, seen):
+    for change, tried in _remedies(settings, seen):
         if plan.fits:
             break
         last = plan.tries[-1][1].settings
-        if replace(settings, devices=1, shard=False) != replace(last, devices=1, shard=False):
-            seen = dry_run(settings)
-        plan.tries.append((change, estimate(settings, seen)))
+        if replace(tried, devices=1, shard=False) != replace(last, devices=1, shard=False):
+            seen = dry_run(tried)
+        plan.tries.append((change, estimate(tried, seen)))
     return plan
 
 

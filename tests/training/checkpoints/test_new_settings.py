@@ -134,7 +134,7 @@ def test_what_an_optimizer_learned_within_its_settings_stays() -> None:
 
 
 def damaged(change: Any) -> str:
-    param, former, _ = made(AdamW)
+    _, former, _ = made(AdamW)
     former.step()
     state = former.state_dict()
     change(state)
