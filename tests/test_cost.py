@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import Scripts
+
 TWO_SIZES = {"sizes": [1, 2], "medians": [0.1, 0.2], "exponent": 1.0, "expected": "1"}
 RESULT = {
     "cpu": "a CPU",
@@ -36,8 +38,8 @@ RESULT = {
 
 
 @pytest.fixture(autouse=True)
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def benchmarks(scripts: Scripts) -> None:
+    """Scripts can be imported."""
 
 
 def test_the_first_round_does_not_count() -> None:

@@ -7,13 +7,12 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from tests.conftest import Scripts
+
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import moe_model
-
-    return moe_model
+def script(scripts: Scripts) -> ModuleType:
+    return scripts("moe_model")
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
