@@ -48,6 +48,11 @@ class Checkpoints(Checkpoint):
     def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
         if keep < 1:
             raise SparsifyError(f"checkpoint.keep is {keep}; it must be 1 or more")
+        if every_n_steps < 1:
+            raise SparsifyError(
+                f"checkpoint.every_n_steps is {every_n_steps}; it must be 1 or more: with more "
+                "than the run has, only its end is saved"
+            )
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.last: Path | None = None

@@ -21,8 +21,8 @@ class GracefulStop(Callback):
     else ends at once, as it has nothing to save. A second signal ends the run at once in any case.
 
     A signal may reach only some of the ranks. So all ranks check together, and stop at the same
-    place: at the end of an optimizer step or after a batch of a validation. They communicate over a
-    group of their CPUs, so that no device has to wait.
+    place: at the end of an optimizer step, or after a batch of a validation that follows one. They
+    communicate over a group of their CPUs, so that no device has to wait.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,10 @@ class GracefulStop(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if signals.active() and self._begun and trainer.state.fn == TrainerFn.FITTING:
+        if not (signals.active() and self._begun and trainer.state.fn == TrainerFn.FITTING):
+            return
+        # Within an accumulated step there is nothing to resume from yet.
+        if pl_module.ends_step(trainer.fit_loop.epoch_loop.batch_idx):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Any) -> None:

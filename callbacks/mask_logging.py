@@ -42,6 +42,11 @@ class MaskLogging(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, per_layer: bool = True) -> None:
+        if every_n_steps < 1:
+            raise SparsifyError(
+                f"masks.every_n_steps is {every_n_steps}; it must be 1 or more: with more than the "
+                "run has, masks are not logged"
+            )
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.looks: list[dict[str, float]] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from sparsify.calibration.permuting import NONE
@@ -46,6 +47,8 @@ class Sparsified:
     model: PreTrainedModel
     module: SparseCausalLM
     trainer: Trainer
+    _given: "_Given"
+    _folded: bool = False
 
     def __repr__(self) -> str:
         strategy, pattern = type(self.module.strategy).__name__, str(self.module.selection.pattern)
@@ -54,6 +57,7 @@ class Sparsified:
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The hard masks by layer name: bool ``[O, I]``, True = kept."""
+        self._check_masked()
         return self.module.masked.hard_masks()
 
     def test(self) -> dict[str, Score]:
@@ -71,6 +75,7 @@ class Sparsified:
 
     def export(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the sparse model, its tokenizer, masks and manifest as a Hugging Face folder."""
+        self._check_masked()
         module = self.module
         windows_BT, measuring = module.test_windows(), module.measuring
         export(module.masked, Path(folder), {}, overwrite, windows_BT, measuring)
@@ -87,10 +92,20 @@ class Sparsified:
 
     def fold(self) -> PreTrainedModel:
         """Multiply the masks into the weights and restore the plain layers, in place; the dense
-        weights are gone then.
+        weights are gone then, and so are the masks. Parameters require gradients as they did before
+        the run.
         """
         self.module.masked.fold()
+        self._given.put_back()
+        self._folded = True
         return self.model
+
+    def _check_masked(self) -> None:
+        if self._folded:
+            raise SparsifyError(
+                "the model was folded, so that its masks are gone; call masks(), save_masks() and "
+                "export() before fold()"
+            )
 
 
 def sparsify(
@@ -108,13 +123,13 @@ def sparsify(
     Args:
         model: a causal LM; its layers are replaced in place by masked ones over the same
             Parameters.
-        strategy: a strategy, or its name.
+        strategy: a strategy, of which a copy runs, or its name.
         data: text to learn from: a file, a folder, several, a `datasets.Dataset`, or what else
             `TextDataModule` takes as ``train``; or a data module.
         tokenizer: the model's tokenizer; of a vision-language model, its processor, which is
             exported too.
         steps: optimizer steps, for a strategy that learns.
-        trainer: more arguments for Lightning's Trainer.
+        trainer: more arguments for Lightning's Trainer; its callbacks come after our own.
         options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, overrides,
             optimizer, seed, ...
 
@@ -126,8 +141,8 @@ def sparsify(
         SparsifyError: the input cannot be used.
         KeyboardInterrupt: on Ctrl-C.
     """
-    if isinstance(strategy, str):
-        strategy = make_strategy(strategy)
+    # A copy: a strategy may keep state, and its seed is the run's.
+    strategy = make_strategy(strategy) if isinstance(strategy, str) else copy.deepcopy(strategy)
     if not isinstance(data, TextDataModule):
         data = TextDataModule(train=data)
     data = copy.copy(data)  # the caller's stays without our tokenizer and Trainer
@@ -135,9 +150,10 @@ def sparsify(
     check_model(model)
     check_objects(model, data.tokenizer, strategy)
     changes = strategy.effect.changes_base or options.get("permute", NONE) != NONE
-    with quiet(), _restored_on_failure(model, changes):
+    given = _Given(model)
+    with quiet(), _restored_on_failure(model, given, changes):
         module, runner = _run(model, strategy, data, tokenizer, steps, trainer or {}, options)
-    return Sparsified(model, module, runner)
+    return Sparsified(model, module, runner, given)
 
 
 def _run(
@@ -164,7 +180,9 @@ def _run(
         "logger": False,
         "enable_checkpointing": False,
     }
-    runner = Trainer(**settings | {"callbacks": callbacks} | dict(trainer))
+    given = trainer.get("callbacks") or []
+    callbacks += [given] if isinstance(given, Callback) else given
+    runner = Trainer(**settings | dict(trainer) | {"callbacks": callbacks})
     try:
         runner.fit(module, datamodule=data)
     except Interrupted:
@@ -172,37 +190,48 @@ def _run(
     return module, runner
 
 
+class _Given:
+    """Knows which of a model's Parameters are learned, which of its parts recompute activations,
+    and what is in training mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # Transformers keeps in this attribute whether a part of a model is recomputed in backward.
+        self._flags = [
+            (module, name, getattr(module, name))
+            for module in model.modules()
+            for name in ("training", "gradient_checkpointing")
+            if hasattr(module, name)
+        ]
+        self._learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back(self) -> None:
+        for module, flag, value in self._flags:
+            setattr(module, flag, value)
+        for parameter, requires_grad in self._learned:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+
+
 @contextmanager
-def _restored_on_failure(model: PreTrainedModel, weights: bool) -> Iterator[None]:
-    """If the block fails, put back the model's layers, which of its Parameters are learned, and
-    what is in training mode.
+def _restored_on_failure(model: PreTrainedModel, given: _Given, weights: bool) -> Iterator[None]:
+    """If the block fails, put back the model's layers, and how it was given.
 
     Args:
         model: the model.
+        given: of this model.
         weights: put back the values of weights too, which takes a copy of them.
     """
     if masked_layers(model):
         yield  # it is refused, and stays as an earlier run left it
         return
     modules = dict(model.named_modules(remove_duplicate=False))
-    # Transformers keeps in this attribute whether a part of a model is recomputed in backward.
-    flags = [
-        (module, name, getattr(module, name))
-        for module in modules.values()
-        for name in ("training", "gradient_checkpointing")
-        if hasattr(module, name)
-    ]
-    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(p, p.detach().clone()) for p in model.parameters()] if weights else []
     try:
         yield
     except BaseException:
         put_back(model, modules)
-        for module, flag, value in flags:
-            setattr(module, flag, value)
-        for parameter, requires_grad in learned:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
+        given.put_back()
         for parameter, kept in values:
             parameter.data = kept
         raise

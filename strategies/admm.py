@@ -74,7 +74,7 @@ class ADMM(SparsityStrategy):
         """
         norm_I = hessian_II.diagonal().sqrt() + 1e-8
         scaled_II = hessian_II / norm_I / norm_I[:, None]
-        eye_II = torch.eye(len(norm_I), device=norm_I.device)
+        eye_II = torch.eye(len(norm_I), dtype=norm_I.dtype, device=norm_I.device)
         scaled_II += self.damping * scaled_II.diagonal().mean() * eye_II
         inverse_II = torch.linalg.inv(scaled_II + self.rho * eye_II)
         dense_OI = weight_OI * norm_I

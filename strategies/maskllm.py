@@ -107,7 +107,7 @@ class _Sample(torch.autograd.Function):
         kappa, tau = masker.values["kappa"], masker.values["tau"]
         dtype = torch.promote_types(logits_OKG.dtype, torch.float32)
         product_OI = torch.empty_like(weight_OI, dtype=torch.promote_types(weight_OI.dtype, dtype))
-        penalty = torch.zeros((), device=device)
+        penalty = torch.zeros((), dtype=torch.float32, device=device)
         soft_OKG = torch.empty_like(logits_OKG, dtype=dtype) if learns else None
         trains_weight = learns and ctx.needs_input_grad[1]
         mask_OI = torch.empty_like(product_OI) if trains_weight else None

@@ -60,7 +60,7 @@ class MovingAverage(nn.Module):
         self.memory = memory
         # Sums of weights, values and squares. Values divided by weights give the right mean from
         # the first step on. The paper's starts at zero, which no longer matters after 10,000 steps.
-        self.register_buffer("sums", torch.zeros(3))
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float32))
 
     def remove(self, value: Tensor) -> Tensor:
         """Subtract the mean of earlier values, then add this value to them; returns 0-d."""

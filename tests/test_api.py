@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import is_progress_bar_enabled
 
 import sparsify
+from sparsify import Schedule
 from sparsify.calibration import Layerwise
 from sparsify.export import folder, read_back
 from sparsify.strategies.maskllm import MaskLLM
+from sparsify.strategies.maskpro import MaskPro
 from sparsify.training.build import calibrate
-from tests.conftest import tiny_llama
+from sparsify.training.optimizers import adamw
+from tests.conftest import quiet_trainer, tiny_llama, word_tokenizer
 from tests.tiny_models import tiny_gpt_oss, tiny_mixtral
 
 
@@ -226,6 +230,99 @@ def test_a_failed_calibration_gives_the_model_back(
     assert state(model) == before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     sparsify.sparsify(model, "sparsegpt", data, tokenizer, **options)
+
+
+class Seen(Callback):
+    steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+QUIET: dict[str, Any] = {"enable_progress_bar": False}
+RATE = partial(torch.optim.AdamW, lr=0.1)
+
+
+def masks_of(strategy: Any, text: Path, **options: Any) -> dict[str, torch.Tensor]:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    given = {"steps": 4, "trainer": QUIET, "optimizer": RATE, **options}
+    return sparsify.sparsify(tiny_llama(), strategy, data, word_tokenizer(), **given).masks()
+
+
+def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(mask, others[name]) for name, mask in some.items())
+
+
+def test_callbacks_of_the_users_come_beside_our_own(text: Path) -> None:
+    expected = masks_of("maskllm", text)
+    for given in (seen := Seen(), [seen]):
+        seen.steps = 0
+        found = masks_of("maskllm", text, trainer=QUIET | {"callbacks": given})
+        assert equal(found, expected)
+        assert seen.steps == 4
+    # Without our annealing the draws of other temperatures learn other masks.
+    assert not equal(masks_of(MaskLLM(tau=Schedule(4.0, 4.0)), text), expected)
+
+
+def test_a_strategy_that_ran_before_makes_the_same_masks(text: Path) -> None:
+    strategy = MaskPro()
+    expected = masks_of(strategy, text, seed=1)
+    assert equal(masks_of(strategy, text, seed=1), expected)
+    assert strategy.seed == MaskPro().seed
+
+
+@pytest.mark.parametrize("name", ["maskllm", "selfmask", "maskpro", "proxsparse"])
+def test_another_default_type_learns_the_same_masks(text: Path, name: str) -> None:
+    model, data = (
+        tiny_llama(),
+        sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16),
+    )
+    options: Any = {"calibration": sparsify.Calibration(cache=False), "steps": 2, "trainer": QUIET}
+    expected = masks_of(name, text, optimizer=adamw, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = sparsify.sparsify(model, name, data, word_tokenizer(), **options).masks()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["maskllm", "sr_ste"])
+def test_a_folded_model_is_plain_again_and_has_no_masks(
+    model, tokenizer, text: Path, tmp_path: Path, name: str
+) -> None:
+    data = sparsify.TextDataModule(train=str(text / "train.txt"), block_size=16)
+    frozen = model.lm_head.weight.requires_grad_(False)
+    options: Any = {"steps": 1, "trainer": QUIET, "gradient_checkpointing": True}
+    result = sparsify.sparsify(model, name, data, tokenizer, **options)
+    result.fold()
+    for call in (
+        result.masks,
+        lambda: result.export(tmp_path / "export"),
+        lambda: result.save_masks(tmp_path / "lone.nmask"),
+    ):
+        with pytest.raises(sparsify.SparsifyError, match=r"export\(\) before fold\(\)"):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+
+
+def test_a_module_whose_calibration_failed_does_not_go_on(
+    tokenizer, text: Path, tmp_path: Path
+) -> None:
+    words = (text / "train.txt").read_text().split()[: 8 * 16]
+    (tmp_path / "short.txt").write_text(" ".join(words))
+    module = sparsify.SparseCausalLM.from_model(tiny_llama(), tokenizer, MaskLLM(prior="wanda"))
+    for file, said in (
+        (tmp_path / "short.txt", "calibration asks"),
+        (text / "train.txt", "failed"),
+    ):
+        data = sparsify.TextDataModule(train=str(file), block_size=16)
+        data.tokenizer = tokenizer
+        with pytest.raises(sparsify.SparsifyError, match=said):
+            quiet_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
 
 
 def test_it_runs_off_the_main_thread(model, tokenizer, text: Path) -> None:

@@ -38,16 +38,23 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
         inputs: base model, text, pattern, layers and so on, as JSON values.
     """
     classes = {cls for part in strategy.modules() for cls in type(part).__mro__}
-    sources = {
-        sys.modules[cls.__module__].__file__ for cls in classes if issubclass(cls, SparsityStrategy)
-    }
+    own = [cls for cls in classes if issubclass(cls, SparsityStrategy)]
+    sources = {cls: getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in own}
+    if bare := [cls for cls, file in sources.items() if not (file and os.path.isfile(file))]:
+        log.warning(
+            "the calibration's result is not kept: the source of %s is in no file, so that a "
+            "change of it would not be seen",
+            bare[0].__name__,
+        )
+        return None
     try:
         state = pickle.dumps(strategy)
     except Exception as error:  # __reduce__ of an object may raise anything
         log.warning("the calibration's result is not kept: %s", error)
         return None
     digest = hashlib.sha256(state)
-    beside = {file for source in sources if source for file in Path(source).parent.glob("*.py")}
+    folders = {Path(str(source)).parent for source in sources.values()}
+    beside = {file for folder in folders for file in folder.glob("*.py")}
     for file in [*ENGINE, *sorted(beside)]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     versions = {name: version(name) for name in ("torch", "transformers")}

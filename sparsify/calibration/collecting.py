@@ -171,7 +171,7 @@ class Statistics(Mapping[str, Any]):
         statistic: Statistic = self._kind(inputs, self._device)
         for row in range(0, inputs, _ROWS):
             rows = torch.arange(row, min(row + _ROWS, inputs), device=self._device)
-            x_TI = torch.zeros(len(rows), inputs, device=self._device)
+            x_TI = torch.zeros(len(rows), inputs, dtype=torch.float32, device=self._device)
             x_TI.scatter_(1, rows[:, None], 1.0)
             self._add(statistic, x_TI, x_TI)
         return statistic

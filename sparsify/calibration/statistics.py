@@ -46,8 +46,8 @@ class Moments:
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self.sum_I = torch.zeros(inputs, device=device)
-        self.square_I = torch.zeros(inputs, device=device)
+        self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+        self.square_I = torch.zeros(inputs, dtype=torch.float32, device=device)
         self.tokens = self.windows = 0
 
     def add(self, x_TI: Tensor) -> None:
@@ -72,7 +72,7 @@ class Hessian:
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self.matrix_II = torch.zeros(inputs, inputs, device=device)
+        self.matrix_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x_TI: Tensor) -> None:
@@ -92,7 +92,7 @@ class CrossHessian:
     paired = True
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self.matrix_II = torch.zeros(inputs, inputs, device=device)
+        self.matrix_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
 
     def add(self, x_TI: Tensor, dense_TI: Tensor) -> None:
         self.matrix_II.addmm_(dense_TI.T.float(), x_TI.float())

@@ -71,6 +71,10 @@ class Distillation:
             return Distillation(self.weight, self.temperature, self.hidden.at(progress))
         return self
 
+    def most(self) -> "Distillation":
+        """The settings of the first or of the last step, whichever takes more work."""
+        return max(self.at(0.0), self.at(1.0), key=lambda settings: settings.numbers)
+
     def over(self, advice: "Distillation") -> "Distillation":
         """These settings, and where there are none, those of ``advice``; all are given then."""
         settings = Distillation(0.0, 1.0, 0.0)

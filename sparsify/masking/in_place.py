@@ -95,7 +95,7 @@ class InPlaceMomentum(Optimizer):
         self._numbers = {parameter: n for n, parameter in enumerate(self._parameters())}
         for parameter in self._parameters():
             momentum_like = torch.zeros_like(parameter, requires_grad=False)
-            square = torch.zeros(len(parameter), device=parameter.device)
+            square = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
             self.state[parameter] = {"step": 0, "momentum": momentum_like, "square": square}
             if handle := _HOOKS.pop(parameter, None):
                 handle.remove()

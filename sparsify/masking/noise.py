@@ -125,7 +125,7 @@ def uniform(
     Returns:
         fp32 ``[O, E]``: rows ``row0 .. row0 + rows`` of the unlimited rows that the key defines.
     """
-    out = torch.empty(rows, elements, device=device)
+    out = torch.empty(rows, elements, dtype=torch.float32, device=device)
     for _ in _pieces(key, rows, elements, row0, device, out):
         pass
     return out
@@ -136,7 +136,7 @@ def gumbel(
     key: Tensor, rows: int, elements: int, row0: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Standard Gumbel numbers ``-log(-log u)``, fp32 ``[O, E]``; arguments as :func:`uniform`."""
-    out = torch.empty(rows, elements, device=device)
+    out = torch.empty(rows, elements, dtype=torch.float32, device=device)
     for _, u, _ in _pieces(key, rows, elements, row0, device, out):
         u.log_().neg_().log_().neg_()
     return out

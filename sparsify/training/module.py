@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from sparsify.calibration import Calibration
 from sparsify.calibration.permuting import parse_permute
+from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import data_parallel
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters
@@ -111,6 +112,7 @@ class SparseCausalLM(Evaluation):
         self.task_loss: Tensor | None = None
         self.steps_before = 0
         self._masked: MaskedModel | None = None
+        self._begun = False  # whether the model is being masked, or that has failed
         self._finite = guards.FiniteWatch()
 
     @classmethod
@@ -161,14 +163,20 @@ class SparseCausalLM(Evaluation):
 
     def configure_model(self) -> None:
         """Load, mask, calibrate and shard; the second call does nothing."""
-        if self.model is not None:
+        if self.model is not None and not self._begun:
             self.origin.enter_modes(self.model, self.gradient_checkpointing)
             return
         if self._trainer is None and self.permute and self.orders is None:
             return  # Lightning hands over the checkpoint that holds the orders afterwards
+        if self._begun:
+            raise SparsifyError(
+                "an earlier run of this module failed before its masks were made, and its model is "
+                "masked only in part; make a new SparseCausalLM, of a model that is not masked"
+            )
         guards.check_precision(None if self._trainer is None else self.trainer.precision)
         # Build in main memory: Lightning would put the whole model on the device at once, but
         # calibration moves blocks there one by one.
+        self._begun = True
         with torch.device("cpu"):
             self._masked, self.teacher = build(self, self._trainer)
             self.model = self.masked.model
@@ -181,6 +189,7 @@ class SparseCausalLM(Evaluation):
                 self.anchor = nn.Parameter(torch.zeros(1))
         if self._device_mesh is not None:
             shard(self.masked, self.teacher, self.gather, self.device_mesh)
+        self._begun = False
 
     @property
     def gathers_masked(self) -> bool:

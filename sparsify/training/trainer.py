@@ -119,7 +119,10 @@ class Trainer(LightningTrainer):
                 starting masks are exported.
         """
         self.exporting = True
-        self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        try:
+            self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        finally:
+            self.exporting = False
 
 
 class _Restorer(_CheckpointConnector):

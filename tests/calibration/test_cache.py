@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -220,6 +221,34 @@ def test_the_strategys_source_code_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert run(own(OWN_STRATEGY))[1]
     assert not run(own(OWN_STRATEGY))[1]
     assert run(own(OWN_STRATEGY + "\n# another score\n"))[1]
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_a_class_without_a_source_file_is_not_kept(
+    file: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = ModuleType("prompt")
+    if file is not None:
+        module.__file__ = file
+    monkeypatch.setitem(sys.modules, "prompt", module)
+    exec(OWN_STRATEGY, module.__dict__)  # noqa: S102
+    assert run(module.Own())[1]
+    assert run(module.Own())[1]
+    assert "is not kept: the source of Own is in no file" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", [Wanda, SparseGPT, DSnoT, Swaps, ADMM])
+def test_another_default_type_makes_the_same_masks(
+    strategy: type[SparsityStrategy],
+) -> None:
+    settings, model = Calibration(cache=False), tiny_llama()
+    expected = masked(tiny_llama(), settings).run(strategy())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = dict(masked(model, settings).run(strategy()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name].mask, result.mask) for name, result in expected)
 
 
 def test_the_code_that_a_strategy_builds_on_counts(monkeypatch: pytest.MonkeyPatch) -> None:

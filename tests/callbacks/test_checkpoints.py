@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from sparsify.callbacks.checkpoints import Checkpoints
+from sparsify.callbacks.mask_logging import MaskLogging
 from sparsify.cli.main import main
 from sparsify.common.errors import DiskFull, SparsifyError
 from sparsify.training.checkpoints.files import WholeFileIO
@@ -85,6 +86,12 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 def test_keeping_none_is_refused() -> None:
     with pytest.raises(SparsifyError, match="checkpoint.keep is 0; it must be 1 or more"):
         Checkpoints(keep=0)
+
+
+@pytest.mark.parametrize("kind", [Checkpoints, MaskLogging])
+def test_every_zero_steps_is_refused(kind: type) -> None:
+    with pytest.raises(SparsifyError, match="every_n_steps is 0; it must be 1 or more"):
+        kind(every_n_steps=0)
 
 
 def test_a_users_own_way_of_writing_stays(tmp_path: Path) -> None:

@@ -109,6 +109,21 @@ def test_training_and_validation_stop_and_go_on(
         check_same(whole, cli.runs()[-1])
 
 
+def test_a_validation_within_a_step_does_not_stop_before_it_is_taken(
+    cli: Cli, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"]
+    cli("fit", *OPTIONS, *options, steps=STEPS)
+    [whole] = cli.runs()
+    with ends(signal.SIGTERM):  # in the validation after the ninth micro-batch
+        cli("fit", *OPTIONS, *options, *sending(signal.SIGTERM, True), steps=STEPS)
+    assert "stopped after step 5; resume" in capfd.readouterr().err
+    main(["fit", f"--ckpt_path={cli.runs()[-1]}/checkpoints/last.ckpt", "--trainer.callbacks=[]"])
+    last = [torch.load(run / "checkpoints/last.ckpt") for run in (whole, cli.runs()[-1])]
+    tensors = [checkpoint["state_dict"] for checkpoint in last]
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+
+
 @pytest.mark.parametrize("number", STATUS)
 def test_calibration_stops_at_once(
     cli: Cli, number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparsify import Schedule
+from sparsify import Schedule, SparsifyError
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,14 @@ def test_the_way_from_100_to_10(shape: str, quarter: float, half: float) -> None
 def test_a_schedule_is_linear_unless_told() -> None:
     assert Schedule(4.0, 0.05).at(0.5) == pytest.approx(2.025)
     assert Schedule(0.0, 1.0, "cosine").at(1 / 3) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0), (1.0, -1.0)])
+def test_an_exponential_that_reaches_zero_is_refused(start: float, end: float) -> None:
+    with pytest.raises(SparsifyError, match=f"from {start} to {end}; both must be above 0"):
+        Schedule(start, end, "exponential")
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(SparsifyError, match="shape is 'cos'; it is one of"):
+        Schedule(1.0, 0.0, "cos")  # type: ignore[arg-type]

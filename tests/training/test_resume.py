@@ -107,6 +107,40 @@ def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) ->
         check_same(whole, cli.runs()[-1], at)
 
 
+def test_a_run_of_epochs_that_is_over_says_so(
+    cli: Cli, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
+    cli("fit", *options, *epochs, steps=-1)
+    checkpoint = cli.runs()[-1] / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["fit", f"--ckpt_path={checkpoint}"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "at the end of epoch 1 of 1, so nothing is left to learn" in said
+    main(["fit", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2"])
+    assert json.loads((cli.runs()[-1] / "result.json").read_text())["run"]["steps"] == 4
+
+
+class Ends(Callback):
+    """Ends a run after three micro-batches."""
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int
+    ) -> None:
+        trainer.should_stop = i == 2
+
+
+def test_what_is_lost_of_a_step_is_said(
+    cli: Cli, options: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = [f"--trainer.callbacks={__name__}.Ends", "--trainer.accumulate_grad_batches=2"]
+    cli("fit", *options, *ends, steps=STEPS)
+    assert "within a step" not in caplog.text
+    checkpoint = cli.runs()[-1] / "checkpoints" / "last.ckpt"
+    main(["fit", f"--ckpt_path={checkpoint}", "--trainer.callbacks=[]"])
+    assert "saved within a step: the gradients of its first 1 micro-batch(es)" in caplog.text
+
+
 class PressCtrlC(Callback):
     """Sends this process a SIGINT before one micro-batch."""
 

@@ -11,6 +11,7 @@ from sparsify.training.checkpoints.new_settings import keep_patience
 from sparsify.training.checkpoints.resume import (
     check_fits,
     check_order,
+    check_place,
     check_resumes,
     continue_on,
     step_shape,
@@ -68,6 +69,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         check_resumes(checkpoint, trainer.max_steps, trainer.ckpt_path)
         check_training(checkpoint, trainer)
+        check_place(checkpoint, trainer.max_epochs or 0, trainer.ckpt_path)
         keep_patience(checkpoint["callbacks"], cast(Any, trainer).callbacks)
         if (now := step_shape(trainer)) != checkpoint["step_shape"]:
             continue_on(checkpoint, now, epoch_batches(trainer))

@@ -2,6 +2,7 @@
 ranks.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from sparsify.calibration.permuting import is_kinds, parse_permute
 from sparsify.common.errors import SparsifyError
 from sparsify.common.ranks import data_parallel
+
+log = logging.getLogger("sparsify")
 
 
 def check_fits(
@@ -95,6 +98,37 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
         )
 
 
+def check_place(checkpoint: Mapping[str, Any], epochs: int, path: Any) -> None:
+    """Check that less than ``epochs`` epochs are over, if that is above 0; and warn if the place is
+    within a step.
+
+    Raises:
+        SparsifyError: all are over.
+    """
+    over = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if over >= epochs > 0:
+        raise SparsifyError(
+            f"the checkpoint is at the end of epoch {over} of {epochs}, so nothing is left to "
+            f"learn; test and export it with sparsify export --ckpt_path {path}, or give more "
+            "epochs with --trainer.max_epochs"
+        )
+    if lost := open_micro_batches(checkpoint):
+        log.warning(
+            "the checkpoint was saved within a step: the gradients of its first %s micro-batch(es) "
+            "are lost, so that the run goes on a little differently",
+            lost,
+        )
+
+
+def open_micro_batches(checkpoint: Mapping[str, Any]) -> int:
+    """How many micro-batches of a step that was not taken a checkpoint counts as read."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["is_last_batch"]:
+        return 0
+    lost: int = progress["current"]["ready"] % checkpoint["step_shape"]["accumulated"]
+    return lost
+
+
 def step_shape(trainer: Any) -> dict[str, int]:
     """How many micro-batches an optimizer step has: ranks, and how many run one after another."""
     return {"ranks": data_parallel(trainer)[1], "accumulated": trainer.accumulate_grad_batches}
@@ -126,7 +160,7 @@ def continue_on(checkpoint: Mapping[str, Any], now: Mapping[str, int], epoch: in
     fit_loop = checkpoint["loops"]["fit_loop"]
     progress = fit_loop["epoch_loop.batch_progress"]
     current = progress["current"]
-    if current["ready"] % before["accumulated"] and not progress["is_last_batch"]:
+    if open_micro_batches(checkpoint):
         raise SparsifyError(
             f"the checkpoint was saved after {current['ready']} micro-batches of an epoch, within "
             f"a step of {before['accumulated']}; go on with {before['ranks']} ranks, or from one "

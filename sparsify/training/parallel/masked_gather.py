@@ -124,7 +124,7 @@ class MaskedGather:
         self._row0, self._rows = own_rows(layer, mesh)
         self._before_backward: Masking = "hard"
         self._gathered: Masking | None = None
-        self._penalty = torch.zeros(())
+        self._penalty = torch.zeros((), dtype=torch.float32)
         self._penalty_grad: Tensor | None = None
         for name, parameter in list(layer.masker.named_parameters()):
             owner, _, own_name = name.rpartition(".")

@@ -188,7 +188,7 @@ def _train(
     settings: PlanSettings,
 ) -> dict[str, int]:
     """Run one step; returns the bytes that stay allocated after it, by label."""
-    strategy, distillation = masked.strategy, settings.module.distillation.at(0)
+    strategy, distillation = masked.strategy, settings.module.distillation.most()
     tokens_BT = torch.zeros(settings.batch_size, settings.block_size, dtype=torch.long)
 
     def make_optimizer(params: list[nn.Parameter]) -> Optimizer:
