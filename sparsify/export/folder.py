@@ -116,8 +116,10 @@ def _write(
     for name, layer in masked.layers.items():
         if (key := listed.pop(id(layer.weight), None)) is not None:
             weights[key] = _masked(layer, weights[key], masks[name], whole_model.shipped.get(name))
-    dtype = _storage_dtype(masked, weights.values())
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    # Transformers keeps some in float32 whatever the model's type: these are stored as they are.
+    types, run = {n: p.dtype for n, p in base_parameters(masked.model).items()}, masked.model.dtype
+    dtype = _storage_dtype(masked, (w for name, w in weights.items() if types[name] == run))
+    weights = {n: w.to(dtype if types[n] == run else types[n]) for n, w in weights.items()}
     try:
         with partial_folder(folder) as partial:
             plain = _plain_model(masked.model, weights, dtype)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparsify.common.bits import bits
 from sparsify.common.errors import SparsifyError
 from sparsify.common.values import first_few
+from sparsify.masking.layer import base_parameters
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.models.multimodal import loader_of
 
@@ -82,10 +83,13 @@ def check_read_back(
     """
     model = _load(folder, like, plain_class)
     read = dict(model.named_parameters(remove_duplicate=False))
+    # The model's own: Transformers keeps some in float32 whatever the model's type.
+    types = {name: parameter.dtype for name, parameter in base_parameters(like).items()}
     odd = [
         name
         for name, value in written.items()
-        if name not in read or not torch.equal(bits(read[name]), bits(value.to("cpu", like.dtype)))
+        if name not in read
+        or not torch.equal(bits(read[name].to(types[name])), bits(value.to("cpu", types[name])))
     ]
     if like.device.type != "cpu":
         from accelerate import cpu_offload

@@ -3,6 +3,7 @@
 The model is built without memory for its weights; :mod:`sparsify.serving.filling` fills them in.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -160,7 +161,21 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"({first_line(error)}); export the model again"
         ) from error
     model.tie_weights()  # outside the context, where each assignment would make a new Parameter
-    return model
+    take_kept_types(model)
+    return cast(PreTrainedModel, model)
+
+
+def take_kept_types(model: PreTrainedModel) -> None:
+    """Give what Transformers keeps in float32 that type, by its own rule: it follows it where it
+    reads files, and not where it builds a model.
+
+    Args:
+        model: the model in the type asked for, before its weights are read.
+    """
+    for key, dtype in model._get_dtype_plan(model.dtype).items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if re.search(key.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(dtype)
 
 
 def _sparse_layers(model: PreTrainedModel, patterns: Mapping[str, NMPattern]) -> dict[str, Layer]:

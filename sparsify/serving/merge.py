@@ -20,7 +20,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import file_hashes
 from sparsify.common.files import write_json
 from sparsify.common.replace import partial_folder, replace_folder
-from sparsify.export.card import CARD
+from sparsify.export.card import CARD, add_card
 from sparsify.export.exchange.layers import LayerShape, stored_shapes
 from sparsify.export.manifest import MANIFEST, Manifest, read_manifest, sound_manifest
 from sparsify.export.mask_file.file import MaskFile, read_masks, write_masks
@@ -153,6 +153,7 @@ def merge(
         for path in (partial, *partial.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         keep_others(out, partial)
+        add_card(partial)
         replace_folder(partial, out)
     return report
 

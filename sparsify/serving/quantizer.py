@@ -27,7 +27,7 @@ from sparsify.masking.pattern import NMPattern
 from sparsify.serving.backends import BACKENDS, Backend, compressed
 from sparsify.serving.choose import Choices, Choose
 from sparsify.serving.filling import FIX, check_pattern, compress_whole
-from sparsify.serving.loading import check_wishes, choose_for, compressing
+from sparsify.serving.loading import check_wishes, choose_for, compressing, take_kept_types
 
 NAME = "sparsify"
 _MAJOR = "5"
@@ -150,6 +150,7 @@ class SparsifyQuantizer(HfQuantizer):
         wishes, [place] = self.quantization_config, device_map.values()
         device = torch.device(place)
         self._patterns = manifest_patterns(_folder(model, checkpoint_files))
+        take_kept_types(model)  # Transformers does so later: a backend is chosen for the type
         forked = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=forked), torch.device(device):
             self._choices = choose_for(

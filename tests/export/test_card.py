@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify import SparsifyError
 from sparsify.cli.main import main
+from sparsify.common.file_hashes import hash_file
 from sparsify.common.seal import sealed
 from sparsify.export.card import CARD, is_of_others, make_card, write_card
 from sparsify.export.folder import export
@@ -209,7 +210,13 @@ def test_a_fit_leaves_its_results_and_the_command_adds_what_was_measured_since(
     dense.write_text(json.dumps(sealed(result)))
     report = {
         "schema": DOWNSTREAM_SCHEMA,
-        "protocol": {"masks": "of another export", "dtype": "float32", "limit": None, "tasks": {}},
+        "protocol": {
+            "masks": open_index(run / "export").digest,
+            "manifest": "of another export of the same masks",
+            "dtype": "float32",
+            "limit": None,
+            "tasks": {},
+        },
         "versions": {"lm_eval": "0.4.12"},
         "results": {
             "arc_easy": {
@@ -225,7 +232,8 @@ def test_a_fit_leaves_its_results_and_the_command_adds_what_was_measured_since(
     found = ModelCard.load(run / "export" / CARD)
     assert f"| overall | 7.250 | {score['perplexity']:.3f} |" in found.text
     assert "arc_easy" not in found.text
-    report["protocol"]["masks"] = open_index(run / "export").digest  # type: ignore[index]
+    digest = hash_file(run / "export" / MANIFEST)
+    report["protocol"]["manifest"] = digest  # type: ignore[index]
     (run / "downstream.json").write_text(json.dumps(report))
     main_ok("card", str(run))
     found = ModelCard.load(run / "export" / CARD)
@@ -237,6 +245,21 @@ def test_a_fit_leaves_its_results_and_the_command_adds_what_was_measured_since(
     with pytest.raises(SystemExit, match="^2$"):
         main(["card", str(run), "--dense", str(dense)])
     assert ModelCard.load(run / "export" / CARD).content == found.content
+
+
+def test_a_merged_model_has_no_scores_of_the_unmerged_one(cli: Cli) -> None:
+    cli("fit", "--strategy=magnitude")
+    [run] = cli.runs()
+    assert json.loads((run / "result.json").read_text())["scores"]
+    content = json.loads((run / "export" / MANIFEST).read_text())
+    content.pop("scores", None)
+    (run / "export" / MANIFEST).write_text(json.dumps(content))
+    main_ok("card", str(run))
+    assert "| overall |" in (run / "export" / CARD).read_text()  # those of the result beside it
+    content["merged"] = [{"adapter": "lora"}]
+    (run / "export" / MANIFEST).write_text(json.dumps(content))
+    main_ok("card", str(run))
+    assert "Not measured" in (run / "export" / CARD).read_text()
 
 
 # -- what others wrote -----------------------------------------------------------------------------

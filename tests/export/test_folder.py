@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -29,12 +30,14 @@ from sparsify.export.target import check_target
 from sparsify.masking.inject import hard_masks
 from sparsify.masking.layer import masked_layers
 from sparsify.models.hashes import hash_parameters
+from sparsify.serving.verify import verify
 from sparsify.strategies.dense import Dense
 from sparsify.strategies.magnitude import Magnitude
 from sparsify.strategies.maskllm import MaskLLM
 from sparsify.training.build import calibrate
+from tests.architectures import tiny
 from tests.conftest import tiny_llama
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, tiny_mamba
 
 TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -379,6 +382,53 @@ def test_a_base_stored_in_fp16_is_exported_in_fp16(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     if used == "float32":
         assert torch.equal(loaded(input_ids=TOKENS).logits, module.lm(input_ids=TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [
+        ("ernie4_5_moe", torch.bfloat16, "model.layers.1.mlp.gate.weight"),
+        ("gpt_oss", torch.float16, "model.norm.weight"),
+    ],
+)
+def test_weights_that_transformers_keeps_in_float32_are_stored_in_it(
+    kind: str, dtype: torch.dtype, kept: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny(kind)
+    model.get_parameter(kept).data += 1e-4  # which the smaller type rounds away
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.dtype = dtype  # of the files, by their configuration
+    config.save_pretrained(tmp_path / "base")
+    before = base.get_parameter(kept).detach().clone()
+    assert not torch.equal(before.to(dtype).float(), before)
+    out = tmp_path / "out"
+    export(masked_module(base, tokenizer).masked, out, {})
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["dtype"] == str(dtype).removeprefix("torch.")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {
+        dtype,
+        torch.float32,
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert torch.equal(loaded.get_parameter(kept), before)
+    assert verify(out, str(tmp_path / "base")).ok
+
+
+def test_weights_of_another_type_that_transformers_does_not_keep_are_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, name = tiny_mamba().bfloat16(), "backbone.layers.1.mixer.A_log"
+    weight = model.get_parameter(name)
+    weight.data = weight.data.float()
+    export(masked_module(model, tokenizer).masked, tmp_path / "out", {})  # nothing was rounded
+
+    model = tiny_mamba().bfloat16()
+    weight = model.get_parameter(name)
+    weight.data = weight.data.float() + 1e-4
+    with pytest.raises(SparsifyError, match=rf"it reads other values for {name};"):
+        export(masked_module(model, tokenizer).masked, tmp_path / "new", {})
 
 
 def test_changed_frozen_weights_are_detected(

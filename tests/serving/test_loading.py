@@ -24,6 +24,8 @@ from sparsify.export.folder import export
 from sparsify.export.manifest import MANIFEST
 from sparsify.models.stored_weights import INDEX, SINGLE, StoredWeights
 from sparsify.serving.loading import _sparse_layers
+from sparsify.serving.quantizer import SparsifyConfig
+from tests.architectures import tiny
 from tests.conftest import SIZES, tiny_llama, word_tokenizer
 from tests.export.test_folder import masked_module
 from tests.serving.fake import FakeBackend, FakeClock, PackedLinear
@@ -80,6 +82,66 @@ def test_it_computes_what_transformers_computes(
         for m in (model, wanted)
     ]  # fmt: skip
     assert ties[0] == ties[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [
+        ("deepseek_v3", torch.bfloat16, "e_score_correction_bias"),
+        ("ernie4_5_moe", torch.bfloat16, "gate.weight"),
+        ("gpt_oss", torch.float16, "norm.weight"),
+    ],
+)
+def test_what_transformers_keeps_in_float32_is_kept(
+    kind: str, dtype: torch.dtype, kept: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Such biases decide between experts: rounded, they send tokens to others."""
+    model = tiny(kind)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # Close to each other and large, so that the smaller type makes them equal.
+            buffer.copy_(30 + 0.01 * torch.arange(buffer.numel()).reshape(buffer.shape))
+    model.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    out = tmp_path / "out"
+    export(masked_module(base, tokenizer).masked, out, {})
+    wanted = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+    state = wanted.state_dict()
+    assert {value.dtype for name, value in state.items() if name.endswith(kept)} == {torch.float32}
+    quantized = SparsifyConfig(choose="dense")
+    for found in (
+        serving.load(out, device="cpu", dtype=dtype),
+        AutoModelForCausalLM.from_pretrained(out, dtype=dtype, quantization_config=quantized),
+    ):
+        own = found.state_dict()
+        assert {n: v.dtype for n, v in own.items()} == {n: v.dtype for n, v in state.items()}
+        assert all(torch.equal(own[name], value) for name, value in state.items())
+        assert torch.equal(
+            found(input_ids=TOKENS, use_cache=False).logits,
+            wanted(input_ids=TOKENS, use_cache=False).logits,
+        )
+
+
+def test_a_backend_is_chosen_for_the_type_that_a_layer_is_kept_in(
+    exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["up_proj"])
+    asked = []
+
+    class Asked(FakeBackend):
+        def takes(self, shape: Any, dtype: torch.dtype, *others: Any) -> bool:
+            asked.append((shape, dtype))
+            return super().takes(shape, dtype, *others)
+
+    options: dict[str, Any] = {"choose": "sparse", "backends": [Asked()]}
+    serving.load(exports["llama"], dtype=torch.bfloat16, device="cpu", **options)
+    by_load = asked.copy()
+    asked.clear()
+    AutoModelForCausalLM.from_pretrained(
+        exports["llama"], dtype=torch.bfloat16, quantization_config=SparsifyConfig(**options)
+    )
+    assert {dtype for _, dtype in by_load} == {torch.float32, torch.bfloat16}
+    assert by_load == asked
 
 
 def test_layers_run_as_they_were_measured(

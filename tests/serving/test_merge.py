@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsify import SparsifyError
 from sparsify.cli.main import main
+from sparsify.export.card import CARD, is_of_others
 from sparsify.export.folder import export
 from sparsify.export.manifest import MANIFEST, read_manifest
 from sparsify.export.mask_file.file import read_masks
@@ -130,6 +131,22 @@ def test_what_it_writes_is_an_export(exported: Path, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "out2")["strategy"]["weights"] == "trained"
     assert len(read_manifest(tmp_path / "out2")["merged"]) == 2
     assert verify(tmp_path / "out2", str(base)).ok
+
+
+def test_its_card_is_of_the_merged_model(exported: Path, tmp_path: Path) -> None:
+    """Not of the export that it replaces, and not of the one that was merged."""
+    lora, out = adapter(tmp_path / "lora", exported), tmp_path / "out"
+    merge(exported, lora, out)
+    text = (out / CARD).read_text()
+    assert not is_of_others(out / CARD)
+    assert "the kept weights of these layers were trained" in text
+    former = masked_module(tiny_llama(), word_tokenizer(), pattern="1:4").masked
+    export(former, tmp_path / "former", {})
+    merge(exported, lora, tmp_path / "former", overwrite=True)
+    assert (tmp_path / "former" / CARD).read_text() == text
+    (out / CARD).write_text("# mine\n")
+    merge(exported, lora, out, overwrite=True)
+    assert (out / CARD).read_text() == "# mine\n"
 
 
 def test_shards_and_bfloat16(tmp_path: Path) -> None:

@@ -70,13 +70,13 @@ def push(
 
 def _record(export: Path, content: dict[str, Any]) -> dict[str, Any]:
     """What was measured: the manifest's, or else that of the result beside the export, if it is of
-    the same base and strategy.
+    the same base and strategy. Of a merged model nothing was measured that is recorded there.
     """
     from sparsify.common.files import read_json
     from sparsify.results.result import check
 
     beside = export.resolve().parent / "result.json"
-    if content.get("scores") or not beside.is_file():
+    if content.get("scores") or content.get("merged") or not beside.is_file():
         return content
     result: Any = read_json(beside)
     check(result)
@@ -104,10 +104,13 @@ def _dense_scores(export: Path, record: dict[str, Any], dense: Path) -> dict[str
 
 
 def _tasks(export: Path) -> dict[str, Any] | None:
-    """The report of ``sparsify eval`` beside the export, if it is of these masks."""
+    """The report of ``sparsify eval`` beside the export, if it is of this very export: another
+    may have the same masks over other weights.
+    """
     from sparsify.cli.commands.evaluate import report_path
+    from sparsify.common.file_hashes import hash_file
     from sparsify.common.files import read_json
-    from sparsify.export.mask_file.index import FILE_NAME, open_index
+    from sparsify.export.manifest import MANIFEST
     from sparsify.results.downstream.report import DOWNSTREAM_SCHEMA
 
     path = report_path(export)
@@ -116,5 +119,5 @@ def _tasks(export: Path) -> dict[str, Any] | None:
     report: Any = read_json(path)
     if not isinstance(report, dict) or report.get("schema") != DOWNSTREAM_SCHEMA:
         return None
-    masks = open_index(export).digest if (export / FILE_NAME).is_file() else None
-    return report if report["protocol"]["masks"] == masks else None
+    same = report["protocol"]["manifest"] == hash_file(export / MANIFEST)
+    return report if same else None

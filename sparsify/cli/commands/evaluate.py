@@ -55,14 +55,16 @@ def evaluate(
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
     settings = Settings(names, include_path, metric, num_fewshot, limit, batch_size, device, dtype)
     report = measure(export, base, settings)
-    write_json(out, report)
-    if format == "json":
-        say_json(report)
-        return
-    say(table(report))
-    for note in notes(report):
-        say(note)
-    say_written(out)
+    try:
+        write_json(out, report)
+    finally:  # a disk that is full by now must not lose what was measured
+        if format == "json":
+            say_json(report)
+        else:
+            for part in (table(report), *notes(report)):
+                say(part)
+    if format == "table":
+        say_written(out)
 
 
 def report_path(export: Path) -> Path:

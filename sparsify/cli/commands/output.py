@@ -15,7 +15,10 @@ Format = Literal["table", "json"]
 
 
 def check_free(out: Path) -> None:
-    """Refuse to write to a path that exists."""
+    """Refuse to write to a path that exists, or where the system says that nothing can be made."""
+    from sparsify.export.target import check_writable  # takes seconds: it imports PyTorch
+
+    check_writable(out)
     if out.exists() or out.is_symlink():  # writing to a dangling link would create its target
         raise SparsifyError(f"{out} exists, and stays; name another file")
 

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsify.common.errors import SparsifyError, first_line
 from sparsify.common.replace import partial_folder
 from sparsify.export.manifest import manifest_patterns
+from sparsify.export.target import check_writable
 from sparsify.masking.linear import Stack, maskable
 from sparsify.models.base import load_model
 from sparsify.serving.onnx.check import FIX, MODEL, OnnxLayer, check_layers
@@ -103,6 +104,7 @@ def _data_of(file: Path) -> Path:
 
 
 def _check_target(file: Path) -> None:
+    check_writable(file)
     for path in (file, _data_of(file)):
         if path.exists():
             raise SparsifyError(f"{path} exists and stays; remove it, or name another file")

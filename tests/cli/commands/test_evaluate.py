@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from sparsify.cli.commands.evaluate import evaluate
 from sparsify.cli.main import main
+from sparsify.common.errors import SparsifyError
 from sparsify.common.version import version
 from sparsify.export.mask_file import read_masks
 from sparsify.results.downstream import run
@@ -333,6 +334,13 @@ def test_tasks_that_resemble_an_unknown_one_are_named(place: Path, known: Any, e
         (["--include_path=no"], "--include_path no is not a folder"),
         (["--out=run/export/x.json"], "--out run/export/x.json: an exported folder stays"),
         (["--out=tasks/choose.yaml"], "tasks/choose.yaml exists, and stays"),
+        (
+            [
+                "--out=tasks/choose.yaml/x.json",
+                "--base=gone/model",
+            ],  # refused before it is looked for
+            "tasks/choose.yaml/x.json cannot be written: .*choose.yaml is a file, not a folder",
+        ),
     ],
 )
 def test_what_it_refuses(
@@ -343,6 +351,20 @@ def test_what_it_refuses(
     assert "Traceback" not in error
     assert re.search(message, error), error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_measured_is_shown_though_it_cannot_be_written(
+    words: list[str], eval_: Eval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise SparsifyError("the disk is full")
+
+    monkeypatch.setattr("sparsify.common.files.write_json", full)
+    for form, expected in (("table", r"\bchoose .*±"), ("json", '"choose"')):
+        status, text, error = eval_(*words, "--tasks=choose", "--limit=2", f"--format={form}")
+        assert (status, "the disk is full" in error) == (2, True)
+        assert re.search(expected, text), text
+        assert "wrote " not in text
 
 
 def test_cuda_must_be_there(words: list[str], eval_: Eval, monkeypatch: pytest.MonkeyPatch) -> None:
