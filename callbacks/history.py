@@ -51,7 +51,8 @@ class History(Callback):
                 pl_module.log(f"run/{name}", float(value))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        # A sanity check reads a few batches only.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._add(trainer, pl_module, pl_module.scores)
             self._due = False
 

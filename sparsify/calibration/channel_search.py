@@ -130,6 +130,9 @@ class ChannelSearch(SparsityStrategy):
         if run % width:
             log.info("%s stays: %d channels are no multiple of M = %d", part.name, run, width)
             return
+        if run == width:
+            log.info("%s stays: its %d channels are one group, in any order", part.name, run)
+            return
         order_C, errors = find_order(layers, part.runs if expert is None else 1, self._device)
         log.info("%s: layer error %g, was %g", part.name, errors[-1], errors[0])
         if expert is not None:

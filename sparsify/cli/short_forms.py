@@ -1,6 +1,5 @@
 """Rewrites short forms of the command line into the options that the parser knows."""
 
-import json
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -98,7 +97,7 @@ def expand(args: Sequence[str]) -> list[str]:
                 settings = _settings(path, command in LEARNS, named_classes(rest))
                 if command == run_name == "fit" and not given & {*STRATEGY_FLAGS}:
                     run_name = _class_name(settings["model"]["strategy"]["class_path"])
-                before.append(f"--config={json.dumps(settings)}")
+                before.append(f"--config={yaml_text.dumps(settings)}")
             after.append(word)
     if command in ("fit", BUDGET) and not asks:
         _check_root(Path(root))
@@ -233,7 +232,7 @@ def _listed(args: Sequence[str]) -> list[str]:
         end = next((i for i in range(start + 1, len(out)) if out[i].startswith("-")), len(out))
         given = out[start + 1 : end]
         if not given or not given[0].startswith("["):
-            out[start:end] = [f"--patterns={json.dumps(given)}"]
+            out[start:end] = [f"--patterns={yaml_text.dumps(given)}"]
     return out
 
 

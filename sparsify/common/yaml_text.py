@@ -1,5 +1,6 @@
 """Reads YAML as people mean it: ``2:4`` is text, not the base-60 number 124 of YAML 1.1."""
 
+import json
 import re
 from typing import Any
 
@@ -40,6 +41,15 @@ def load(text: str) -> Any:
     """
     value = _jsonargparse_load(text)  # leaves texts that only look like mappings
     return value if isinstance(value, str) else yaml.load(text, Loader=_Loader)  # noqa: S506  # safe types alone
+
+
+def dumps(value: Any) -> str:
+    r"""A value of JSON's types as one line of ASCII that :func:`load` reads.
+
+    JSON writes a character above U+FFFF as two escapes, which YAML refuses; ``\U`` is YAML's own.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda found: f"\\U{ord(found[0]):08x}", text)
 
 
 _jsonargparse_load = get_loader("yaml")

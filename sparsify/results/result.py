@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from sparsify.common.printable import is_printable
 from sparsify.common.values import (
     COUNT,
     LIST,
@@ -218,7 +219,7 @@ def check_plain(value: Any, path: str = "", depth: int = 0) -> None:
     elif isinstance(value, list):
         for number, part in enumerate(value):
             check_plain(part, f"{path}[{number}]", depth + 1)
-    elif isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
+    elif isinstance(value, str) and not is_printable(value):
         raise TypeError(f"{path[:80]} is {short(value)} instead of {PLAIN}")
     elif isinstance(value, int) and abs(value) > 2**64:
         raise TypeError(f"{path[:80]} is {short(value)} instead of a number that can be shown")

@@ -39,6 +39,15 @@ def test_every_validation_is_kept_with_what_it_had_cost(cli: Cli) -> None:
         assert float(logged["run/seconds"]) == pytest.approx(row["seconds"], abs=0.02)
 
 
+@pytest.mark.parametrize(("strategy", "last"), [("magnitude", 0), ("maskllm", 2)])
+def test_a_sanity_check_is_no_validation(strategy: str, last: int, cli: Cli) -> None:
+    cli("fit", f"--strategy={strategy}")
+    cli("fit", f"--strategy={strategy}", "--trainer.num_sanity_val_steps=1")
+    plain, checked = (validations(run) for run in cli.runs())
+    assert [row["step"] for row in checked] == [last]
+    assert checked[0]["loss"] == plain[0]["loss"]
+
+
 def test_the_first_point_is_the_priors(cli: Cli) -> None:
     cli("fit", "--strategy=magnitude")
     certain = ["--model.strategy.prior=magnitude", "--model.strategy.alpha=1000"]

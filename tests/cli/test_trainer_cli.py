@@ -107,6 +107,22 @@ def test_overrides_of_single_layers(cli: Cli, where: str) -> None:
     assert result(cli.runs()[-1])["run"]["overrides"] == OVERRIDES
 
 
+def test_paths_of_any_characters_are_resumed_and_compared(
+    cli: Cli, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = "text \U0001f600\u3000"
+    shutil.copytree(text, folder)
+    data = [f"--data.{split}={folder}/{split}.txt" for split in ("train", "validation", "test")]
+    cli("fit", "--strategy=maskllm", *data)
+    [run] = cli.runs()
+    main(["fit", f"--ckpt_path={run}", *cli.trainer, "--trainer.max_steps=3"])
+    shutil.copytree(cli.runs()[-1], "run \U0001f600")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["compare", "run \U0001f600"])
+    assert "cannot be read" not in capsys.readouterr().out
+
+
 def test_overrides_on_the_command_line_replace_those_of_a_file(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:

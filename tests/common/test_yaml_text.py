@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsify.common.yaml_text import load
+from sparsify.common.yaml_text import dumps, load
 from tests.conftest import Cli
 
 
@@ -25,6 +25,13 @@ def test_other_values_are_as_ever() -> None:
     assert load("a/b: c.txt") == {"a/b": "c.txt"}
     with pytest.raises(yaml.YAMLError):
         load("{a: [}")
+
+
+@pytest.mark.parametrize("text", ["😀/é", "\x7f\x85\u2028\ufffe", "\\ud83d\\ude00", '\n\0"'])
+def test_any_text_comes_back(text: str) -> None:
+    value = {text: [text, 1, None, True]}
+    assert load(dumps(value)) == value
+    assert dumps(value).isascii()
 
 
 def test_patterns_need_no_quotes_in_a_config(cli: Cli) -> None:

@@ -76,6 +76,19 @@ def test_the_export_undone_is_the_base_bit_for_bit(export: Path, model_folder: P
     assert masked == 14
 
 
+@pytest.mark.parametrize("kind", ["all", "heads"])
+def test_channels_that_are_one_group_stay(
+    kind: str, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "sparsify"):
+        words = [f"--model.permute={kind}", "--model.calibration.samples=8"]
+        cli("fit", "--strategy=magnitude", "--model.pattern=4:8", *words)
+    assert "model.layers.0.self_attn stays: its 8 channels are one group" in caplog.text
+    record = json.loads((cli.runs()[-1] / "result.json").read_text())["run"]
+    parts = record.get("permutation", {}).get("parts", [])
+    assert parts == (["model.layers.*.mlp", "residual"] if kind == "all" else [])
+
+
 def test_records_name_the_permutation(run: Path, export: Path, model_folder: Path) -> None:
     permutation = read_permutation(export)
     for record in (

@@ -1,10 +1,10 @@
 """``sparsify compare``: finished runs beside each other."""
 
-from json import dumps
 from pathlib import Path
 
 from sparsify.cli.commands.output import Format, say, say_json, say_written
 from sparsify.common.errors import SparsifyError
+from sparsify.common.yaml_text import dumps
 
 
 def compare_runs(

@@ -10,6 +10,7 @@ codes and digits are flat tensors.
 import math
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,9 @@ def decode(code: Tensor, count: int, base: int) -> Tensor:
         n = min(at_once, digits - first)
         rest = words.div(base**n, rounding_mode="floor")
         part = words.sub_(rest, alpha=base**n)
-        columns.append(part[:, None].to(dtype) if n == 1 else _split_table(base, n)[part])
+        columns.append(
+            part[:, None].to(dtype) if n == 1 else torch.from_numpy(_split_table(base, n))[part]
+        )
         words = rest
     if words.any():
         raise ValueError("a word is larger than its digits can be")
@@ -116,11 +119,12 @@ def decode_positions(code: Tensor, count: int, universe: int) -> Tensor:
     return positions
 
 
-@cache
-def _split_table(base: int, digits: int) -> Tensor:
+@cache  # an array: a tensor would stay one of the mode in which it is first asked for
+def _split_table(base: int, digits: int) -> np.ndarray:
     """The digits of every number of ``digits`` digits: ``[base**digits, digits]``, lowest first."""
-    numbers = torch.arange(base**digits)[:, None]
-    return (numbers // base ** torch.arange(digits) % base).to(digit_dtype(base))
+    numbers = np.arange(base**digits)[:, None]
+    table = numbers // base ** np.arange(digits) % base
+    return table.astype(str(digit_dtype(base)).removeprefix("torch."))
 
 
 def _pack_words(words: Tensor, bits: int) -> Tensor:

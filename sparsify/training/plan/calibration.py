@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration import Calibration, Hessian, Layerwise, layerwise
+from sparsify.export.mask_file.file import MaskFile
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy
 from sparsify.training.plan.settings import PlanSettings
@@ -38,7 +39,13 @@ def _engine(masked: MaskedModel, settings: PlanSettings) -> Layerwise:
 @contextmanager
 def _valueless() -> Iterator[None]:
     """Without what asks for values: no value is not zero here."""
+
+    def empty(masks: MaskFile, name: str) -> Tensor:
+        return torch.empty(masks.index.layers[name].shape, dtype=torch.bool)
+
     with (
+        # A stored mask would be checked and decoded by its bytes.
+        patch.object(MaskFile, "__getitem__", empty),
         patch.object(layerwise, "text_hash", lambda _: ""),
         patch.object(layerwise, "warn_of_few", lambda *_: None),
     ):

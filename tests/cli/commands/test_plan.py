@@ -179,6 +179,19 @@ def test_the_settings_of_a_run_are_planned(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_that_began_from_an_export_is_planned(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli("fit", "--strategy=magnitude", "--output.folder=prior")
+    cli("fit", "--strategy=fixed_mask", "--model.strategy.prior=prior")
+    checkpoint = f"--ckpt_path={cli.runs()[-1]}/checkpoints/last.ckpt"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["plan", checkpoint, "--format=json"])
+    [planned] = json.loads(capsys.readouterr().out)["tries"]
+    assert planned["settings"]["model.strategy"] == "fixed_mask"
+
+
 def test_the_help_and_the_settings_are_shown(plan: Plan) -> None:
     status, out, _ = plan("--help")
     assert status == 0

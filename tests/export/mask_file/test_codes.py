@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsify.export.mask_file import codes
 from sparsify.export.mask_file.codes import (
     code_bytes,
     decode,
@@ -156,3 +158,11 @@ def test_a_delta_gives_what_changed(data: st.DataObject) -> None:
     assert len(code) == delta_bytes(changed, len(former), base)
     assert decode_delta(code, changed, before, base).tolist() == ranks
     assert before.tolist() == former
+
+
+def test_a_table_that_was_first_asked_for_without_values_has_values_later() -> None:
+    codes._split_table.cache_clear()
+    with FakeTensorMode():
+        codes._split_table(6, 6)
+    digits = torch.arange(6, dtype=torch.uint8).repeat(9)
+    assert torch.equal(decode(encode(digits, 6), len(digits), 6), digits)

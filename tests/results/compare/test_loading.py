@@ -22,6 +22,15 @@ def test_files_folders_and_folders_of_folders_are_found_once(tmp_path: Path) -> 
     assert remarks == []
 
 
+def test_text_of_any_script_is_read(tmp_path: Path) -> None:
+    name = "\u30c6\u3000\u30b9\u00a0\u200d\n\t"
+    content: Any = result()
+    content["protocol"]["data"] = {name: name}
+    file = write(tmp_path, content)
+    (file.parent / "config.yaml").write_text(json.dumps({"data": {"test": name}}))
+    assert load_runs([tmp_path])[0][0].config == {"data": {"test": name}}
+
+
 def test_exports_are_not_searched(tmp_path: Path) -> None:
     own = write(tmp_path / "run", result())
     write(tmp_path / "run/export/inner", result(seed=5))

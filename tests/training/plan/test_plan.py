@@ -12,6 +12,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsify.calibration import Calibration
 from sparsify.common.errors import SparsifyError
+from sparsify.export.mask_file.file import read_masks, write_masks
+from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.masking.distillation import Distillation
 from sparsify.masking.layer import base_parameters, masked_layers
 from sparsify.masking.linear import _is_linear
@@ -190,6 +192,22 @@ def test_classes_of_layers_are_tried_with_real_values(tmp_path: Path) -> None:
     _is_linear.cache_clear()
     tiny_falcon().save_pretrained(tmp_path)
     assert len(dry_run(settings(tmp_path, "magnitude")).masked.layers) == 8
+
+
+@pytest.mark.parametrize("name", ["fixed_mask", "maskllm", "selfmask"])
+def test_a_saved_prior_is_planned_by_its_shapes(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    masks = {
+        layer: PATTERN.top(module.weight.abs())
+        for layer, module in tiny_llama().named_modules()
+        if isinstance(module, nn.Linear) and layer != "lm_head"
+    }
+    write_masks(tmp_path / FILE_NAME, masks, PATTERN, "")
+    seen = dry_run(settings(model_folder, name, prior=str(tmp_path)))
+    assert seen.maskers == dry_run(settings(model_folder, name, prior="magnitude")).maskers
+    saved = read_masks(tmp_path)
+    assert all(torch.equal(saved[layer], mask) for layer, mask in masks.items())
 
 
 @pytest.fixture
