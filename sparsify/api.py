@@ -129,7 +129,8 @@ def sparsify(
         tokenizer: the model's tokenizer; of a vision-language model, its processor, which is
             exported too.
         steps: optimizer steps, for a strategy that learns.
-        trainer: more arguments for Lightning's Trainer; its callbacks come after our own.
+        trainer: more arguments for Lightning's Trainer; its callbacks come after our own, and in
+            the place of those of the same class.
         options: more arguments for :class:`SparseCausalLM`: pattern, include, exclude, overrides,
             optimizer, seed, ...
 
@@ -181,7 +182,8 @@ def _run(
         "enable_checkpointing": False,
     }
     given = trainer.get("callbacks") or []
-    callbacks += [given] if isinstance(given, Callback) else given
+    given = [given] if isinstance(given, Callback) else list(given)
+    callbacks = [c for c in callbacks if type(c) not in map(type, given)] + given
     runner = Trainer(**settings | dict(trainer) | {"callbacks": callbacks})
     try:
         runner.fit(module, datamodule=data)
