@@ -172,8 +172,9 @@ def take_kept_types(model: PreTrainedModel) -> None:
     Args:
         model: the model in the type asked for, before its weights are read.
     """
+    tensors = model.state_dict(keep_vars=True)
     for key, dtype in model._get_dtype_plan(model.dtype).items():
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in tensors.items():
             if re.search(key.replace("*", ".*"), name):
                 tensor.data = tensor.data.to(dtype)
 
