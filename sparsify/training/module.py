@@ -163,16 +163,16 @@ class SparseCausalLM(Evaluation):
 
     def configure_model(self) -> None:
         """Load, mask, calibrate and shard; the second call does nothing."""
-        if self.model is not None and not self._begun:
-            self.origin.enter_modes(self.model, self.gradient_checkpointing)
-            return
-        if self._trainer is None and self.permute and self.orders is None:
-            return  # Lightning hands over the checkpoint that holds the orders afterwards
         if self._begun:
             raise SparsifyError(
                 "an earlier run of this module failed before its masks were made, and its model is "
                 "masked only in part; make a new SparseCausalLM, of a model that is not masked"
             )
+        if self.model is not None:
+            self.origin.enter_modes(self.model, self.gradient_checkpointing)
+            return
+        if self._trainer is None and self.permute and self.orders is None:
+            return  # Lightning hands over the checkpoint that holds the orders afterwards
         guards.check_precision(None if self._trainer is None else self.trainer.precision)
         # Build in main memory: Lightning would put the whole model on the device at once, but
         # calibration moves blocks there one by one.

@@ -220,10 +220,11 @@ def fit_words(words: Sequence[str], folder: Path) -> list[str]:
     """
     kept: list[str] = []
     for word in without(words, *OPTIONS, "output"):
-        flag, equals, path = word.rpartition("=")
-        names_file = (flag if equals else "".join(kept[-1:])) in ("--config", "-c")
-        if names_file and os.path.exists(path):  # a config may also be given as JSON
-            word = f"{flag}{equals}{_fit_config(Path(path), folder)}"
+        flag = "--config=" if word.startswith("--config=") else ""
+        path = word.removeprefix(flag)
+        named = flag or kept[-1:] in (["--config"], ["-c"])
+        if named and os.path.exists(path):  # a config may also be given as JSON
+            word = f"{flag}{_fit_config(Path(path), folder)}"
         kept.append(word)
     return kept
 

@@ -374,6 +374,10 @@ def test_the_words_that_fit_takes_too(tmp_path: Path) -> None:
     assert fit_words(own, tmp_path) == ["--model.seed=2"]
     assert fit_words(['--config={"model": {}}'], tmp_path) == ['--config={"model": {}}']
     assert not list(tmp_path.iterdir())
+    (mine := tmp_path / "kept=0.5.yaml").write_text("kept: 0.5\nmodel: {}\n")
+    copy = str(tmp_path / "fit_kept=0.5.yaml")
+    assert fit_words(["--config", str(mine)], tmp_path) == ["--config", copy]
+    assert fit_words([f"--config={mine}"], tmp_path) == [f"--config={copy}"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
