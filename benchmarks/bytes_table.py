@@ -15,24 +15,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from embedded_table import SEEDED
+from embedded_table import ALLOWED, SEEDED
 from kept_runs import check_protocol, exported, fit, overrides, save, slim
 from rich.console import Console
 from rich.table import Table
-from smollm2 import data_options, fetch_model
+from smollm2 import BY_MODULE, data_options, fetch_model
 
 from sparsify.export.manifest import manifest_patterns, sound_manifest
 from sparsify.results.budget.units import stored_bytes
 
 UNIFORM = ("6:8", "5:8", "2:4")
 KEPT = (0.75, 0.625, 0.5)
-ALLOWED = "[dense,6:8,5:8,2:4,3:8,1:4]"
 PERMUTE = {"": [], ", permuted": ["--model.permute=all"]}
 # Changes are measured layer by layer on the embedded model, for which that takes minutes.
-SEARCH = {
-    "embedded": ["--unit=layer", "--windows=16", "--rounds=1"],
-    "smollm2": ["--unit=module", "--windows=8", "--rounds=0"],
-}
+SEARCH = {"embedded": ["--unit=layer", "--windows=16", "--rounds=1"], "smollm2": BY_MODULE}
 HALF = 2  # bytes a value of the packed weights that are counted
 
 
@@ -57,7 +53,7 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
         rows = {f"{pattern}{order}": [f"--model.pattern={pattern}"] for pattern in UNIFORM}
         for kept in KEPT:
             options = [f"--kept={kept}", f"--strategy={args.by}", *SEARCH[args.model]]
-            options += [f"--patterns={ALLOWED}", *common, *permute]
+            options += [ALLOWED, *common, *permute]
             chosen = overrides(f"budget{order}", options, args.folder)
             rows[f"budget {kept}{order}"] = [f"--config={chosen}"]
         for name, own in rows.items():

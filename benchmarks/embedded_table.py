@@ -25,8 +25,8 @@ from kept_runs import (
     Rows,
     check_protocol,
     fit,
+    from_budgets,
     from_export,
-    overrides,
     save,
     share_cores,
     slim,
@@ -147,8 +147,9 @@ STEPS |= {f"maskllm, {n} steps": n for n in (10, 30, 100)}
 # In braces, such a word stands for what this search with `sparsify budget` chose; the name of a row
 # stands for what that row exported.
 SEARCH = ["--kept=0.5", "--unit=layer", "--windows=16", "--rounds=1"]
+ALLOWED = "--patterns=[dense,6:8,5:8,2:4,3:8,1:4]"
 BUDGETS = {
-    "budget": [*SEARCH, "--strategy=wanda", "--patterns=[dense,6:8,5:8,2:4,3:8,1:4]"],
+    "budget": [*SEARCH, "--strategy=wanda", ALLOWED],
     "budget_16": [
         *SEARCH,
         "--strategy=swaps",
@@ -228,10 +229,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     if any("{selfmask}" in option for option in options):
         run("selfmask", seed, args)
         options = from_export(options, "selfmask", run_name("selfmask", seed), args.folder)
-    for word, search in BUDGETS.items():
-        if f"--config={{{word}}}" in options:
-            chosen = overrides(word, search, args.folder, aloud)
-            options = [option.replace(f"{{{word}}}", str(chosen)) for option in options]
+    options = from_budgets(options, BUDGETS, args.folder, aloud)
     options = [*options, "--logger=csv", *(watched(name) if args.all else [])]
     options += [f"--{part}.seed={seed}" for part in SEEDED]
     return fit(run_name(name, seed), options, args.folder, aloud)

@@ -107,6 +107,17 @@ def overrides(name: str, options: list[str], folder: Path, aloud: bool = True) -
     return done.resolve()
 
 
+def from_budgets(
+    options: list[str], searches: dict[str, list[str]], folder: Path, aloud: bool = True
+) -> list[str]:
+    """The options, in which what each search chose takes the place of its name in braces."""
+    for word, search in searches.items():
+        if f"--config={{{word}}}" in options:
+            chosen = overrides(word, search, folder, aloud)
+            options = [option.replace(f"{{{word}}}", str(chosen)) for option in options]
+    return options
+
+
 def downstream(
     name: str, options: list[str], folder: Path, aloud: bool = True, file: str = "downstream.json"
 ) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from kept_runs import (
     check_kept,
     downstream,
     fit,
+    from_budgets,
     from_export,
     is_kept,
     learn_in,
@@ -48,7 +49,7 @@ from kept_runs import (
     share_cores,
     slim,
 )
-from real_rows import MOE, ONE_SHOT, OWN_STEPS, SMOLLM2, STEPS
+from real_rows import BUDGETS, MOE, ONE_SHOT, OWN_STEPS, SMOLLM2, STEPS
 from rich.console import Console
 from rich.table import Table
 from smollm2 import data_options, fetch_model, texts
@@ -120,6 +121,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             options = from_export(options, "selfmask", start, args.folder)
         else:
             options = [option.replace("{selfmask}", str(args.selfmask)) for option in options]
+    searches = {word: [*search, *common(args)] for word, search in BUDGETS.items()}
+    options = from_budgets(options, searches, args.folder, aloud)
     # A config's settings come first, so that the common ones win.
     options = [*options, *common(args), *(f"--{part}.seed={seed}" for part in SEEDED)]
     count = steps(name, args)

@@ -1,7 +1,7 @@
 """Options of ``sparsify fit`` for the rows of ``real_models.py``, in the order of the table."""
 
-from embedded_table import DISTILLED, NO_TEACHER, RUNS
-from smollm2 import RECIPES
+from embedded_table import ALLOWED, DISTILLED, NO_TEACHER, RUNS
+from smollm2 import BY_MODULE, RECIPES
 
 CONFIGS = RECIPES.parent
 # The teacher of the recipe of selfmask.
@@ -24,6 +24,7 @@ ONE_SHOT = {
         "swaps",
         "swaps, refitted",
         "wanda, permuted",
+        "wanda, budget",
     )
 }
 
@@ -36,7 +37,9 @@ def config(name: str, *options: str) -> list[str]:
     return [f"--config={CONFIGS / f'{name}.yaml'}", *options]
 
 
-# The export of the row selfmask takes the place of {selfmask}.
+# The export of the row selfmask takes the place of {selfmask}, and what this search chose that of
+# {budget}. It reads held-out C4, on which the rows are measured too.
+BUDGETS = {"budget": ["--kept=0.5", "--strategy=wanda", *BY_MODULE, ALLOWED]}
 SMOLLM2 = ONE_SHOT | {
     "maskpro": recipe("maskpro"),
     "maskllm": recipe("maskllm"),
@@ -44,6 +47,7 @@ SMOLLM2 = ONE_SHOT | {
     "selfmask": recipe("selfmask"),
     "selfmask, twice the steps": recipe("selfmask"),
     "selfmask, no teacher": recipe("selfmask", *NO_TEACHER),
+    "selfmask, budget": recipe("selfmask", "--config={budget}"),
     "selfmask, then fixed_mask": recipe("fixed_mask", "--model.strategy.prior={selfmask}"),
     "sr_ste, distilled": recipe("sr_ste"),
 }

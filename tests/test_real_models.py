@@ -155,6 +155,39 @@ def test_a_row_that_starts_from_anothers_export_makes_it_first(
     assert not made
 
 
+def test_rows_with_a_budget_take_the_patterns_of_one_search(
+    real: ModuleType, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[list[str]] = []
+    fits: list[list[str]] = []
+
+    def sparsify(name: str, words: list[str], root: Path, aloud: bool) -> None:
+        searches.append(words)
+        (root / "overrides.yaml").write_text("model: {overrides: {}}")
+
+    def fit(name: str, options: list[str], folder: Path, aloud: bool) -> Row:
+        fits.append(options)
+        return made_up(2.0)
+
+    monkeypatch.setattr(scripts("kept_runs"), "_sparsify", sparsify)
+    monkeypatch.setattr(real, "fit", fit)
+    args = arguments(
+        real, tmp_path, "--c4", str(tmp_path / "c4"), "--wikitext", str(tmp_path / "w")
+    )
+    for path in (args.c4, args.wikitext):
+        path.write_text("")
+    args.base = tmp_path / "model.gguf"
+    for name in ("wanda, budget", "selfmask, budget"):
+        real.run(name, 0, args)
+    (search,) = searches
+    assert search[:3] == ["budget", "--kept=0.5", "--strategy=wanda"]
+    assert f"--model.name_or_path={args.base}" in search
+    chosen = f"--config={tmp_path}/budget/overrides_0.5.yaml"
+    assert all(chosen in options for options in fits)
+    recipe = next(i for i, option in enumerate(fits[1]) if "smollm2_selfmask.yaml" in option)
+    assert recipe < fits[1].index(chosen)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_that_was_stopped_goes_on_and_is_tested_in_float32(
     precision: str, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
