@@ -53,7 +53,7 @@ def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any
         rows = {f"{pattern}{order}": [f"--model.pattern={pattern}"] for pattern in UNIFORM}
         for kept in KEPT:
             options = [f"--kept={kept}", f"--strategy={args.by}", *SEARCH[args.model]]
-            options += [ALLOWED, *common, *permute]
+            options += [ALLOWED, f"--trainer.precision={args.precision}", *common, *permute]
             chosen = overrides(f"budget{order}", options, args.folder)
             rows[f"budget {kept}{order}"] = [f"--config={chosen}"]
         for name, own in rows.items():
@@ -78,6 +78,11 @@ def main() -> None:
     parser.add_argument("--model", choices=list(SEARCH), default="embedded")
     parser.add_argument("--strategy", default="wanda", help="which masks the chosen patterns")
     parser.add_argument("--by", default="wanda", help="which one-shot strategy chooses patterns")
+    parser.add_argument(
+        "--precision",
+        default="32-true",
+        help="of the measurements that choose; bf16-mixed is faster on GPUs and newer CPUs",
+    )
     parser.add_argument("--c4", type=Path, help="SmolLM2: C4 as JSONL; the default is the hub's")
     parser.add_argument("--wikitext", type=Path, help="SmolLM2: WikiText-2 text")
     parser.add_argument("--save", type=Path, help="folder for a JSON file of all results")

@@ -121,7 +121,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             options = from_export(options, "selfmask", start, args.folder)
         else:
             options = [option.replace("{selfmask}", str(args.selfmask)) for option in options]
-    searches = {word: [*search, *common(args)] for word, search in BUDGETS.items()}
+    precision = f"--trainer.precision={args.precision}"
+    searches = {word: [*search, precision, *common(args)] for word, search in BUDGETS.items()}
     options = from_budgets(options, searches, args.folder, aloud)
     # A config's settings come first, so that the common ones win.
     options = [*options, *common(args), *(f"--{part}.seed={seed}" for part in SEEDED)]
@@ -217,7 +218,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         default="32-true",
-        help="of learning, not of the test; bf16-mixed is faster on GPUs and newer CPUs",
+        help="of learning and of budgets, not of the test; bf16-mixed is faster on GPUs and newer CPUs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--selfmask", type=Path, help="what that row exported elsewhere")
