@@ -207,7 +207,6 @@ class MaskLLM(StartsFromPrior[CandidateMasker]):
         self.init_std = init_std
         self.hard = hard
         self.schedules = {"kappa": kappa, "tau": tau, "penalty_weight": penalty_weight}
-        self.anneal(0.0)
 
     def make_masker(self, name: str, shape: tuple[int, int], pattern: NMPattern) -> CandidateMasker:
         if pattern.candidates > MAX_CANDIDATES:

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsify.calibration.results import INDEX, LOCK, PARTIAL, read_index
 from sparsify.common.errors import SparsifyError
@@ -27,6 +30,7 @@ from sparsify.masking.strategy import SparsityStrategy
 log = logging.getLogger("sparsify")
 
 ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all source files of sparsify
+_NO_INPUTS = ("_name_or_path", "transformers_version")  # keys of a config to leave out
 
 
 def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path | None:
@@ -34,7 +38,7 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
 
     Args:
         strategy: the strategy that makes the result. The hash covers its state, its source code,
-            and all modules in the same folder, as it may import them.
+            all modules beside it and of its package, or loaded ones below, as it may import them.
         inputs: base model, text, pattern, layers and so on, as JSON values.
     """
     classes = {cls for part in strategy.modules() for cls in type(part).__mro__}
@@ -53,14 +57,49 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
         log.warning("the calibration's result is not kept: %s", error)
         return None
     digest = hashlib.sha256(state)
-    folders = {Path(str(source)).parent for source in sources.values()}
-    beside = {file for folder in folders for file in folder.glob("*.py")}
-    for file in [*ENGINE, *sorted(beside)]:
+    near = {file for cls, source in sources.items() for file in _near(cls, Path(str(source)))}
+    for file in [*ENGINE, *sorted(near)]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     versions = {name: version(name) for name in ("torch", "transformers")}
     content = {"strategy": strategy.describe(), "versions": versions, **inputs}
     digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return cache_folder() / digest.hexdigest()
+
+
+def _near(cls: type, source: Path) -> set[Path]:
+    """The source files that a class may use: those beside its own, and all of its package; if it is
+    in none, the loaded ones below its folder.
+    """
+    folder = source.parent
+    package = sys.modules.get(cls.__module__.partition(".")[0])
+    if roots := list(getattr(package, "__path__", ())):
+        further = {file for root in roots for file in Path(root).rglob("*.py")}
+    else:
+        files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+        below = {Path(file) for file in files if file and folder in Path(file).parents}
+        further = {file for file in below if not _is_library(file)}
+    return {*folder.glob("*.py"), *further}
+
+
+def _is_library(file: Path) -> bool:
+    """Whether a file belongs to Python or to an installed package."""
+    folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    return not folders.isdisjoint(file.parents)
+
+
+def computation(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """What a model's outputs depend on besides weights and text, as JSON values."""
+    # A model with equal weights and another configuration computes something else.
+    config = model.config.to_dict().items()
+    return {
+        "config": {key: value for key, value in config if key not in _NO_INPUTS},
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype),
+        "device": device.type,
+        # Another number of threads rounds sums differently.
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
 
 
 def text_hash(windows_ST: Tensor) -> str:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.activations import Activations, start
-from sparsify.calibration.cache import cache_limit, make_room, result_folder, text_hash
+from sparsify.calibration.cache import (
+    cache_limit,
+    computation,
+    make_room,
+    result_folder,
+    text_hash,
+)
+from sparsify.calibration.checked import checked
 from sparsify.calibration.collecting import Statistics, warn_of_few
 from sparsify.calibration.gradients import gradient_norms
 from sparsify.calibration.placing import Values, moved
@@ -37,8 +44,6 @@ from sparsify.masking.select import decoder_blocks
 from sparsify.masking.strategy import Block, LayerResult, SparsityStrategy, goes_on_by_block
 
 log = logging.getLogger("sparsify")
-
-_NO_INPUTS = ("_name_or_path", "transformers_version")  # keys of a config to leave out
 
 
 class _BlockText:
@@ -127,7 +132,7 @@ class Layerwise:
         folder: Path | None = None
         try:
             with torch.no_grad(), full_precision(), self._scope.use("dense"):
-                for name, result in strategy.calibrate(self._blocks()):
+                for name, result in checked(strategy, self._blocks(), self._layers, self._prunes):
                     self._begun = True
                     self._results[name] = result
                     yield from self._finished()
@@ -210,16 +215,8 @@ class Layerwise:
         """What results depend on besides the strategy, in JSON values; it reads the text."""
         self._windows()
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}
-        inputs: dict[str, Any] = {"base": self._base_hash, "text": self.record, "layers": patterns}
-        # A model with equal weights and another configuration computes something else.
-        config = self._model.config.to_dict()
-        inputs["config"] = {k: v for k, v in config.items() if k not in _NO_INPUTS}
-        inputs["class"] = f"{type(self._model).__module__}.{type(self._model).__qualname__}"
-        inputs["attention"] = self._model.config._attn_implementation
-        inputs["dtype"], inputs["device"] = str(self._model.dtype), self._device.type
-        # Another number of threads rounds sums differently.
-        inputs["threads"] = torch.get_num_threads() if self._device.type == "cpu" else None
-        return inputs
+        own = {"base": self._base_hash, "text": self.record, "layers": patterns}
+        return own | computation(self._model, self._device)
 
     def _blocks(self) -> Iterator[Block]:
         left = dict(self._layers)
@@ -273,13 +270,12 @@ class Layerwise:
                 self._gradient_norms = gradient_norms(
                     self._model, self._whole_layers, windows_ST, keep_on
                 )
-        found = self._gradient_norms
-        return {
-            name: (found[layer.stack][layer.rows] if isinstance(layer, Expert) else found[name]).to(
-                self._device
-            )
+        all_of = self._gradient_norms
+        own = {
+            name: all_of[layer.stack][layer.rows] if isinstance(layer, Expert) else all_of[name]
             for name, layer in layers.items()
         }
+        return {name: norms_OI.to(self._device) for name, norms_OI in own.items()}
 
     def _start(self, block: str) -> Activations | WholePasses:
         """Read the text and run it up to a block; the blocks before it hold no masked layer."""
@@ -292,9 +288,12 @@ class Layerwise:
                 activations.advance(name, {})
         return activations
 
+    def _prunes(self) -> bool:
+        return self._activations is not None and self._settings.activations == "pruned"
+
     def _pruned(self, block: str) -> dict[str, Values]:
         """The pruned weights of a block by name within it; none if activations stay dense."""
-        if self._settings.activations == "dense":
+        if not self._prunes():
             return {}
         found = pruned_weights(self._results, self._whole_layers)
         return {name.removeprefix(f"{block}."): values for name, values in found.items()}

@@ -53,7 +53,7 @@ class SavedMasks(SparsityStrategy):
                     continue
                 if stack != read:
                     read, mask_OI = stack, saved[stack]
-                yield name, LayerResult(_of_expert(layer, mask_OI))
+                yield name, LayerResult(_of_layer(layer, mask_OI))
 
     def input_scale(self, gram_II: Tensor) -> Tensor:
         raise SparsifyError(
@@ -75,15 +75,15 @@ class SavedMasks(SparsityStrategy):
         )
 
 
-def _of_expert(layer: MaskedLinear | Expert, mask_OI: Tensor) -> Tensor:
-    if not isinstance(layer, Expert):
-        return mask_OI
-    if mask_OI.shape != layer.layer.masker.shape:
+def _of_layer(layer: MaskedLinear | Expert, mask_OI: Tensor) -> Tensor:
+    """The mask of a layer, from that of all experts where it is one of them."""
+    whole = layer.layer if isinstance(layer, Expert) else layer
+    if mask_OI.shape != whole.masker.shape:
         raise SparsifyError(
-            f"{layer.stack}: the prior's mask is {tuple(mask_OI.shape)} but the weights of all "
-            f"experts are {layer.layer.masker.shape}; take a prior made for this model"
+            f"{whole.masker.name}: the prior's mask is {tuple(mask_OI.shape)} but the weight is "
+            f"{tuple(whole.masker.shape)}; take a prior made for this model"
         )
-    return mask_OI[layer.rows]
+    return mask_OI[layer.rows] if isinstance(layer, Expert) else mask_OI
 
 
 class _Around(SparsityStrategy):
@@ -219,7 +219,8 @@ class StartsFromPrior(SparsityStrategy[M]):
         return iter(()) if self.prior is None else self.prior.calibrate(blocks)
 
     def calibrator(self) -> SparsityStrategy:
-        return self if self.prior is None else self.prior
+        own = type(self).calibrate is not StartsFromPrior.calibrate
+        return self if own or self.prior is None else self.prior
 
     def input_scale(self, gram_II: Tensor) -> Tensor:
         if self.prior is not None:

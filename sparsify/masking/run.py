@@ -38,7 +38,7 @@ class Run(Protocol):
         ...
 
     def __call__(self, masking: Masking, grad: bool = True, blocks: bool = False) -> RunResult:
-        """Run the model forward, with or without a graph; ``run("dense", grad=False)`` runs the
-        dense model. ``blocks`` asks for the outputs of the blocks.
+        """Run the model forward, with or without a graph; ``run("dense", grad=False)`` runs it
+        without masks, with its present weights. ``blocks`` asks for the outputs of the blocks.
         """
         ...

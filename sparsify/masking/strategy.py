@@ -1,9 +1,7 @@
 """The interface that every sparsification method implements."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from inspect import signature
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -18,6 +16,7 @@ from sparsify.masking.experts import Expert
 from sparsify.masking.layer import MaskedLinear
 from sparsify.masking.masker import FixedMasker, Masker
 from sparsify.masking.pattern import NMPattern
+from sparsify.masking.plain_settings import argument_names, is_plain, plain
 from sparsify.masking.run import Run
 from sparsify.masking.schedule import Schedule
 
@@ -25,7 +24,7 @@ S = TypeVar("S")
 #: The class of a strategy's maskers; Any for a strategy that does not name it.
 M = typing_extensions.TypeVar("M", bound=Masker, default=Any)
 FORMER_ATTRIBUTES = {"weights", "prunes", "changes_base", "without_gradients", "exchanges_draws"}
-NOT_SETTINGS = ("training", "schedules", "values", "independent_blocks")
+NOT_SETTINGS = ("training", "values", "independent_blocks")
 
 
 class BlockStatistics(Protocol):
@@ -124,9 +123,9 @@ class SparsityStrategy(nn.Module, Generic[M]):
             block; if not, it starts again. Not inherited: each class sets it for itself, or each
             object.
         distillation: how it learns from the dense model, unless the run says otherwise.
-        schedules: values that change during the run; the annealing callback writes the current
-            ones to ``values``.
-        values: the schedules' current values; maskers hold the same dict.
+        schedules: values that change during the run.
+        values: the schedules' current values: those at the start, until the annealing callback
+            writes those of a step. Maskers hold the same dict.
         seed: the run's seed; the module sets it before it makes any masker.
     """
 
@@ -144,9 +143,18 @@ class SparsityStrategy(nn.Module, Generic[M]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.schedules: Mapping[str, Schedule] = {}
         self.values: dict[str, float] = {}
+        self.schedules = {}
         self.seed = 0
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        return self._schedules
+
+    @schedules.setter
+    def schedules(self, schedules: Mapping[str, Schedule]) -> None:
+        self._schedules = schedules
+        self.anneal(0.0)
 
     def anneal(self, progress: float) -> None:
         """Set ``values`` from ``schedules`` for ``progress`` = step / steps."""
@@ -239,11 +247,11 @@ class SparsityStrategy(nn.Module, Generic[M]):
         """The class and its settings, for the record of a run. Settings are the attributes that are
         numbers, text or lists of these, and all attributes named like an argument of the class.
         """
-        given = _arguments(type(self))
+        given = argument_names(type(self))
         settings: dict[str, Any] = {
             name: plain(value)
             for name, value in vars(self).items()
-            if (_is_plain(value) or name in given)
+            if (is_plain(value) or name in given)
             and not name.startswith("_")
             and name not in NOT_SETTINGS
         }
@@ -263,37 +271,3 @@ def goes_on_by_block(strategy: SparsityStrategy) -> bool:
     """
     declared = vars(type(strategy)) | vars(strategy)
     return bool(declared.get("independent_blocks"))
-
-
-def plain(value: Any) -> Any:
-    """A setting in a form that JSON can hold, the same in every process. Tuples and sets become
-    lists, keys become text, an object becomes its class and, if it is a dataclass, its fields.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    if isinstance(value, Path | torch.dtype | torch.device):
-        return str(value)
-    kind = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
-    path = f"{kind.__module__}.{kind.__qualname__}"
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"class": path} | {
-            field.name: plain(getattr(value, field.name)) for field in fields(value)
-        }
-    return path
-
-
-def _arguments(kind: type) -> set[str]:
-    """The names of all ``__init__`` arguments of a class and its base classes."""
-    makers = (vars(one).get("__init__") for one in kind.__mro__ if issubclass(one, nn.Module))
-    return {name for make in makers if make is not None for name in signature(make).parameters}
-
-
-def _is_plain(value: object) -> bool:
-    parts = value if isinstance(value, list) else [value]
-    return all(isinstance(part, bool | int | float | str) for part in parts)

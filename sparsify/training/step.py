@@ -33,7 +33,8 @@ class BatchRun:
         teacher: a copy of the dense model, needed if training changes the base weights.
 
     Attributes:
-        task_loss: the task loss of the last run, 0-d, without a graph.
+        task_loss: that of the last run with masks, 0-d, without a graph; if there was none, of a
+            dense one.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class BatchRun:
                 loss = self._distillation.mix(
                     task_loss, logits_BTV, dense_BTV, self._targets_BT, outputs, dense_blocks
                 )
-        self.task_loss = task_loss.detach()
+        if masking != "dense" or self.task_loss is None:
+            self.task_loss = task_loss.detach()
         penalty = torch.stack(penalties).sum() if penalties else loss.new_zeros(())
         return RunResult(loss, task_loss, logits_BTV, penalty, outputs)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify import Block, LayerResult, NMPattern, SparsityStrategy
+from sparsify import Block, Effect, LayerResult, NMPattern, SparsityStrategy
 from sparsify.calibration import Calibration, Layerwise
 from sparsify.masking.layer import masked_layers
 from sparsify.masking.overrides import Overrides
@@ -64,6 +64,7 @@ class Probe(SparsityStrategy):
     def __init__(self, *kinds: Any, gradients: bool = False, update: bool = False) -> None:
         super().__init__()
         self.kinds, self.gradients, self.update = kinds, gradients, update
+        self.effect = Effect(weights="updated" if update else "frozen")
         self.found: dict[Any, dict[str, Any]] = {kind: {} for kind in [*kinds, "gradients"]}
 
     def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:

@@ -223,6 +223,29 @@ def test_the_strategys_source_code_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert run(own(OWN_STRATEGY + "\n# another score\n"))[1]
 
 
+@pytest.mark.parametrize("name", ["own_package.methods.own", "own_module"])
+def test_the_source_code_of_what_a_strategy_imports_counts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all of its package; and without a package, of modules below its folder."""
+    parts = name.split(".")
+    file = tmp_path.joinpath(*parts).with_suffix(".py")
+    helper = tmp_path / parts[0] / "scores" / "helper.py"
+    if len(parts) == 1:
+        helper = tmp_path / "own_scores" / "helper.py"
+    for path in (file, helper):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    imported = ".".join(helper.relative_to(tmp_path).with_suffix("").parts)
+    file.write_text(f"import {imported}\n{OWN_STRATEGY}")
+    monkeypatch.syspath_prepend(tmp_path)
+    for number in range(2):
+        helper.write_text(f"number = {number}\n")
+        computed = [run(importlib.import_module(name).Own())[1] for _ in range(2)]
+        assert computed == [True, False]
+    for module in [m for m in sys.modules if m.split(".")[0] in (parts[0], "own_scores")]:
+        monkeypatch.delitem(sys.modules, module)
+
+
 @pytest.mark.parametrize("file", [None, "<stdin>"])
 def test_a_class_without_a_source_file_is_not_kept(
     file: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -280,6 +303,22 @@ def test_a_prior_is_found_whatever_is_learned_from_it() -> None:
     assert run(MaskLLM(prior=SparseGPT(damping=0.1)))[1]
     assert run(MaskLLM(prior="wanda"))[1]
     assert not run(Wanda())[1]
+
+
+class OtherSide(MaskLLM):
+    """Keeps what its prior drops."""
+
+    def calibrate(self, blocks: Iterable[Block]) -> Iterator[tuple[str, LayerResult]]:
+        for name, result in super().calibrate(blocks):
+            yield name, LayerResult(~result.mask)
+
+
+def test_a_learner_that_changes_its_priors_masks_has_a_result_of_its_own() -> None:
+    changed, _ = run(OtherSide(prior="wanda"))
+    plain, computed = run(MaskLLM(prior="wanda"))
+    assert computed
+    first = [name for name in plain if name.startswith("model.layers.0.")]  # nothing pruned before
+    assert all(torch.equal(plain[name].mask, ~changed[name].mask) for name in first)
 
 
 def test_a_prior_that_updates_weights_never_changes_those_of_the_learner(

@@ -1,10 +1,11 @@
 """Schedules at their ends, halfway, and beyond."""
 
 import math
+from typing import Any
 
 import pytest
 
-from sparsify import Schedule, SparsifyError
+from sparsify import Schedule, SparsifyError, SparsityStrategy
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,12 @@ def test_an_exponential_that_reaches_zero_is_refused(start: float, end: float) -
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(SparsifyError, match="shape is 'cos'; it is one of"):
         Schedule(1.0, 0.0, "cos")  # type: ignore[arg-type]
+
+
+def test_a_strategys_values_are_those_of_the_first_step_until_it_is_annealed() -> None:
+    strategy = SparsityStrategy[Any]()
+    values = strategy.values  # as a masker holds it
+    strategy.schedules = {"sigma": Schedule(0.1, 0.3)}
+    assert values == {"sigma": 0.1}
+    strategy.anneal(0.5)
+    assert values == {"sigma": pytest.approx(0.2)}

@@ -178,6 +178,16 @@ def test_a_run_gives_the_outputs_of_the_blocks(tokenizer: PreTrainedTokenizerFas
         run(DRAW, blocks=True)
 
 
+def test_the_task_loss_is_that_under_masks(tokenizer: PreTrainedTokenizerFast) -> None:
+    run = BatchRun(built(MAKE["frozen"](), tokenizer).masked, TOKENS, DRAW)
+    dense = run("dense", grad=False).task_loss
+    assert run.task_loss == dense  # there is no other yet
+    sparse = run(DRAW).task_loss
+    assert sparse != dense
+    run("dense", grad=False)
+    assert run.task_loss == sparse
+
+
 def test_a_strategy_advises_and_the_run_decides(tokenizer: PreTrainedTokenizerFast) -> None:
     class Advising(MaskLLM):
         distillation = Distillation(0.7, hidden=0.1)
