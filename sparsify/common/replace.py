@@ -33,15 +33,24 @@ _FORMER = ".former"
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a hidden name. When the block ends, the file is flushed, made readable by
     all and put at ``path``; if the block fails, it is removed.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``, not the hidden file.
     """
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         Path(partial).unlink(missing_ok=True)
 

@@ -67,8 +67,6 @@ def load(
         how = choose_for(model, patterns, place, tokens, choose, backends)
         fill(model, folder, place, patterns, compressing(how, backends))
     model.sparsify_choices = how  # type: ignore[assignment]
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()
 
 
@@ -155,7 +153,9 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             model: Any = auto_class(config).from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SparsifyError(
             f"{folder} holds no configuration that Transformers can read "
             f"({first_line(error)}); export the model again"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_masks_go_through_npz_and_zeros_and_come_back(out: Path, base: str, tool
     assert tool("verify", "again", base)[0] == 0
     first, second = (load_file(Path(f) / "model.safetensors") for f in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("mine"), Path.mkdir], ids=["file", "dir"])
+def test_only_an_archive_gives_way_to_masks(
+    make: Callable[[Path], object], out: Path, base: str, tool: Tool
+) -> None:
+    words = "mask", "export", "out", "m.NPZ", base
+    make(Path("m.NPZ"))
+    status, text = tool(*words, "--overwrite")
+    assert (status, text) == (2, "error: m.NPZ exists, and stays; name another file\n")
+    Path("m.NPZ").rename("former")
+    assert tool(*words)[0] == 0
+    assert tool(*words, "--overwrite")[0] == 0
+    assert is_zipfile("m.NPZ")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparsify.common import replace
-from sparsify.common.replace import partial_folder, replace_folder
+from sparsify.common.replace import partial_folder, replace_folder, whole_file
 
 
 def fill(folder: Path, version: str) -> Path:
@@ -314,3 +314,12 @@ def test_what_is_no_folder_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="something other than a folder"):
         replace_folder(tmp_path / "new", tmp_path / "place")
     assert (tmp_path / "place").read_text() == "precious"
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    for place in (tmp_path / "none" / "file", tmp_path / "folder"):
+        if place.name == "folder":
+            place.mkdir()
+        with pytest.raises(OSError, match=f"{place}'$"), whole_file(place) as file:
+            file.write(b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

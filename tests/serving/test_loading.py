@@ -319,6 +319,14 @@ def test_a_plain_folder_is_refused(model_folder: Path) -> None:
         serving.load(model_folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_a_damaged_configuration_is_refused(name: str, content: str, folder: Path) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(SparsifyError, match="no configuration that Transformers can read"):
+        serving.load(folder, device="cpu")
+
+
 def test_a_folder_without_a_configuration_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(SparsifyError, match="no configuration that Transformers can read"):

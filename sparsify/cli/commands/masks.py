@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def _foreign(
             "for with --base MODEL"
         )
     shapes = stored_shapes(load_skeleton(base))
-    read = read_npz if source.suffix == ".npz" else read_pt
+    read = read_npz if source.suffix.lower() == ".npz" else read_pt
     for name, mask in read(source, shapes):
         try:
             yield name, mask, find_pattern(mask)
@@ -108,19 +109,21 @@ def export_masks(
             f"{out}: give the dense model that the masks were made for with --base MODEL"
         )
     masks = read_masks(file)
-    if out.suffix == ".npz":
+    kind = out.suffix.lower()
+    if kind == ".npz":
         if masks.permutation is not None:
             raise SparsifyError(
                 f"{masks.path}: its masks are for permuted channels, and npz files cannot say so; "
                 "export them to a folder, whose weights are in the same order"
             )
-        if not overwrite:
+        # What is no archive was not written by an earlier export.
+        if not overwrite or (out.exists() and not is_zipfile(out)):
             check_free(out)
         known = stored_shapes(load_skeleton(base))
         shapes = {name: entry.shape for name, entry in masks.index.layers.items()}
         check_layers(str(masks.path), shapes, known)
         write_npz(out, masks, known)
-    elif out.suffix in (".pt", ".bin", ".safetensors", SUFFIX):
+    elif kind in (".pt", ".bin", ".safetensors", SUFFIX):
         raise SparsifyError(f"{out}: masks are exported to a .npz file or a folder; name one")
     else:
         apply_masks(

@@ -195,6 +195,8 @@ def read_index(path: Path) -> Index:
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
     """The parsed index, and the number of bytes before it."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise ValueError("it is no regular file")
     with path.open("rb") as file:
         _check_start(file.read(len(MAGIC)))
         size = file.seek(0, os.SEEK_END)

@@ -1,6 +1,7 @@
 """The mask file: its bytes, its round trip, and what is refused."""
 
 import hashlib
+import os
 import random
 import subprocess
 import sys
@@ -255,6 +256,12 @@ def test_every_cut_and_every_addition_is_noticed(tmp_path: Path) -> None:
         (tmp_path / FILE_NAME).write_bytes(content + more)
         with pytest.raises(SparsifyError, match="not a readable mask file"):
             read_masks(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    with pytest.raises(SparsifyError, match="it is no regular file"):
+        read_masks(tmp_path)
 
 
 def test_a_missing_file_is_an_error_that_says_what_writes_one(tmp_path: Path) -> None:
