@@ -139,6 +139,9 @@ class EvaluateAndExport(Callback):
             unwritten = _unwritten(path, result)
             if scores:
                 console(trainer).print(_table(result, scores))
+            else:
+                about = f"no {split} text was read, so nothing was measured; give --data.{split}"
+                console(trainer).print(about, soft_wrap=True)
             if unwritten is None:
                 console(trainer).print(f"result in {path}", soft_wrap=True)
             else:  # the export, on another disk maybe, still happens

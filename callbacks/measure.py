@@ -26,22 +26,31 @@ def measure(trainer: Any, pl_module: Any, batches: Mapping[str, Iterable[Any]]) 
 
 
 def measure_test(trainer: Any, pl_module: Any) -> dict[str, Score]:
-    """The scores of the test texts."""
+    """The scores of the test texts, cut to the batches that Lightning's test reads."""
     data = trainer.datamodule
     data.setup("test")
     batches = zip(data.test_names, data.test_dataloader(), strict=True)
-    return measure(trainer, pl_module, _watched(trainer, dict(batches)))
+    return measure(trainer, pl_module, _read(trainer, batches, trainer.limit_test_batches))
 
 
 def measure_validation(trainer: Any, pl_module: Any) -> dict[str, Score]:
     """The scores of the validation texts, cut to the batches that Lightning's validation reads."""
-    data, limit = trainer.datamodule, trainer.limit_val_batches
-    batches = {
-        name: islice(loader, limit if isinstance(limit, int) else int(limit * len(loader)))
-        for name, loader in zip(data.validation_names, data.val_dataloader(), strict=True)
-    }
-    return measure(trainer, pl_module, _watched(trainer, batches))
+    data = trainer.datamodule
+    batches = zip(data.validation_names, data.val_dataloader(), strict=True)
+    return measure(trainer, pl_module, _read(trainer, batches, trainer.limit_val_batches))
 
 
-def _watched(trainer: Any, batches: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
-    return {name: tracked(some, f"measuring {name}", trainer) for name, some in batches.items()}
+def _read(
+    trainer: Any, loaders: Iterable[tuple[str, Any]], limit: int | float
+) -> dict[str, Iterable[Any]]:
+    """The first batches of each text, so many or this share of them; none of a text that has no
+    batch left.
+    """
+    found: dict[str, Iterable[Any]] = {}
+    for name, loader in loaders:
+        whole = len(loader)
+        count = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
+        if count:
+            batches = loader if count == whole else islice(loader, count)
+            found[name] = tracked(batches, f"measuring {name}", trainer)
+    return found

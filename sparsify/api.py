@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from sparsify.training.module import SparseCausalLM
 from sparsify.training.trainer import Trainer
 
 CALLBACK_NAMES = ("annealing", "masks", "speed")
+# Of SparseCausalLM, but for what the model object and the strategy say.
+OPTIONS = signature(SparseCausalLM).parameters.keys() - {"strategy", "name_or_path"}
 
 
 @dataclass(repr=False)
@@ -142,6 +145,12 @@ def sparsify(
         SparsifyError: the input cannot be used.
         KeyboardInterrupt: on Ctrl-C.
     """
+    if unknown := options.keys() - OPTIONS:
+        raise SparsifyError(
+            f"sparsify() has no option {', '.join(sorted(unknown))}; its options are "
+            f"{', '.join(sorted(OPTIONS))}. Settings of a strategy are given to its class, as in "
+            "sparsify(model, MyStrategy(setting=0.1), ...)"
+        )
     # A copy: a strategy may keep state, and its seed is the run's.
     strategy = make_strategy(strategy) if isinstance(strategy, str) else copy.deepcopy(strategy)
     if not isinstance(data, TextDataModule):

@@ -287,6 +287,13 @@ def test_another_default_type_learns_the_same_masks(text: Path, name: str) -> No
     assert equal(found, expected)
 
 
+def test_an_unknown_option_is_refused(model, tokenizer, text: Path) -> None:
+    with pytest.raises(
+        sparsify.SparsifyError, match="no option lr, patern; its options are calibration, "
+    ):
+        sparsify.sparsify(model, "magnitude", text / "train.txt", tokenizer, lr=0.1, patern="2:4")
+
+
 @pytest.mark.parametrize("name", ["maskllm", "sr_ste"])
 def test_a_folded_model_is_plain_again_and_has_no_masks(
     model, tokenizer, text: Path, tmp_path: Path, name: str

@@ -19,9 +19,10 @@ from sparsify import SparsifyError
 from sparsify.cli import dispatch as tools
 from sparsify.cli.commands.plan import PlanCLI
 from sparsify.cli.main import main
+from sparsify.cli.parser import Parser
 from sparsify.cli.short_forms import expand
 from sparsify.cli.table import TOOLS
-from sparsify.cli.trainer_cli import NOT_OPTIONS, Parser, SparsifyCLI
+from sparsify.cli.trainer_cli import NOT_OPTIONS, SparsifyCLI
 from sparsify.masking.registry import STRATEGIES, find_strategy, plugins
 from tests.browser import browser, open_page
 from tests.conftest import Cli, Scripts

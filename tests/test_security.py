@@ -23,8 +23,9 @@ from rich.text import Text
 
 from sparsify.cli.commands.output import say
 from sparsify.cli.main import main
+from sparsify.cli.parser import Parser
 from sparsify.cli.short_forms import expand
-from sparsify.cli.trainer_cli import Parser, SparsifyCLI
+from sparsify.cli.trainer_cli import SparsifyCLI
 from sparsify.common.errors import SparsifyError
 from sparsify.common.printable import is_printable, printable
 from sparsify.common.seal import content_hash

@@ -62,9 +62,12 @@ def expand(args: Sequence[str]) -> list[str]:
     given = {word.partition("=")[0] for word in rest if not _only_overrides(word)}
     asks = any(word.endswith(("-h", "help")) or "print_config" in word for word in given)
     if not asks and not given & {*STRATEGY_FLAGS, "--config", "--ckpt_path"}:
+        first = rest[0] if rest and not rest[0].startswith("-") else ""
+        flag = "--strategy" if first.lower() in plugins(STRATEGIES) else "--ckpt_path"
+        hint = f"; did you mean {flag} {first}?" if first else ""
         raise SparsifyError(
             f"sparsify {command} needs --strategy NAME ({', '.join(plugins(STRATEGIES))}, or an "
-            "import path) or --ckpt_path FILE"
+            f"import path) or --ckpt_path FILE{hint}"
         )
     if names_code(rest):
         allow_current_folder()

@@ -8,15 +8,14 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sparsify.callbacks.budget import MeasureBudget
 from sparsify.callbacks.sensitivity import MeasureSensitivity
+from sparsify.cli.parser import Parser
 from sparsify.cli.short_forms import RUNS, expand
 from sparsify.cli.table import TRAINER_COMMANDS
-from sparsify.common import yaml_text
 from sparsify.common.console import Progress
 from sparsify.common.errors import SparsifyError
 from sparsify.common.files import full_disk
@@ -46,9 +45,9 @@ OWN = ("config", "ckpt_path")
 
 SHORT_FORMS = f"""
 
---strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in any case, or an
-import path such as my_package.MyStrategy; with --model.strategy.help the strategy's own settings
-are shown. --logger NAME (csv, tensorboard or wandb) stands for
+--strategy NAME stands for --model.strategy: {", ".join(plugins(STRATEGIES))} in upper or
+lower case, or an import path such as my_package.MyStrategy; with --model.strategy.help the
+strategy's own settings are shown. --logger NAME (csv, tensorboard or wandb) stands for
 --trainer.logger. --devices N stands for --trainer.devices, and --shard for --trainer.strategy fsdp,
 which shards weights and masks over the devices.
 With no model named, a small embedded one is used. With --ckpt_path the settings of the checkpoint's
@@ -89,32 +88,6 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
         super().__init__(parser, redacted(config), **options)
-
-
-class Parser(LightningArgumentParser):
-    """Keeps the path of a text or mask file a path; Lightning's parser would read settings from
-    that file. Also reads ``pattern: 2:4`` in a config as text, not as a number.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"parser_mode": yaml_text.MODE})
-
-    def add_lightning_class_args(
-        self,
-        lightning_class: Any,
-        nested_key: str,
-        subclass_mode: bool = False,
-        required: bool = True,
-    ) -> list[str]:
-        if issubclass(lightning_class, Callback):
-            self.callback_keys.append(nested_key)
-        names: list[str] = self.add_class_arguments(
-            lightning_class,
-            nested_key,
-            fail_untyped=False,
-            instantiate=not issubclass(lightning_class, LightningTrainer),
-        )
-        return names
 
 
 class CommandTrainer(Trainer):

@@ -18,7 +18,7 @@ from sparsify.masking.dense_layers import (
 from sparsify.masking.layer import masked_layers
 from sparsify.masking.linear import Stack, elsewhere, linear_shape, maskable
 from sparsify.masking.overrides import DENSE, Overrides
-from sparsify.masking.pattern import NMPattern
+from sparsify.masking.pattern import MAX_M, NMPattern
 from sparsify.models.layer_names import family
 from sparsify.models.multimodal import text_decoder, towers
 
@@ -185,8 +185,10 @@ def _check(name: str, layer: nn.Module | Stack, pattern: NMPattern, others: dict
     columns = linear_shape(layer)[1]
     fix = f"leave it dense with --model.exclude '*{name.rpartition('.')[2]}'"
     if columns % pattern.m:
+        fit = ", ".join(str(m) for m in range(2, MAX_M + 1) if columns % m == 0)
         raise SparsifyError(
-            f"{name}: in_features={columns} is not a multiple of m={pattern.m}; {fix}"
+            f"{name}: in_features={columns} is not a multiple of m={pattern.m}; take an M "
+            f"that divides it ({fit}), or {fix}"
         )
     if (other := others.get(id(layer.weight))) is not None:
         raise SparsifyError(

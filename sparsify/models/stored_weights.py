@@ -169,4 +169,8 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds its weights as pickle files (.bin), which can run code and are not "
             "read; load the model and save it with save_pretrained, which writes safetensors"
         )
-    raise SparsifyError(f"{folder} holds no safetensors files, so there are no weights to verify")
+    inner = folder / "export"  # of a run's folder
+    hint = f"; name {inner}" if any(inner.glob("*.safetensors")) else ""
+    raise SparsifyError(
+        f"{folder} holds no safetensors files, so there are no weights to read{hint}"
+    )

@@ -49,6 +49,37 @@ def test_a_strategy_that_cannot_be_imported_or_is_none(fails: Fails) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "guess"),
+    [
+        (["--max_steps=3"], "did you mean --trainer.max_steps?"),
+        (["--model.name_or_pth", "a"], "did you mean --model.name_or_path?"),
+        (["--no_such_thing=3"], "unrecognized arguments: --no_such_thing=3"),
+    ],
+)
+def test_an_unknown_option(fails: Fails, words: list[str], guess: str) -> None:
+    assert fails("fit", "--strategy=magnitude", *words).endswith(guess)
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"),
+    [("--model=a/b", "--model.name_or_path a/b"), ("--data=a.txt", "--data.train a.txt")],
+)
+def test_a_group_of_options_that_is_given_a_value(
+    word: str, guess: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        cli("fit", "--strategy=magnitude", word)
+    assert capsys.readouterr().err.endswith(f"takes a file of settings; did you mean {guess}?\n")
+
+
+def test_a_word_in_place_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, flag in (("Wanda", "--strategy"), ("runs/wanda/version_0", "--ckpt_path")):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(["export", word])
+        assert capsys.readouterr().err.endswith(f"; did you mean {flag} {word}?\n")
+
+
 @pytest.mark.parametrize("pattern", ["4:2", "2:4:8", "x"])
 def test_a_bad_pattern(fails: Fails, pattern: str) -> None:
     assert pattern in fails("fit", "--strategy", "magnitude", "--model.pattern", pattern)

@@ -220,6 +220,15 @@ def test_one_batch_is_not_all_of_them(cli: Cli, capsys: pytest.CaptureFixture[st
         assert [(found[name], type(found[name])) for name in names] == [(value, type(value))] * 6
 
 
+def test_a_run_tests_as_many_batches_as_it_is_told(cli: Cli) -> None:
+    words = ("--strategy=magnitude", "--data.eval_batch_size=2", "--trainer.limit_test_batches=1")
+    for command in ("fit", "test"):
+        cli(command, *words)
+    fit, test = (json.loads((run / "result.json").read_text()) for run in cli.runs())
+    assert fit["scores"] == test["scores"]
+    assert fit["scores"]["overall"]["windows"] == 2
+
+
 def test_print_config_gives_a_config_that_runs_the_same(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:

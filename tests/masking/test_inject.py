@@ -175,7 +175,10 @@ def test_inputs_divide_by_the_layers_own_pattern(model: PreTrainedModel) -> None
     model.model.layers[1].mlp.down_proj = nn.Linear(36, 32)
     select(model, Selection(TWO_FOUR))
     for overrides, m in (({"*down_proj": "4:8"}, 8), ({"*.1.*": "3:5"}, 5)):
-        with pytest.raises(SparsifyError, match=f"in_features=.* is not a multiple of m={m}"):
+        with pytest.raises(
+            SparsifyError,
+            match=f"in_features=.* is not a multiple of m={m}; take an M that divides it",
+        ):
             select(model, Selection(TWO_FOUR, overrides=Overrides.parse(overrides)))
     eight = NMPattern(4, 8)
     for overrides in ({"*.1.*down_proj": "2:4"}, {"*.1.*down_proj": "dense"}):

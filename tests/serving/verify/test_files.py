@@ -277,7 +277,7 @@ def test_exit_status_1_for_whatever_is_damaged(
     assert "model.safetensors: not a readable safetensors file" in text
     assert text.count("is in no readable file") == 21
     (out / "model.safetensors").unlink()
-    assert "holds no safetensors files, so there are no weights to verify" in run()
+    assert "holds no safetensors files, so there are no weights to read" in run()
     os.mkfifo(out / "model.safetensors")
     assert "model.safetensors: not a regular file" in run()
     (out / MANIFEST).write_text("[[")
