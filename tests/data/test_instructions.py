@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsify import Draw
@@ -18,6 +19,7 @@ from sparsify.strategies.dense import Dense
 from sparsify.training.step import BatchRun
 from tests.conftest import masked_model, tiny_llama
 from tests.data.conftest import words, write_jsonl, write_parquet, write_rows
+from tests.data.tokenizers import like
 
 # A turn is "w190 <user> text w191": each part is one word of the tokenizer.
 TEMPLATE = (
@@ -79,6 +81,22 @@ def test_prompt_and_response(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
 def test_the_token_across_the_border_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     packed = pack([Instruction("w1 w23 w4", ((5, 9),))], tokenizer, 3, "x")
     assert packed.blocks.tolist() == [ids("-w1 w23 w4")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma"])
+def test_spaces_at_the_ends_of_a_response_are_learned(name: str) -> None:
+    tokenizer = like(name)
+    if name == "gpt2":
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    before = str(tokenizer.backend_tokenizer.post_processor)
+    prompt, response = "the cat  ", " sat on mat   "
+    whole = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+    context = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    document = Instruction(prompt + response, ((len(prompt), len(prompt + response)),))
+    ids = pack([document, "the"], tokenizer, 2, "x").blocks.flatten().tolist()
+    expected = [~i if n < context else i for n, i in enumerate([*whole, tokenizer.eos_token_id])]
+    assert ids[: len(expected)] == expected
+    assert str(tokenizer.backend_tokenizer.post_processor) == before
 
 
 def test_messages(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
