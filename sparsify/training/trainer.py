@@ -136,6 +136,10 @@ class _Restorer(_CheckpointConnector):
     def restore_training_state(self) -> None:
         with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
             super().restore_training_state()
+        if self._ckpt_path:
+            # Whoever asked for the number of steps, as our optimizers do, had the training data set
+            # up before its place was known. Lightning would not set it up again.
+            self.trainer.fit_loop._combined_loader = None
 
 
 @contextmanager

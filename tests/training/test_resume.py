@@ -51,7 +51,9 @@ def logged(run: Path) -> dict[tuple[int, str], str]:
     }
 
 
-def check_same(whole: Path, resumed: Path, at: int) -> None:
+def check_same(
+    whole: Path, resumed: Path, at: int, steps: int = STEPS, batches: int = 2 * 11 - 2 - 5
+) -> None:
     """The resumed run logged what the whole one did from step ``at``, and has the same masks; so
     it does for a validation between the step before and the checkpoint's.
     """
@@ -68,33 +70,33 @@ def check_same(whole: Path, resumed: Path, at: int) -> None:
     histories = [json.loads((r / "result.json").read_text())["history"] for r in (whole, resumed)]
     of_whole, of_resumed = ([row["step"] for row in h["validation"]] for h in histories)
     assert of_whole == of_resumed
-    assert {step for step, name in expected if name == "train/task_loss"} == set(range(at, STEPS))
+    assert {step for step, name in expected if name == "train/task_loss"} == set(range(at, steps))
     a, b = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed)
     )
-    assert a["global_step"] == b["global_step"] == STEPS
+    assert a["global_step"] == b["global_step"] == steps
     assert a["state_dict"].keys() == b["state_dict"].keys()
     assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
     a, b = (read_masks(run / "export") for run in (whole, resumed))
     assert a.digest == b.digest
     a, b = (json.loads((run / "result.json").read_text()) for run in (whole, resumed))
     assert a["scores"] == b["scores"]
-    assert a["run"]["tokens"] == b["run"]["tokens"] == (2 * 11 - 2 - 5) * 4 * 16
+    assert a["run"]["tokens"] == b["run"]["tokens"] == batches * 4 * 16
+
+
+KEEP = [
+    "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.filename={step}",
+    "--trainer.callbacks.dirpath=kept",
+]
+KEEP_EVERY = [*KEEP, "--trainer.callbacks.every_n_train_steps=1"]
 
 
 # Of the callback that kept all.
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) -> None:
-    keep = [
-        "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
-        "--trainer.callbacks.save_top_k=-1",
-    ]
-    keep += [
-        "--trainer.callbacks.every_n_train_steps=1",
-        "--trainer.callbacks.filename={step}",
-        "--trainer.callbacks.dirpath=kept",
-    ]
-    cli("fit", *options, *keep, steps=STEPS)
+    cli("fit", *options, *KEEP_EVERY, steps=STEPS)
     whole = cli.runs()[0]
     assert len({logged(whole)[step, "train/task_loss"] for step in range(STEPS)}) == STEPS
     assert any(float(v) > 0 for (_, name), v in logged(whole).items() if name == "masks/flips"), (
@@ -105,6 +107,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(cli: Cli, options: list[str]) ->
         again = [f"--ckpt_path=kept/step={at}.ckpt", "--trainer.callbacks=[]"]
         cli("fit", *options, *again, steps=STEPS)
         check_same(whole, cli.runs()[-1], at)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("steps", "batches"), [(-1, 22), (9, 17)])
+def test_so_is_a_resumed_run_of_epochs(
+    cli: Cli, options: list[str], steps: int, batches: int
+) -> None:
+    options = [*options, "--trainer.max_epochs=2"]
+    cli("fit", *options, *KEEP_EVERY, steps=steps)
+    for at in (2, 5, 6, 7):
+        again = [f"--ckpt_path=kept/step={at}.ckpt", "--trainer.callbacks=[]"]
+        cli("fit", *options, *again, steps=steps)
+        check_same(cli.runs()[0], cli.runs()[-1], at, 12 if steps < 0 else steps, batches)
 
 
 def test_a_run_of_epochs_that_is_over_says_so(
