@@ -10,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.loops import _Loop
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
@@ -18,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
 from sparsify.common.errors import SparsifyError, restoring
 from sparsify.common.signals import Interrupted
@@ -136,10 +138,21 @@ class _Restorer(_CheckpointConnector):
     def restore_training_state(self) -> None:
         with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
             super().restore_training_state()
-        if self._ckpt_path:
-            # Whoever asked for the number of steps, as our optimizers do, had the training data set
-            # up before its place was known. Lightning would not set it up again.
-            self.trainer.fit_loop._combined_loader = None
+        if self._ckpt_path and self.trainer.state.fn == TrainerFn.FITTING:
+            _find_place(self.trainer.fit_loop)
+
+
+def _find_place(fit_loop: Any) -> None:
+    """Mend what Lightning does on a resume, once its loops' state is restored."""
+    # Whoever asked for the number of steps, as our optimizers do, had the training data set up
+    # before its place was known. Lightning would not set it up again.
+    fit_loop._combined_loader = None
+    fit_loop.setup_data()
+    # A checkpoint of an epoch's very end: Lightning would end that epoch once more, and leave out
+    # the next, in runs of max_steps.
+    epochs = fit_loop.epoch_progress.current
+    if epochs.ready == epochs.processed:
+        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -52,15 +52,20 @@ def logged(run: Path) -> dict[tuple[int, str], str]:
 
 
 def check_same(
-    whole: Path, resumed: Path, at: int, steps: int = STEPS, batches: int = 2 * 11 - 2 - 5
+    whole: Path,
+    resumed: Path,
+    at: int,
+    steps: int = STEPS,
+    batches: int = 2 * 11 - 2 - 5,
+    due: bool = True,
 ) -> None:
     """The resumed run logged what the whole one did from step ``at``, and has the same masks; so
-    it does for a validation between the step before and the checkpoint's.
+    it does for a validation that was due when the checkpoint was saved.
     """
     expected = {
         key: value
         for key, value in logged(whole).items()
-        if key[0] >= at or (key[0] == at - 1 and key[1].startswith(("val/", "run/")))
+        if key[0] >= at or (due and key[0] == at - 1 and key[1].startswith(("val/", "run/")))
     }
     found = logged(resumed)
     assert found.keys() == expected.keys()
@@ -120,6 +125,29 @@ def test_so_is_a_resumed_run_of_epochs(
         again = [f"--ckpt_path=kept/step={at}.ckpt", "--trainer.callbacks=[]"]
         cli("fit", *options, *again, steps=steps)
         check_same(cli.runs()[0], cli.runs()[-1], at, 12 if steps < 0 else steps, batches)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("epochs", [False, True])
+@pytest.mark.parametrize(
+    ("more", "at"),
+    [
+        (["--trainer.callbacks.monitor=val/loss", "--trainer.val_check_interval=4"], (2, 8)),
+        (["--trainer.callbacks.monitor=val/loss", "--trainer.val_check_interval=11"], (6,)),
+        (["--trainer.callbacks.save_on_train_epoch_end=true"], (6,)),
+    ],
+)
+def test_so_is_one_saved_after_a_validation_or_an_epoch(
+    cli: Cli, options: list[str], more: list[str], at: tuple[int, ...], epochs: bool
+) -> None:
+    steps, length = (-1, ["--trainer.max_epochs=2"]) if epochs else (9, [])
+    cli("fit", *options, *KEEP, *more, *length, steps=steps)
+    for step in at:
+        again = [f"--ckpt_path=kept/step={step}.ckpt", "--trainer.callbacks=[]"]
+        again += [option for option in more if "callbacks" not in option]
+        cli("fit", *options, *again, *length, steps=steps)
+        done = (12, 22) if epochs else (9, 17)
+        check_same(cli.runs()[0], cli.runs()[-1], step, *done, due=False)
 
 
 def test_a_run_of_epochs_that_is_over_says_so(

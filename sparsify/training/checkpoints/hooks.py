@@ -40,8 +40,10 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["schedule_values"] = dict(module.strategy.values)
     checkpoint["calibration"] = module.calibrated
     # Once fit has returned, Lightning no longer knows how far in the data it was.
-    checkpoint["resumable"] = module.trainer.training
-    checkpoint["step_shape"] = step_shape(module.trainer)
+    trainer = module.trainer
+    in_fit = trainer.state.fn == TrainerFn.FITTING and (trainer.training or trainer.validating)
+    checkpoint["resumable"] = in_fit
+    checkpoint["step_shape"] = step_shape(trainer)
 
 
 def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
