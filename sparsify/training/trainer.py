@@ -148,11 +148,24 @@ def _find_place(fit_loop: Any) -> None:
     # before its place was known. Lightning would not set it up again.
     fit_loop._combined_loader = None
     fit_loop.setup_data()
+    epochs, loop = fit_loop.epoch_progress.current, fit_loop.epoch_loop
     # A checkpoint of an epoch's very end: Lightning would end that epoch once more, and leave out
     # the next, in runs of max_steps.
-    epochs = fit_loop.epoch_progress.current
     if epochs.ready == epochs.processed:
         _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+        return
+    # One of a step's end, after which a validation was due: Lightning would leave it out, and at
+    # the end of an epoch its hooks too. It makes up for a validation that has begun.
+    batches, validation = loop.batch_progress, loop.val_loop.batch_progress
+    validation.reset()
+    at_end = batches.total.completed == batches.total.processed - 1
+    if not loop._should_check_val_fx(fit_loop._data_fetcher):
+        return
+    if at_end:
+        batches.increment_completed()
+        validation.total.ready = validation.total.started = 1
+    elif loop._batches_that_stepped == loop.global_step and not loop._should_accumulate():
+        loop._batches_that_stepped -= 1  # Lightning will count the last step of a run again
 
 
 @contextmanager

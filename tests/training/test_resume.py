@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,6 +128,28 @@ def test_so_is_a_resumed_run_of_epochs(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("interval", "at"), [("4", (2, 3, 4)), ("1.0", (5, 6))])
+def test_early_stopping_sees_the_validation_that_was_due(
+    cli: Cli, options: list[str], interval: str, at: tuple[int, ...]
+) -> None:
+    stop = "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"
+    stops = [stop, "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.patience=1000"]
+    stops += ["--trainer.callbacks.min_delta=100", f"--trainer.val_check_interval={interval}"]
+    cli("fit", *options, *KEEP_EVERY, *stops, steps=STEPS)
+
+    def state(run: Path) -> Any:
+        saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+        return next(value for key, value in saved.items() if key.startswith("EarlyStopping"))
+
+    assert state(cli.runs()[0])["wait_count"] == (2 if interval == "4" else 1)
+    for step in at:
+        again = [f"--ckpt_path=kept/step={step}.ckpt", "--trainer.callbacks=[]", *stops]
+        cli("fit", *options, *again, steps=STEPS)
+        assert state(cli.runs()[-1]) == state(cli.runs()[0])
+        check_same(cli.runs()[0], cli.runs()[-1], step)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("epochs", [False, True])
 @pytest.mark.parametrize(
     ("more", "at"),
@@ -162,6 +184,33 @@ def test_a_run_of_epochs_that_is_over_says_so(
     assert "at the end of epoch 1 of 1, so nothing is left to learn" in said
     main(["fit", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2"])
     assert json.loads((cli.runs()[-1] / "result.json").read_text())["run"]["steps"] == 4
+
+
+class Seen(Callback):
+    """Notes what each micro-batch was."""
+
+    batches: ClassVar[list[tuple[int, int, int, int]]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, i: int) -> None:
+        self.batches.append((trainer.global_step, trainer.current_epoch, i, int(batch.sum())))
+
+
+@pytest.mark.parametrize(("at", "interval"), [(4, 4), (5, 4), (6, 11), (8, 4)])
+@pytest.mark.parametrize("epochs", [[], ["--trainer.max_epochs=3"]])
+def test_a_finished_run_with_more_steps_goes_on_in_its_data(
+    cli: Cli, options: list[str], at: int, interval: int, epochs: list[str]
+) -> None:
+    options = [*options, f"--trainer.callbacks={__name__}.Seen", *epochs]
+    options.append(f"--trainer.val_check_interval={interval}")
+    cli("fit", *options, steps=at)
+    Seen.batches.clear()
+    cli("fit", *options, f"--ckpt_path={cli.runs()[0]}", steps=10)
+    more = list(Seen.batches)
+    Seen.batches.clear()
+    cli("fit", *options, steps=10)
+    assert more == [batch for batch in Seen.batches if batch[0] >= at]
+    resumed, whole = (logged(run).keys() for run in cli.runs()[1:])
+    assert resumed == {(step, name) for step, name in whole if step >= at}
 
 
 class Ends(Callback):

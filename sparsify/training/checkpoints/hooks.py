@@ -14,6 +14,7 @@ from sparsify.training.checkpoints.resume import (
     check_place,
     check_resumes,
     continue_on,
+    reopen_epoch,
     step_shape,
 )
 
@@ -71,6 +72,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         check_resumes(checkpoint, trainer.max_steps, trainer.ckpt_path)
         check_training(checkpoint, trainer)
+        reopen_epoch(checkpoint)
         check_place(checkpoint, trainer.max_epochs or 0, trainer.ckpt_path)
         keep_patience(checkpoint["callbacks"], cast(Any, trainer).callbacks)
         if (now := step_shape(trainer)) != checkpoint["step_shape"]:
