@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -152,7 +152,7 @@ def _find_place(fit_loop: Any) -> None:
     # A checkpoint of an epoch's very end: Lightning would end that epoch once more, and leave out
     # the next, in runs of max_steps.
     if epochs.ready == epochs.processed:
-        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+        cast(Any, _Loop).restarting.fset(fit_loop, False)
         return
     # One of a step's end, after which a validation was due: Lightning would leave it out, and at
     # the end of an epoch its hooks too. It makes up for a validation that has begun.
