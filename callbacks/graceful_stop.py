@@ -79,12 +79,9 @@ class GracefulStop(Callback):
 
     def _save(self, trainer: Any, keeps: Checkpoints) -> Path:
         self._breaks_off = trainer.validating
-        trainer.training = True  # from this a checkpoint notes that it can be resumed
         try:
             return keeps.save(trainer)
         finally:
-            if self._breaks_off:
-                trainer.validating = True
             self._breaks_off = False
 
     def _asked_of_any(self) -> int | None:

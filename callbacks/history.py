@@ -26,23 +26,10 @@ class History(Callback):
     def __init__(self, at_start: bool = False) -> None:
         self.at_start = at_start
         self.validations: list[dict[str, Any]] = []
-        # Whether the validation after the last step is still to come. Lightning does not make up
-        # for it when it resumes from a checkpoint between the two.
-        self._due = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._due and trainer.global_step and pl_module.learns:
-            # The number at which Lightning would have logged it: it counts a step after validation.
-            self.measure(trainer, pl_module, trainer.global_step - 1)
-        self._due = False
         if self.at_start and trainer.global_step == 0 and pl_module.learns:
             self.measure(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loop = trainer.fit_loop
-        self._due = bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit":
@@ -54,19 +41,16 @@ class History(Callback):
         # A sanity check reads a few batches only.
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._add(trainer, pl_module, pl_module.scores)
-            self._due = False
 
-    def measure(self, trainer: Any, pl_module: Any, step: int | None = None) -> None:
-        """Measure the validation texts, if the run has any, and log the scores at ``step``, by
-        default the present one.
-        """
+    def measure(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the validation texts, if the run has any, and log the scores."""
         if not trainer.limit_val_batches or not trainer.datamodule.validation_names:
             return
         scores = measure_validation(trainer, pl_module)
         metrics = score_metrics("val", scores)
         metrics |= {f"run/{name}": value for name, value in cost(trainer, pl_module).items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
+            logger.log_metrics(metrics, step=trainer.global_step)
         self._add(trainer, pl_module, scores)
 
     def _add(self, trainer: Any, pl_module: Any, scores: Mapping[str, Score]) -> None:
@@ -78,8 +62,7 @@ class History(Callback):
         self.validations = [*former, {"step": step, **cost(trainer, pl_module), **numbers}]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations, "due": self._due}
+        return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
-        self._due = state_dict.get("due", False)  # older checkpoints lack it

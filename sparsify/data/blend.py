@@ -22,6 +22,9 @@ PLACE = "the checkpoint's place in the data"
 # different length would not do: NumPy pads with zeros, so [seed, 1] equals [seed, 1, 0].)
 SHUFFLE, PERMUTATION = 1, 2
 
+LARGEST = 1e100  # of a weight, so that products and sums of weights are finite
+SMALLEST_SHARE = 2.0**-53  # the step between the random numbers by which a stream draws
+
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Splits an integer in proportion to weights, by the largest-remainder method.
@@ -80,7 +83,8 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
         The weights, or None when no source has one.
 
     Raises:
-        SparsifyError: Some sources lack a weight, or one is not positive and finite.
+        SparsifyError: Some sources lack a weight, or one is not positive and finite, or its share
+            too small to draw.
     """
     given = [weight for weight in weights if weight is not None]
     if not given:
@@ -92,10 +96,17 @@ def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> list
             "be given for all sources or for none: add or remove weights"
         )
     for name, weight in zip(names, given, strict=True):
-        if not (math.isfinite(weight) and weight > 0):
+        if not 0 < weight <= LARGEST:
             raise SparsifyError(
-                f"train source {name} has weight {weight}; a weight must be positive and finite: "
-                "change it, or remove the source"
+                f"train source {name} has weight {weight}; a weight must be positive and finite, "
+                f"at most {LARGEST}: change it, or remove the source"
+            )
+    for name, weight in zip(names, given, strict=True):
+        if weight / sum(given) < SMALLEST_SHARE:
+            raise SparsifyError(
+                f"train source {name} has weight {weight} of {sum(given)} in all; so small a share "
+                f"never gives a block, and must be {SMALLEST_SHARE:.0e} or more: raise the weight, "
+                "or remove the source"
             )
     return given
 

@@ -1,9 +1,11 @@
 """Turns the rows of a source into documents."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.data.files import file_shards
 from sparsify.data.hub import hub_shards
 from sparsify.data.objects import ObjectShard
-from sparsify.data.sources import BadRows, BadRowsPolicy, Shard, Source, Unusable
+from sparsify.data.sources import TOOLS, BadRows, BadRowsPolicy, Shard, Source, Unusable
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Judge:
                     "response_key, or messages_key, in {path: FILE, text_key: KEY} as the source",
                 )
         if source.messages_key is not None:
-            return self._conversation(row[source.messages_key])
+            return self._conversation(row[source.messages_key], row.get(TOOLS))
         texts: list[str] = []
         for key in source.keys:
             may_be_empty = source.joined or key == source.prompt_key
@@ -156,35 +158,57 @@ class Judge:
         prompt, text = texts[0], "".join(texts)
         return Instruction(text, ((len(prompt), len(text)),))
 
-    def _conversation(self, messages: object) -> Instruction | Unusable:
+    def _conversation(self, messages: object, tools: object) -> Instruction | Unusable:
         key = self._source.messages_key
-        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        if not _are_objects(messages):
             return Unusable(f"value of {key!r} is not a list of messages")
-        turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in messages]
-        for part in (value for turn in turns for value in turn.values()):
-            if (reason := _why_bad(part, "role and content", may_be_empty=True)) is not None:
-                return Unusable(reason)
+        if isinstance(tools, str):  # as in tables, where the parameters of tools have no one type
+            with suppress(ValueError, RecursionError):
+                tools = json.loads(tools)
+        if tools is not None and not _are_objects(tools):
+            return Unusable(f"value of {TOOLS!r} is not a list of tools")
+        turns = [_turn(message) for message in messages]
+        for turn in turns:
+            calls = turn.get("tool_calls")
+            if calls is not None and not _are_objects(calls):
+                return Unusable("value of 'tool_calls' is not a list of calls")
+            parts = [turn.get("role"), turn.get("content")]
+            if calls and parts[1] is None:  # a message that only calls says nothing
+                del parts[1]
+            for part in parts:
+                if (reason := _why_bad(part, "role and content", may_be_empty=True)) is not None:
+                    return Unusable(reason)
         if not any(turn["role"] == "assistant" for turn in turns):
             return Unusable("no message of the assistant")
+        if turns[0]["role"] == "assistant":
+            return Unusable(
+                "the assistant's message comes first",
+                ", and chat templates open one only after another message, so that its part "
+                "cannot be found: put the user's message or a system message before it",
+            )
         try:
-            return self._written(turns)
+            return self._written(turns, _without_nulls(tools) or None)
         except TemplateError as error:
             return Unusable("messages that the chat template refuses", f" ({error})")
 
-    def _written(self, turns: list[dict[str, Any]]) -> Instruction | Unusable:
-        def write(count: int, opened: bool = False) -> str:
-            tokenizer: Any = self._tokenizer
-            text: str = tokenizer.apply_chat_template(
-                turns[:count], tokenize=False, add_generation_prompt=opened
-            )
-            return text
-
-        text = write(len(turns))
+    def _written(self, turns: list[dict[str, Any]], tools: Any) -> Instruction | Unusable:
+        text = self._write(turns, tools)
+        if (reason := _why_bad(text, "messages", may_be_empty=False)) is not None:
+            return Unusable(reason)
+        without = [{key: turn[key] for key in turn if key != "tool_calls"} for turn in turns]
+        for part, others in ((TOOLS, (turns, None)), ("tool_calls", (without, tools))):
+            with suppress(TemplateError):  # then the template reads them
+                if others != (turns, tools) and self._write(*others) == text:
+                    return Unusable(
+                        f"{part} that the chat template leaves out",
+                        ": use the tokenizer of a model that calls tools, or remove them",
+                    )
         learned = []
         for number, turn in enumerate(turns):
             if turn["role"] == "assistant":
                 # The template's opening words ask the model to speak; its answer follows them.
-                before, after = write(number, opened=True), write(number + 1)
+                before = self._write(turns[:number], tools, opened=True)
+                after = self._write(turns[: number + 1], tools)
                 if not (text.startswith(after) and after.startswith(before)):
                     return Unusable(
                         "turns that the chat template changes when more follow",
@@ -193,6 +217,39 @@ class Judge:
                     )
                 learned.append((len(before), len(after)))
         return Instruction(text, tuple(learned))
+
+    def _write(self, turns: list[dict[str, Any]], tools: Any, opened: bool = False) -> str:
+        tokenizer: Any = self._tokenizer
+        try:
+            text: str = tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=opened
+            )
+        except Exception as error:  # a template is a program, and may end in any error
+            raise TemplateError(str(error) or type(error).__name__) from error
+        return text
+
+
+def _are_objects(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(element, dict) for element in value)
+
+
+def _turn(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as a template gets it, whole but for what is empty."""
+    turn: dict[str, Any] = _without_nulls(message)
+    if not turn.get("tool_calls"):
+        turn.pop("tool_calls", None)
+    if "content" in message:
+        turn["content"] = message["content"]  # null too, as in messages that only call
+    return turn
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without fields that are null: a table gives each message the fields of all, and
+    templates ask whether there is one.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _why_bad(text: object, key: str, may_be_empty: bool) -> str | None:

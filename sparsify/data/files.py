@@ -142,8 +142,9 @@ def _parquet(file: Path, source: Source) -> Iterator[tuple[int, object]]:
     try:
         with parquet.ParquetFile(file) as table:
             check_columns(file, table.schema_arrow.names, source.keys)
+            columns = source.columns(table.schema_arrow.names)
             for group in range(table.num_row_groups):
-                for part in table.iter_batches(ROWS_A_READ, [group], source.keys):
+                for part in table.iter_batches(ROWS_A_READ, [group], columns):
                     for row in part.to_pylist():
                         number += 1
                         yield number, row

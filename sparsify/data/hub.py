@@ -76,7 +76,7 @@ def hub_shards(source: Source, parts: bool) -> list[HubShard]:
     dataset = _load(source)
     if dataset.column_names is not None:
         check_columns(source.path, dataset.column_names, source.keys)
-        dataset = dataset.select_columns(source.keys)
+        dataset = dataset.select_columns(source.columns(dataset.column_names))
     if not parts:
         return [HubShard(source.path, dataset)]
     return [HubShard(source.path, dataset, part) for part in range(dataset.num_shards)]

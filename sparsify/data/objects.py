@@ -35,7 +35,7 @@ class ObjectRows(Iterator[tuple[int, object]]):
         rows: Any = source.path
         if is_dataset(rows) and rows.column_names is not None:
             check_columns(source.label, rows.column_names, source.keys)
-            rows = rows.select_columns(source.keys)
+            rows = rows.select_columns(source.columns(rows.column_names))
         self._count, self._key = skip, source.text_key
         self._rows = islice(rows, skip, None)
 

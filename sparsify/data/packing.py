@@ -154,6 +154,10 @@ class Packer:
                 f"{self._name}: {type(self._tokenizer).__name__} does not tell which token stands "
                 "for which text, so prompts are not told from responses: use a fast tokenizer"
             )
+        backend: Any = self._tokenizer.backend_tokenizer if marked else None
+        if marked:
+            # It may trim spaces off the offsets: a token of spaces then has no place in the text.
+            processor, backend.post_processor = backend.post_processor, None
         # verbose=False: no warning of a document longer than the context, as it is cut later
         try:
             encoded = self._tokenizer(
@@ -171,6 +175,9 @@ class Packer:
                 f"{self.documents + len(texts)} ({error}); it must take every text: look at these "
                 "documents, or install another version of the package tokenizers"
             ) from error
+        finally:
+            if marked:
+                backend.post_processor = processor
         if not marked:
             yield from encoded["input_ids"]
             return

@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ HUB = "hf://"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
+TOOLS = "tools"  # the key of the tools that a row's messages may call
 
 BadRowsPolicy = Literal["error", "skip"]
 
@@ -46,7 +47,8 @@ class Source:
         prompt_key: Key of a text that is context only; the response follows with nothing between.
         response_key: Key of the text after the prompt, which is learned, as is its end of text.
         messages_key: Key of a list of {role, content}, which the tokenizer's chat template turns
-            into text; the assistant's messages are learned.
+            into text, with the row's ``tools`` if it has some; the assistant's messages are
+            learned.
         joined: Join all rows, empty ones too, with blank lines into one document, as papers do to
             measure perplexity.
     """
@@ -101,6 +103,11 @@ class Source:
         if self.prompt_key is not None and self.response_key is not None:
             return [self.prompt_key, self.response_key]
         return [self.text_key]
+
+    def columns(self, there: Sequence[str]) -> list[str]:
+        """The columns that are read from a table that has the columns `there`."""
+        tools = self.messages_key is not None and TOOLS in there
+        return [*self.keys, TOOLS] if tools else self.keys
 
     def check(self, name: str) -> None:
         """Checks the settings one by one and together, without reading the source.

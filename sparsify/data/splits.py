@@ -11,6 +11,7 @@ from sparsify.common.errors import SparsifyError
 from sparsify.data.objects import part_of, rows_of
 from sparsify.data.sources import Source, source_stem
 from sparsify.models.base import EMBEDDED, EMBEDDED_FOLDER
+from sparsify.models.perplexity import OVERALL
 
 if TYPE_CHECKING:
     Sources = Any  # Python's own objects too
@@ -45,6 +46,16 @@ def _source(split: Split, given: Any) -> Source:
 
 
 def named_sources(split: Split, sources: Any) -> dict[str, Source]:
+    named = _named(split, sources)
+    if split != "train" and OVERALL in named:
+        raise SparsifyError(
+            f"{split}: a text is named {OVERALL!r}, and so is the score over all texts; give it "
+            f"another name, as in {{mine: {named[OVERALL].label}}}"
+        )
+    return named
+
+
+def _named(split: Split, sources: Any) -> dict[str, Source]:
     if sources is None:
         return {}
     sources = os.fspath(sources) if isinstance(sources, os.PathLike) else part_of(split, sources)

@@ -4,12 +4,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.loops import _Loop
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
@@ -18,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
 from sparsify.common.errors import SparsifyError, restoring
 from sparsify.common.signals import Interrupted
@@ -136,6 +138,34 @@ class _Restorer(_CheckpointConnector):
     def restore_training_state(self) -> None:
         with restoring(self._ckpt_path) if self._ckpt_path else nullcontext():
             super().restore_training_state()
+        if self._ckpt_path and self.trainer.state.fn == TrainerFn.FITTING:
+            _find_place(self.trainer.fit_loop)
+
+
+def _find_place(fit_loop: Any) -> None:
+    """Mend what Lightning does on a resume, once its loops' state is restored."""
+    # Whoever asked for the number of steps, as our optimizers do, had the training data set up
+    # before its place was known. Lightning would not set it up again.
+    fit_loop._combined_loader = None
+    fit_loop.setup_data()
+    epochs, loop = fit_loop.epoch_progress.current, fit_loop.epoch_loop
+    # A checkpoint of an epoch's very end: Lightning would end that epoch once more, and leave out
+    # the next, in runs of max_steps.
+    if epochs.ready == epochs.processed:
+        cast(Any, _Loop).restarting.fset(fit_loop, False)
+        return
+    # One of a step's end, after which a validation was due: Lightning would leave it out, and at
+    # the end of an epoch its hooks too. It makes up for a validation that has begun.
+    batches, validation = loop.batch_progress, loop.val_loop.batch_progress
+    validation.reset()
+    at_end = batches.total.completed == batches.total.processed - 1
+    if not loop._should_check_val_fx(fit_loop._data_fetcher):
+        return
+    if at_end:
+        batches.increment_completed()
+        validation.total.ready = validation.total.started = 1
+    elif loop._batches_that_stepped == loop.global_step and not loop._should_accumulate():
+        loop._batches_that_stepped -= 1  # Lightning will count the last step of a run again
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import numpy as np
@@ -92,9 +93,15 @@ def test_weight_errors() -> None:
     assert check_weights(["a", "b"], [1, 0.5]) == [1, 0.5]
     with pytest.raises(SparsifyError, match="train sources b, c have no weight .* add or remove"):
         check_weights(["a", "b", "c"], [1.0, None, None])
-    for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(SparsifyError, match=f"train source b has weight {weight}; .* positive"):
+    for weight in (0.0, -1.0, float("nan"), float("inf"), 1e308, 10**400):
+        with pytest.raises(SparsifyError, match=rf"weight {re.escape(str(weight))}; .* positive"):
             check_weights(["a", "b"], [1.0, weight])
+    for weight in (5e-324, 1e-17):
+        with pytest.raises(SparsifyError, match=f"source b has weight {weight} of 1.0 in all"):
+            check_weights(["a", "b"], [1.0, weight])
+    largest = check_weights(["a", "b"], [1e100, 1e100])
+    assert largest is not None
+    assert apportion(2**40, largest) == [2**39, 2**39]
     with pytest.raises(SparsifyError, match="give 0 of 20 blocks an epoch to source number 2;"):
         BlendSampler([10, 10], [1.0, 1e-6], seed=0)
 

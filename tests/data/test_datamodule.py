@@ -140,6 +140,15 @@ def test_bad_rows_are_reported_once(
     assert record.getMessage() == f"left out 2 bad rows: 2 invalid JSON; first at {train}:2"
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("given", ["a/overall.txt", {"overall": "a.txt"}])
+def test_no_text_has_the_name_of_the_overall_score(split: str, given: Any) -> None:
+    path = given if isinstance(given, str) else given["overall"]
+    with pytest.raises(SparsifyError, match=rf"{split}: .* 'overall', .* as in {{mine: {path}}}"):
+        TextDataModule(train="b.txt", **{split: given})
+    assert list(TextDataModule(train=given).sources["train"]) == ["overall"]
+
+
 def test_names(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     paths = ["x/a.txt", "y/a.jsonl.gz", "y/b.md", "x/a.txt", "folder/"]
     data = make(paths, tokenizer)

@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsify import Draw
@@ -18,6 +21,7 @@ from sparsify.strategies.dense import Dense
 from sparsify.training.step import BatchRun
 from tests.conftest import masked_model, tiny_llama
 from tests.data.conftest import words, write_jsonl, write_parquet, write_rows
+from tests.data.tokenizers import like
 
 # A turn is "w190 <user> text w191": each part is one word of the tokenizer.
 TEMPLATE = (
@@ -81,6 +85,22 @@ def test_the_token_across_the_border_is_learned(tokenizer: PreTrainedTokenizerFa
     assert packed.blocks.tolist() == [ids("-w1 w23 w4")]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma"])
+def test_spaces_at_the_ends_of_a_response_are_learned(name: str) -> None:
+    tokenizer = like(name)
+    if name == "gpt2":
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    before = str(tokenizer.backend_tokenizer.post_processor)
+    prompt, response = "the cat  ", " sat on mat   "
+    whole = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+    context = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    document = Instruction(prompt + response, ((len(prompt), len(prompt + response)),))
+    ids = pack([document, "the"], tokenizer, 2, "x").blocks.flatten().tolist()
+    expected = [~i if n < context else i for n, i in enumerate([*whole, tokenizer.eos_token_id])]
+    assert ids[: len(expected)] == expected
+    assert str(tokenizer.backend_tokenizer.post_processor) == before
+
+
 def test_messages(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
     rows = [
         turns(("user", "w1"), ("assistant", "w2 w3"), ("user", "w4"), ("assistant", "w5")),
@@ -107,6 +127,7 @@ def test_messages(tmp_path: Path, chat: PreTrainedTokenizerFast) -> None:
         ({"messages": ["hi"]}, "value of 'messages' is not a list of messages"),
         (turns(("user", None)), "value of 'role and content' is not a string"),
         ({"messages": []}, "no message of the assistant"),
+        (turns(("assistant", "w1"), ("user", "w2")), "the assistant's message comes first"),
         (turns(("user", "w1")), "no message of the assistant"),
         (turns(("tool", "w1"), ("assistant", "w2")), r"messages .* template refuses \(no tools\)"),
         ({}, "no key 'messages'"),
@@ -118,6 +139,104 @@ def test_bad_messages(
     good = turns(("user", "w1"), ("assistant", "w2"))
     path = write_rows(tmp_path / "a.jsonl", [good, row])
     with pytest.raises(SparsifyError, match=rf"a\.jsonl:2: {reason}"):
+        read(path, chat, messages_key="messages")
+    assert len(read(path, chat, "skip", messages_key="messages")) == 1
+
+
+# As TEMPLATE, with "w195 TOOLS w191" before; a call is its name, its argument a and their number.
+CALLING = (
+    "{% if tools %}w195{% for t in tools %} {{ t.function.name }} {{ t | length }}{% endfor %} w191"
+    "\n{% endif %}"
+    "{% for m in messages %}w190 {{ 'w181' if m.role == 'assistant' else 'w180' }} "
+    "{{ m.content or '' }}{% if m.tool_calls is defined %}{% for call in m.tool_calls %}"
+    "{{ call.function.name }} {{ call.function.arguments.a }} "
+    "{{ call.function.arguments | length }}{% endfor %}{% endif %} w191\n{% endfor %}"
+    "{% if add_generation_prompt %}w190 w181 {% endif %}"
+)
+
+
+def call(**arguments: str) -> dict[str, Any]:
+    return {"function": {"name": "w50", "arguments": arguments}}
+
+
+def calling_rows() -> list[dict[str, Any]]:
+    """Two conversations whose tools and calls have other fields."""
+    tools = [{"function": {"name": "w51"}}, {"function": {"name": "w52"}, "type": "function"}]
+    result = {"role": "tool", "content": "w9"}
+    asked = {"role": "user", "content": "w8"}
+    first = [asked, {"role": "assistant", "content": None, "tool_calls": [call(a="w1")]}]
+    said = {"role": "assistant", "content": "w2"}
+    both = {"role": "assistant", "content": "w3 ", "tool_calls": [call(a="w4", b="w5")]}
+    return [
+        {"messages": [*first, result, said], "tools": tools},
+        {"messages": [asked, both], "tools": None},
+    ]
+
+
+def test_calls_and_tools_reach_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = CALLING
+    rows = calling_rows()
+    as_text = [row | {"tools": row["tools"] and json.dumps(row["tools"])} for row in rows]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_rows(tmp_path / "hub" / "train.jsonl", rows)
+    for path in (
+        write_rows(tmp_path / "a.jsonl", rows),
+        write_rows(tmp_path / "b.jsonl", as_text),
+        write_parquet(tmp_path / "a.parquet", rows),
+        write_parquet(tmp_path / "b.parquet", as_text),
+        datasets.Dataset.from_list(rows),
+        f"hf://{tmp_path / 'hub'}",
+    ):
+        documents = read(path, tokenizer, messages_key="messages")
+        assert learned(documents) == [["w50 w1 1 w191\n", "w2 w191\n"], ["w3 w50 w4 2 w191\n"]]
+        assert documents[0].text.startswith("w195 w51 1 w52 2 w191\nw190 w180 w8 w191\n")
+        assert documents[1].text.startswith("w190 w180 w8 w191\n")
+
+
+def test_calls_and_tools_that_cannot_be_written(tmp_path: Path, chat: Any) -> None:
+    rows = calling_rows()
+    empty = turns(("user", "w1"), ("assistant", "w2")) | {"tools": []}
+    empty["messages"][1]["tool_calls"] = []
+    for row, reason in (
+        (
+            rows[1] | {"tools": rows[0]["tools"]},
+            "tools that the chat template leaves out: use the tokenizer",
+        ),
+        (rows[1], "tool_calls that the chat template leaves out: use the tokenizer"),
+        (rows[1] | {"tools": "w1"}, "value of 'tools' is not a list of tools"),
+        (
+            {"messages": [rows[1]["messages"][0], {"role": "assistant", "tool_calls": "w1"}]},
+            "value of 'tool_calls' is not a list of calls",
+        ),
+    ):
+        path = write_rows(tmp_path / "a.jsonl", [empty, row])
+        with pytest.raises(SparsifyError, match=rf"a\.jsonl:2: {reason}"):
+            read(path, chat, messages_key="messages")
+        assert len(read(path, chat, "skip", messages_key="messages")) == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("'' + none", "can only concatenate str"),
+        ("m.x.y", "has no attribute 'x'"),
+        ("1 / 0", "division by zero"),
+        ("'%d' | format('w1')", "real number is required"),
+    ],
+)
+def test_whatever_a_template_fails_with_is_of_its_row(
+    tmp_path: Path, chat: Any, mistake: str, said: str
+) -> None:
+    chat.chat_template = "{% if messages[0].role == 'system' %}{{ " + mistake + " }}{% endif %}"
+    chat.chat_template = (
+        "{% for m in messages[:1] %}" + chat.chat_template + "{% endfor %}" + TEMPLATE
+    )
+    good = turns(("user", "w1"), ("assistant", "w2"))
+    bad = turns(("system", "w3"), ("user", "w1"), ("assistant", "w2"))
+    path = write_rows(tmp_path / "a.jsonl", [good, bad])
+    with pytest.raises(SparsifyError, match=rf":2: .* template refuses \(.*{said}.*\); .*skip"):
         read(path, chat, messages_key="messages")
     assert len(read(path, chat, "skip", messages_key="messages")) == 1
 

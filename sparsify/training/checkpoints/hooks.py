@@ -14,6 +14,7 @@ from sparsify.training.checkpoints.resume import (
     check_place,
     check_resumes,
     continue_on,
+    reopen_epoch,
     step_shape,
 )
 
@@ -40,8 +41,10 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["schedule_values"] = dict(module.strategy.values)
     checkpoint["calibration"] = module.calibrated
     # Once fit has returned, Lightning no longer knows how far in the data it was.
-    checkpoint["resumable"] = module.trainer.training
-    checkpoint["step_shape"] = step_shape(module.trainer)
+    trainer = module.trainer
+    in_fit = trainer.state.fn == TrainerFn.FITTING and (trainer.training or trainer.validating)
+    checkpoint["resumable"] = in_fit
+    checkpoint["step_shape"] = step_shape(trainer)
 
 
 def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
@@ -69,6 +72,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         check_resumes(checkpoint, trainer.max_steps, trainer.ckpt_path)
         check_training(checkpoint, trainer)
+        reopen_epoch(checkpoint)
         check_place(checkpoint, trainer.max_epochs or 0, trainer.ckpt_path)
         keep_patience(checkpoint["callbacks"], cast(Any, trainer).callbacks)
         if (now := step_shape(trainer)) != checkpoint["step_shape"]:

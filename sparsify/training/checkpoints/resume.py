@@ -98,6 +98,21 @@ def check_resumes(checkpoint: Mapping[str, Any], steps: int, path: Any) -> None:
         )
 
 
+def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Count an epoch as open again, in place, if the checkpoint's run ended within it: Lightning
+    counts it as over, and would leave out the rest of its data.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    now = fit_loop["epoch_progress"]["current"]
+    if (
+        0 < now["ready"] == now["processed"]
+        and not fit_loop["epoch_loop.batch_progress"]["is_last_batch"]
+    ):
+        for counts in fit_loop["epoch_progress"].values():
+            counts["processed"] -= 1
+            counts["completed"] = counts["processed"]
+
+
 def check_place(checkpoint: Mapping[str, Any], epochs: int, path: Any) -> None:
     """Check that less than ``epochs`` epochs are over, if that is above 0; and warn if the place is
     within a step.
