@@ -51,6 +51,7 @@ def kept_bytes(export: Path, shapes: dict[str, tuple[int, int]]) -> tuple[int, f
 def runs(args: argparse.Namespace, common: list[str]) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    common = [*common, "--trainer.limit_val_batches=0"]  # which a search reads all the same
     plain = [f"--strategy={args.strategy}", *common]
     for order, permute in PERMUTE.items():
         rows = {f"{pattern}{order}": [f"--model.pattern={pattern}"] for pattern in UNIFORM}

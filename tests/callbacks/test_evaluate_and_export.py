@@ -115,7 +115,8 @@ def test_no_evaluation_on_request_but_the_checkpoint_stays(cli: Cli) -> None:
 def test_without_test_text_the_model_is_exported_unmeasured(
     cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli("fit", "--strategy=magnitude", "--data.test=null", "--output.folder=out")
+    words = "--data.test=null", "--output.folder=out", "--trainer.enable_progress_bar=true"
+    cli("fit", "--strategy=magnitude", *words)
     assert "no test text was read, so nothing was measured; give --data" in capsys.readouterr().out
     assert json.loads((cli.runs()[0] / "result.json").read_text())["scores"] == {}
     weight = load_file("out/model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
