@@ -218,7 +218,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         default="32-true",
-        help="of learning and budgets, not of the test; bf16-mixed is faster on GPUs and newer CPUs",
+        help="of learning and budgets, not of tests; bf16-mixed is faster on GPUs and newer CPUs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--selfmask", type=Path, help="what that row exported elsewhere")

@@ -89,7 +89,7 @@ def test_inputs_that_do_not_divide_are_named_with_the_fix(model: PreTrainedModel
     fix = r"leave it dense with --model\.exclude '\*down_proj'"
     with pytest.raises(
         SparsifyError,
-        match=rf"model\.layers\.1\.mlp\.down_proj: in_features=30.*\(2, 3, 5, 6, 10, 15\), or {fix}",
+        match=rf"layers\.1\.mlp\.down_proj: in_features=30.*\(2, 3, 5, 6, 10, 15\), or {fix}",
     ):
         select(model, Selection(TWO_FOUR))
     assert len(select(model, Selection(TWO_FOUR, exclude=["*down_proj"]))[0]) == 12
