@@ -57,8 +57,8 @@ class Parser(LightningArgumentParser):
             name = word.partition("=")[0].removeprefix("--")
             if word.startswith("--") and name not in known:
                 ends = sorted(option for option in known if option.rpartition(".")[2] == name)
-                if meant := ends or get_close_matches(name, known, n=1):
-                    return f"; did you mean {' or '.join(f'--{option}' for option in meant)}?"
+                if likely := ends or get_close_matches(name, known, n=1):
+                    return f"; did you mean {' or '.join(f'--{option}' for option in likely)}?"
         return ""
 
     def _options(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.loops import _Loop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
