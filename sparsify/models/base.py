@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import cached_file
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
@@ -27,6 +28,7 @@ from sparsify.models.load_errors import load_errors
 from sparsify.models.model_files import check_model_files
 from sparsify.models.multimodal import auto_class, processor_files
 from sparsify.models.permutation_file import Permutation
+from sparsify.models.stored_weights import INDEX, SINGLE, StoredWeights
 
 log = logging.getLogger("sparsify")
 
@@ -75,14 +77,18 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         _check(name_or_path)
         location = _location(name_or_path)
         options: dict[str, Any] = {}
+        wanted: torch.dtype | None = None
         loader: Any = AutoModelForCausalLM
         if not _is_gguf(name_or_path):
             config = AutoConfig.from_pretrained(**location)
             check_causal(config, repr(name_or_path))
             options, loader = dequantising(config), auto_class(config)
+            local = Path(location["pretrained_model_name_or_path"]).is_dir()
+            if dtype == "auto" and local and not options:
+                wanted = _dtype_in_files(location)  # Transformers trusts the configuration
         loaded: Any = loader.from_pretrained(
             **location,
-            dtype=dtype,
+            dtype=wanted or dtype,
             output_loading_info=True,
             # Not to ignore them: the loading info then names them, and check_loaded refuses them.
             ignore_mismatched_sizes=True,
@@ -220,8 +226,28 @@ def check_base(
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:
-    """The type in which a model's weights are stored; float32 for GGUF files, which mix types."""
+    """The type in which a model's weights are stored: that of most bytes of its safetensors files;
+    what the configuration states where weights are quantised or no such files are on this machine.
+    It is float32 for GGUF files, which mix types.
+    """
     if _is_gguf(name_or_path):
         return torch.float32
-    config = AutoConfig.from_pretrained(**_location(name_or_path))
-    return config.dtype or config.get_text_config().dtype or torch.float32
+    location = _location(name_or_path)
+    config = AutoConfig.from_pretrained(**location)
+    stated = config.dtype or config.get_text_config().dtype or torch.float32
+    return stated if dequantising(config) else _dtype_in_files(location) or stated
+
+
+def _dtype_in_files(location: Mapping[str, Any]) -> torch.dtype | None:
+    """The type of most bytes of floats in a model's safetensors files, if those are here."""
+    for name in (SINGLE, INDEX):
+        file = cached_file(
+            location["pretrained_model_name_or_path"],
+            name,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            return StoredWeights(Path(file).parent, may_lack=True).dtype()
+    return None
