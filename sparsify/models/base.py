@@ -60,7 +60,9 @@ def _is_gguf(name_or_path: str) -> bool:
     return name_or_path.lower().endswith(".gguf")
 
 
-def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: Dtype = "float32", option: str = "--model.name_or_path"
+) -> PreTrainedModel:
     """Load a causal LM in evaluation mode on CPU; a vision-language model whole, with its towers.
 
     Args:
@@ -68,12 +70,14 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
             the last two, as ``folder/file.gguf``. Quantised weights of GGUF files, and those in
             MXFP4 and FP8, are expanded.
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
+        option: with which option of a command the user names it, for messages; empty if it must
+            be a folder.
 
     Raises:
         SparsifyError: there is no model that can be loaded, or its files do not hold the tensors
             that its configuration describes.
     """
-    with load_errors("model", name_or_path):
+    with load_errors("model", name_or_path, option):
         _check(name_or_path)
         location = _location(name_or_path)
         options: dict[str, Any] = {}
@@ -110,11 +114,11 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     return model.eval()
 
 
-def load_skeleton(name_or_path: str) -> PreTrainedModel:
+def load_skeleton(name_or_path: str, option: str = "--model.name_or_path") -> PreTrainedModel:
     """Load a model without weights, on the meta device; arguments and errors as
     :func:`load_model`.
     """
-    with load_errors("model", name_or_path), torch.device("meta"):
+    with load_errors("model", name_or_path, option), torch.device("meta"):
         _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
         check_causal(config, repr(name_or_path))
@@ -123,9 +127,11 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
         return model
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, option: str = "--model.name_or_path"
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
-    with load_errors("tokenizer", name_or_path):
+    with load_errors("tokenizer", name_or_path, option):
         return AutoTokenizer.from_pretrained(**_location(name_or_path))
 
 
@@ -200,13 +206,15 @@ class BaseModel:
             (folder / name).write_bytes(content)
 
 
-def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
+def load_base(
+    name_or_path: str, dtype: Dtype = "float32", option: str = "--model.name_or_path"
+) -> BaseModel:
     """Load a model and check that it can be masked; arguments and errors as :func:`load_model`.
 
     Raises:
         SparsifyError: also if its weights are quantised or not finite.
     """
-    model = load_model(name_or_path, dtype)
+    model = load_model(name_or_path, dtype, option)
     base = check_base(model, name_or_path, stored_dtype(name_or_path))
     base.processor = processor_files(model.config, name_or_path)
     return base

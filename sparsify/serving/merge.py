@@ -114,7 +114,7 @@ def merge(
     _check_base(lora, folder, manifest, base)
     check_target(out, overwrite, str(folder))
     StoredWeights(folder).check()
-    shapes = stored_shapes(load_skeleton(str(folder)))
+    shapes = stored_shapes(load_skeleton(str(folder), ""))
     tensors = {name: _tensor(name, lora, shapes, manifest) for name in lora}
     masks: Mapping[str, Tensor] = read_masks(folder) if manifest.layers else {}
     with partial_folder(out) as partial:

@@ -78,7 +78,7 @@ def _foreign(
             f"{source}: files of this kind hold no shapes; give the model that the masks were made "
             "for with --base MODEL"
         )
-    shapes = stored_shapes(load_skeleton(base))
+    shapes = stored_shapes(load_skeleton(base, "--base"))
     read = read_npz if source.suffix.lower() == ".npz" else read_pt
     for name, mask in read(source, shapes):
         try:
@@ -119,7 +119,7 @@ def export_masks(
         # What is no archive was not written by an earlier export.
         if not overwrite or (out.exists() and not is_zipfile(out)):
             check_free(out)
-        known = stored_shapes(load_skeleton(base))
+        known = stored_shapes(load_skeleton(base, "--base"))
         shapes = {name: entry.shape for name, entry in masks.index.layers.items()}
         check_layers(str(masks.path), shapes, known)
         write_npz(out, masks, known, overwrite)

@@ -75,7 +75,7 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
     _require_packages()
     _check_target(file)
     patterns = manifest_patterns(folder)
-    model = load_model(str(folder), dtype)
+    model = load_model(str(folder), dtype, "")
     _check_range(model, dtype)
     _check_linear(model, patterns)
     weights = {name: _weight_OI(model.get_submodule(name)) for name in patterns}
