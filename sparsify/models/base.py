@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
