@@ -114,5 +114,5 @@ def _mib(count: int) -> str:
 def cache_folder() -> Path:
     """``$SPARSIFY_CACHE``, or ``sparsify`` in the user's cache folder."""
     if own := os.environ.get("SPARSIFY_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sparsify"

@@ -20,22 +20,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from sparsify.common.errors import SparsifyError
 from sparsify.common.folder_lock import NO_LOCKS, is_at, locked
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Linux, <linux/fs.h>
 _RENAME_SWAP = 2  # macOS, <sys/stdio.h>
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV, errno.EMLINK)
 _FORMER = ".former"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
     """Write a file under a hidden name. When the block ends, the file is flushed, made readable by
     all and put at ``path``; if the block fails, it is removed.
 
     Raises:
         OSError: it cannot be written; the error names ``path``, not the hidden file.
+        SparsifyError: something is there at the end, and ``overwrite`` is False.
     """
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -48,11 +52,33 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         try:
-            os.replace(partial, path)
+            if overwrite:
+                os.replace(partial, path)
+            else:
+                put_new(Path(partial), path)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def put_new(partial: Path, path: Path) -> None:
+    """Put a file at a path where nothing is; it may keep its former name too.
+
+    Raises:
+        SparsifyError: something is there; it stays, even if it came at the last moment.
+    """
+    try:
+        try:
+            os.link(partial, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if os.path.lexists(path):
+                raise FileExistsError from error
+            partial.rename(path)
+    except FileExistsError as error:
+        raise SparsifyError(f"{path} exists, and stays; name another file") from error
 
 
 @contextmanager
@@ -78,7 +104,7 @@ def partial_folder(place: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_folder(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path, overwrite: bool = True) -> None:
     """Put a complete folder in its place, and remove the one that was there.
 
     At every moment ``place`` is the whole former folder or the whole new one, and the new one is
@@ -93,27 +119,37 @@ def replace_folder(new: Path, place: Path) -> None:
     Args:
         new: the complete folder from :func:`partial_folder`, on the same file system.
         place: if it is a symbolic link, the link stays and the folder it points to is replaced.
+        overwrite: whether a folder that holds something may be replaced.
 
     Raises:
-        OSError: the disk is full, or ``place`` cannot be written; it is unchanged.
+        OSError: the disk is full, or ``place`` cannot be written or must not be replaced; it is
+            unchanged.
     """
     place = place.resolve()
     flush_all(new)
     if place.exists() and not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "something other than a folder is there", place)
-    if not place.exists():
-        new.rename(place)
-        flush(place.parent)
-        return
-    former = new
+    former = None
+    try:
+        new.rename(place)  # the system refuses it if a folder there holds something
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY or not overwrite:
+            raise
+        former = _swap(new, place)
+    flush(place.parent)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _swap(new: Path, place: Path) -> Path:
+    """Let two folders change places; gives the path at which the former one is then."""
     try:
         _exchange(new, place)
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        former = _rename_twice(new, place)
-    flush(place.parent)
-    shutil.rmtree(former, ignore_errors=True)
+        return _rename_twice(new, place)
+    return new
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -20,13 +20,12 @@ from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import file_hashes
 from sparsify.common.files import full_disk, write_json
 from sparsify.common.ranks import rank_zero, together
-from sparsify.common.replace import partial_folder, replace_folder
-from sparsify.export.card import add_card
+from sparsify.common.replace import partial_folder
 from sparsify.export.manifest import IN_OUT, MANIFEST, MANIFEST_SCHEMA, OUT_IN
 from sparsify.export.mask_file.file import write_masks
 from sparsify.export.mask_file.index import FILE_NAME
 from sparsify.export.read_back import Measured, Measuring, check_read_back, measure
-from sparsify.export.target import check_target, keep_others
+from sparsify.export.target import check_target, put_export
 from sparsify.masking.layer import MaskedLinear, base_parameters, layer_patterns
 from sparsify.masking.masked_model import MaskedModel
 from sparsify.masking.sharded_rows import hard_mask, shipped, whole
@@ -144,11 +143,7 @@ def _write(
             # Another user may serve the model, and some of these files were made private.
             for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
-            # Check again: writing takes minutes, in which others may have written here.
-            check_target(folder, overwrite, masked.base.name_or_path)
-            keep_others(folder, partial)
-            add_card(partial)
-            replace_folder(partial, folder)
+            put_export(partial, folder, overwrite, masked.base.name_or_path)
     except Exception as error:
         if full_disk(error) is None:
             raise

@@ -4,7 +4,6 @@ A place is checked as far as possible before the work: nobody wants to hear afte
 that a folder cannot be written.
 """
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import hash_file
 from sparsify.common.files import read_json
+from sparsify.common.replace import NO_LINKS, replace_folder
+from sparsify.export.card import add_card
 from sparsify.export.manifest import MANIFEST
 from sparsify.export.mask_file.index import FILE_NAME
 
@@ -127,6 +128,26 @@ def check_writable(path: Path) -> None:
         )
 
 
+def put_export(new: Path, folder: Path, overwrite: bool, base: str) -> None:
+    """Put a complete export in its place, with a card and the user's own files of a former one.
+
+    Args:
+        new: the export, under its hidden name.
+
+    Raises:
+        SparsifyError: as :func:`check_target`, whose other arguments these are: writing takes
+            minutes, in which others may have written there.
+    """
+    check_target(folder, overwrite, base)
+    keep_others(folder, new)
+    add_card(new)
+    try:
+        replace_folder(new, folder, overwrite)
+    except OSError:
+        check_target(folder, overwrite, base)  # they may have done so since
+        raise
+
+
 def keep_others(former: Path, new: Path) -> None:
     """Bring files that the user added to a former export into the new one, with their times and
     rights: as hard links if the file system can, otherwise as copies.
@@ -169,7 +190,7 @@ def _keep(source: Path, place: Path) -> None:
     try:
         os.link(source, place, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
         shutil.copy2(source, place, follow_symlinks=False)
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils.hub import cached_file
 
 from sparsify.common.choices import EMBEDDED as EMBEDDED
 from sparsify.common.choices import Dtype as Dtype
@@ -27,6 +28,7 @@ from sparsify.models.load_errors import load_errors
 from sparsify.models.model_files import check_model_files
 from sparsify.models.multimodal import auto_class, processor_files
 from sparsify.models.permutation_file import Permutation
+from sparsify.models.stored_weights import INDEX, SINGLE, StoredWeights
 
 log = logging.getLogger("sparsify")
 
@@ -58,7 +60,9 @@ def _is_gguf(name_or_path: str) -> bool:
     return name_or_path.lower().endswith(".gguf")
 
 
-def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: Dtype = "float32", option: str = "--model.name_or_path"
+) -> PreTrainedModel:
     """Load a causal LM in evaluation mode on CPU; a vision-language model whole, with its towers.
 
     Args:
@@ -66,23 +70,29 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
             the last two, as ``folder/file.gguf``. Quantised weights of GGUF files, and those in
             MXFP4 and FP8, are expanded.
         dtype: the type of the weights; ``auto`` is the type in which they are stored.
+        option: with which option of a command the user names it, for messages; empty if it must
+            be a folder.
 
     Raises:
         SparsifyError: there is no model that can be loaded, or its files do not hold the tensors
             that its configuration describes.
     """
-    with load_errors("model", name_or_path):
+    with load_errors("model", name_or_path, option):
         _check(name_or_path)
         location = _location(name_or_path)
         options: dict[str, Any] = {}
+        wanted: torch.dtype | None = None
         loader: Any = AutoModelForCausalLM
         if not _is_gguf(name_or_path):
             config = AutoConfig.from_pretrained(**location)
             check_causal(config, repr(name_or_path))
             options, loader = dequantising(config), auto_class(config)
+            local = Path(location["pretrained_model_name_or_path"]).is_dir()
+            if dtype == "auto" and local and not options:
+                wanted = _dtype_in_files(location)  # Transformers trusts the configuration
         loaded: Any = loader.from_pretrained(
             **location,
-            dtype=dtype,
+            dtype=wanted or dtype,
             output_loading_info=True,
             # Not to ignore them: the loading info then names them, and check_loaded refuses them.
             ignore_mismatched_sizes=True,
@@ -104,11 +114,11 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     return model.eval()
 
 
-def load_skeleton(name_or_path: str) -> PreTrainedModel:
+def load_skeleton(name_or_path: str, option: str = "--model.name_or_path") -> PreTrainedModel:
     """Load a model without weights, on the meta device; arguments and errors as
     :func:`load_model`.
     """
-    with load_errors("model", name_or_path), torch.device("meta"):
+    with load_errors("model", name_or_path, option), torch.device("meta"):
         _check(name_or_path)
         config = AutoConfig.from_pretrained(**_location(name_or_path))
         check_causal(config, repr(name_or_path))
@@ -117,9 +127,11 @@ def load_skeleton(name_or_path: str) -> PreTrainedModel:
         return model
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, option: str = "--model.name_or_path"
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; arguments and errors as :func:`load_model`."""
-    with load_errors("tokenizer", name_or_path):
+    with load_errors("tokenizer", name_or_path, option):
         return AutoTokenizer.from_pretrained(**_location(name_or_path))
 
 
@@ -194,13 +206,15 @@ class BaseModel:
             (folder / name).write_bytes(content)
 
 
-def load_base(name_or_path: str, dtype: Dtype = "float32") -> BaseModel:
+def load_base(
+    name_or_path: str, dtype: Dtype = "float32", option: str = "--model.name_or_path"
+) -> BaseModel:
     """Load a model and check that it can be masked; arguments and errors as :func:`load_model`.
 
     Raises:
         SparsifyError: also if its weights are quantised or not finite.
     """
-    model = load_model(name_or_path, dtype)
+    model = load_model(name_or_path, dtype, option)
     base = check_base(model, name_or_path, stored_dtype(name_or_path))
     base.processor = processor_files(model.config, name_or_path)
     return base
@@ -220,8 +234,28 @@ def check_base(
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:
-    """The type in which a model's weights are stored; float32 for GGUF files, which mix types."""
+    """The type in which a model's weights are stored: that of most bytes of its safetensors files;
+    what the configuration states where weights are quantised or no such files are on this machine.
+    It is float32 for GGUF files, which mix types.
+    """
     if _is_gguf(name_or_path):
         return torch.float32
-    config = AutoConfig.from_pretrained(**_location(name_or_path))
-    return config.dtype or config.get_text_config().dtype or torch.float32
+    location = _location(name_or_path)
+    config = AutoConfig.from_pretrained(**location)
+    stated = config.dtype or config.get_text_config().dtype or torch.float32
+    return stated if dequantising(config) else _dtype_in_files(location) or stated
+
+
+def _dtype_in_files(location: Mapping[str, Any]) -> torch.dtype | None:
+    """The type of most bytes of floats in a model's safetensors files, if those are here."""
+    for name in (SINGLE, INDEX):
+        file = cached_file(
+            location["pretrained_model_name_or_path"],
+            name,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            return StoredWeights(Path(file).parent, may_lack=True).dtype()
+    return None

@@ -9,21 +9,20 @@ from safetensors import SafetensorError
 
 from sparsify.common.errors import SparsifyError, first_line
 
-_TAKES = (
-    "--model.name_or_path takes 'embedded', a folder that save_pretrained wrote, "
-    "a Hugging Face id, or a GGUF file"
-)
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @contextmanager
-def load_errors(what: str, name_or_path: str) -> Iterator[None]:
+def load_errors(
+    what: str, name_or_path: str, option: str = "--model.name_or_path"
+) -> Iterator[None]:
     """Turn the errors that Transformers raises for models it cannot load into one sentence.
 
     Args:
         what: ``model`` or ``tokenizer``.
         name_or_path: as the user gave it.
+        option: with which option, for the message; empty if it must be a folder.
 
     Raises:
         SparsifyError: the block raised one of them.
@@ -56,8 +55,17 @@ def load_errors(what: str, name_or_path: str) -> Iterator[None]:
     ) as error:
         raise SparsifyError(
             f"no {what} could be loaded from {name_or_path!r} ({_reason(what, name_or_path, error)}"
-            f"); {_TAKES}"
+            f"); {_takes(option)}"
         ) from error
+
+
+def _takes(option: str) -> str:
+    if not option:
+        return "name a folder that save_pretrained or sparsify export wrote"
+    return (
+        f"{option} takes 'embedded', a folder that save_pretrained wrote, "
+        "a Hugging Face id, or a GGUF file"
+    )
 
 
 def _reason(what: str, name_or_path: str, error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Reads the weights of a saved model one tensor at a time."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from sparsify.common.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class StoredWeights:
@@ -113,6 +115,19 @@ class StoredWeights:
         """The shape of a tensor, from its file's header; errors as :meth:`get`."""
         with self._reading(name) as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def dtype(self) -> torch.dtype | None:
+        """The type that most bytes of the float tensors have; None if there are none of 16 or 32
+        bits.
+        """
+        sizes: dict[torch.dtype, int] = {}
+        for path in set(self._file_of.values()):
+            with safe_open(path, framework="pt") as file:
+                for tensor in map(file.get_slice, file.keys()):
+                    if (dtype := _FLOATS.get(tensor.get_dtype())) is not None:
+                        size = math.prod(tensor.get_shape()) * dtype.itemsize
+                        sizes[dtype] = sizes.get(dtype, 0) + size
+        return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[Any]:

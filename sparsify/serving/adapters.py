@@ -86,6 +86,11 @@ class MaskAdapters:
             raise SparsifyError(
                 f"{name!r} is there already; remove it first, or choose another name"
             )
+        if not isinstance(masks, Mapping | str | Path):
+            raise SparsifyError(
+                f"{name!r}: {masks!r} are no masks; give bool tensors by layer name, or the path "
+                "of a mask file or an exported folder"
+            )
         masks, base_hash = _read(masks)
         found = masks
         if not found:
@@ -113,6 +118,10 @@ class MaskAdapters:
                 "masks that leave it dense"
             )
         shape = (self._shapes[layer].rows, self._shapes[layer].columns)
+        if not isinstance(mask_OI, Tensor):
+            raise SparsifyError(
+                f"{layer}: its mask is a {type(mask_OI).__name__}; give a bool tensor {shape}"
+            )
         if tuple(mask_OI.shape) != shape or mask_OI.dtype != torch.bool:
             raise SparsifyError(
                 f"{layer}: its mask is {mask_OI.dtype} {tuple(mask_OI.shape)} and the weight is "

@@ -57,8 +57,8 @@ def load(
     """
     folder = Path(folder)
     check_wishes(tokens, choose)
-    if dtype is not None and not dtype.is_floating_point:
-        raise SparsifyError(f"dtype={dtype}: a model's weights are floats; write torch.bfloat16")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SparsifyError(f"dtype={dtype!r}: a model's weights are floats; write torch.bfloat16")
     place = _device(device)
     patterns = manifest_patterns(folder)
     # Measurements and checks draw random numbers; restore the caller's generators afterwards.
@@ -135,7 +135,9 @@ def _device(device: torch.device | str | None) -> torch.device:
     cuda = torch.cuda.is_available()
     try:
         place = torch.device(device or ("cuda" if cuda else "cpu"))
-    except RuntimeError as error:
+        if place.type == "meta":
+            raise TypeError("it holds no values")
+    except (RuntimeError, TypeError) as error:
         raise SparsifyError(f"device={device!r}: write 'cuda', 'cuda:1' or 'cpu'") from error
     if place.type == "cuda" and not cuda:
         raise SparsifyError(f"device={str(device)!r}: PyTorch finds no CUDA device; give 'cpu'")

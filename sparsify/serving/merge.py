@@ -19,13 +19,13 @@ from torch import Tensor
 from sparsify.common.errors import SparsifyError
 from sparsify.common.file_hashes import file_hashes
 from sparsify.common.files import write_json
-from sparsify.common.replace import partial_folder, replace_folder
-from sparsify.export.card import CARD, add_card
+from sparsify.common.replace import partial_folder
+from sparsify.export.card import CARD
 from sparsify.export.exchange.layers import LayerShape, stored_shapes
 from sparsify.export.manifest import MANIFEST, Manifest, read_manifest, sound_manifest
 from sparsify.export.mask_file.file import MaskFile, read_masks, write_masks
 from sparsify.export.mask_file.index import FILE_NAME
-from sparsify.export.target import check_target, keep_others
+from sparsify.export.target import check_target, put_export
 from sparsify.models.base import load_skeleton
 from sparsify.models.hashes import hash_tensor
 from sparsify.models.layer_names import family
@@ -114,7 +114,7 @@ def merge(
     _check_base(lora, folder, manifest, base)
     check_target(out, overwrite, str(folder))
     StoredWeights(folder).check()
-    shapes = stored_shapes(load_skeleton(str(folder)))
+    shapes = stored_shapes(load_skeleton(str(folder), ""))
     tensors = {name: _tensor(name, lora, shapes, manifest) for name in lora}
     masks: Mapping[str, Tensor] = read_masks(folder) if manifest.layers else {}
     with partial_folder(out) as partial:
@@ -152,9 +152,7 @@ def merge(
             )
         for path in (partial, *partial.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        keep_others(out, partial)
-        add_card(partial)
-        replace_folder(partial, out)
+        put_export(partial, out, overwrite, str(folder))
     return report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import sparsify.export.folder
+import sparsify.export.target
 from sparsify.cli.main import main
 from sparsify.training.module import SparseCausalLM
 
@@ -50,7 +50,7 @@ def writing() -> None:
 
 def exporting() -> None:
     """With the export whole beside its place."""
-    sparsify.export.folder.replace_folder = lambda new, place: _die()
+    sparsify.export.target.replace_folder = lambda *_: _die()
 
 
 def killed(moment: Callable[[], None]) -> None:

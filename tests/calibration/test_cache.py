@@ -22,6 +22,7 @@ from sparsify import (
     SparsityStrategy,
 )
 from sparsify.calibration import Calibration
+from sparsify.common.files import cache_folder
 from sparsify.export.mask_file.file import write_masks
 from sparsify.masking.layer import base_parameters
 from sparsify.masking.overrides import Overrides
@@ -488,3 +489,6 @@ def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     run(Wanda())
     assert len(list((tmp_path / "xdg" / "sparsify").iterdir())) == 1
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SPARSIFY_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "home" / "own"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sparsify import SparsifyError
 from sparsify.common import replace
 from sparsify.common.replace import partial_folder, replace_folder, whole_file
 
@@ -323,3 +324,47 @@ def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Pa
         with pytest.raises(OSError, match=f"{place}'$"), whole_file(place) as file:
             file.write(b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_came_meanwhile_stays_unless_it_may_be_replaced(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    place = tmp_path / "masks"
+    with whole_file(place, overwrite=False) as file:
+        file.write(b"first")
+    with (
+        pytest.raises(SparsifyError, match=f"{place} exists, and stays"),
+        whole_file(place, overwrite=False) as file,
+    ):
+        file.write(b"second")
+    assert place.read_bytes() == b"first"
+    assert oct(place.stat().st_mode & 0o777) == oct(0o644)
+    with whole_file(place) as file:
+        file.write(b"third")
+    assert place.read_bytes() == b"third"
+    assert os.listdir(tmp_path) == ["masks"]
+
+
+def test_a_folder_that_came_meanwhile_stays_unless_it_may_be_replaced(
+    exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    for overwrite in (False, True):
+        with partial_folder(place) as partial:
+            partial.rmdir()
+            fill(partial, "mine")
+            # As it is while another process puts its folder there after any look at the place.
+            if not place.exists():
+                fill(place, "theirs")
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "exists", lambda path: False)
+                if overwrite:
+                    replace_folder(partial, place, overwrite=True)
+                else:
+                    with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
+                        replace_folder(partial, place, overwrite=False)
+        assert version(place) == ("mine" if overwrite else "theirs")
+        assert os.listdir(tmp_path) == ["out"]

@@ -9,9 +9,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparsify import SparsifyError
+from sparsify.export import target
 from sparsify.export.folder import export
 from sparsify.export.manifest import MANIFEST
-from sparsify.export.target import check_target, keep_others
+from sparsify.export.target import check_target, keep_others, put_export
 from tests.conftest import tiny_llama
 from tests.export.test_folder import masked_module
 
@@ -64,6 +65,20 @@ def test_where_files_have_one_name_only_they_are_copied(
     keep_others(former, new)
     assert (new / "notes.txt").stat().st_mtime_ns == 10**18
     assert os.listdir(new) == ["notes.txt"]
+
+
+def test_an_export_that_came_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, late = tmp_path / "out", tmp_path / "late"
+    monkeypatch.setattr(target, "add_card", lambda _: an_export(place))  # after the last check
+    with pytest.raises(SparsifyError, match="out holds an earlier export; replace it with overwri"):
+        put_export(an_export(late), place, False, "base")
+    assert (place / MANIFEST).is_file()
+    (late / "late.txt").write_text("")
+    monkeypatch.setattr(target, "add_card", lambda _: None)
+    put_export(late, place, True, "base")
+    assert (place / "late.txt").is_file()
 
 
 def test_the_users_file_is_not_replaced_by_one_of_its_name(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Where the base model comes from: folders, shards, types, and GGUF files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sparsify.export.manifest import read_manifest
 from sparsify.masking.inject import hard_masks
 from sparsify.models.base import EMBEDDED, load_model, load_tokenizer, stored_dtype
 from sparsify.models.hashes import hash_parameters
+from sparsify.models.stored_weights import StoredWeights
 from sparsify.strategies.wanda import Wanda
 from sparsify.training.build import calibrate
 from tests.conftest import EOS, SIZES, Cli, tiny_llama
@@ -290,6 +293,58 @@ def test_the_weights_types(tmp_path: Path) -> None:
     assert len(set(hashes.values())) == 3
     assert load_model(folder).dtype == torch.float32
     assert load_model(EMBEDDED, "auto").dtype == stored_dtype(EMBEDDED) == torch.float16
+
+
+@pytest.mark.parametrize("stated", [None, "float32", "float16"])
+@pytest.mark.parametrize("size", ["1GB", "20KB"], ids=["one file", "shards"])
+def test_the_stored_type_is_that_of_the_tensors(
+    stated: str | None, size: str, cli: Cli, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.model.norm.float()  # some models keep a few tensors in another type
+    model.save_pretrained("half", max_shard_size=size)
+    assert Path("half/model.safetensors.index.json").exists() == (size == "20KB")
+    tokenizer.save_pretrained("half")
+    config = json.loads(Path("half/config.json").read_text())
+    Path("half/config.json").write_text(json.dumps(config | {"dtype": stated}))
+    assert stored_dtype("half") == load_model("half", "auto").dtype == torch.bfloat16
+    cli("fit", "--strategy=magnitude", "--model.name_or_path=./half")
+    export = cli.runs()[0] / "export"
+    assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
+    assert StoredWeights(export).get("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_the_stored_type_of_a_model_by_name_is_that_of_its_files_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--owner--name"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    tiny_llama().to(torch.bfloat16).save_pretrained(snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert stored_dtype("owner/name") == torch.bfloat16
+    (snapshot / "model.safetensors").unlink()
+    assert stored_dtype("owner/name") == torch.float32
+
+
+def test_the_type_of_quantised_weights_and_of_pickles_is_what_the_configuration_states(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "float16"}
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for stated, expected in (({}, torch.bfloat16), (quantised, torch.float16)):
+        content = config | ({"quantization_config": stated} if stated else {})
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert stored_dtype(str(tmp_path)) == expected
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert stored_dtype(str(tmp_path)) == torch.float16
 
 
 @pytest.mark.parametrize("strategy", ["wanda", "sparsegpt", "gblm", "admm", "maskllm"])

@@ -218,7 +218,9 @@ GOOD = random_mask(32, 32)
         ("x", {Q: random_mask(32, 64)}, rf"{Q}: its mask is torch.bool \(32, 64\) and the"),
         ("x", {Q: GOOD.float()}, f"{Q}: its mask is torch.float32"),
         ("x", {Q: torch.ones(32, 32, dtype=torch.bool)}, f"{Q}: a mask .* kept is N:M for no M"),
+        ("x", {Q: [1]}, rf"{Q}: its mask is a list; give a bool tensor \(32, 32\)"),
         ("x", "nothing.safetensors", "not a readable mask file"),
+        ("x", None, "'x': None are no masks; give bool tensors by layer name, or the path of a "),
     ],
 )
 def test_what_does_not_fit_changes_nothing(
@@ -279,6 +281,32 @@ def test_the_base_is_hashed_once_and_only_if_masks_ask(
     for name, folder in folders.items():
         adapters.add(name, folder)
     assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_weights_that_changed_are_another_base(tmp_path: Path) -> None:
+    folder, adapters = exports("llama", tmp_path)["2:4"], MaskAdapters(tiny_llama())
+    adapters.add("first", folder)
+    weight = adapters.model.get_submodule(Q).weight
+    former = weight.clone()
+    weight.add_(1)
+    with pytest.raises(SparsifyError, match="'x': made for a base model with hash"):
+        adapters.add("x", folder)
+    weight.copy_(former)
+    adapters.add("second", folder)
+    weight.data = former + 1  # as .to() does
+    with pytest.raises(SparsifyError, match="'x': made for a base model with hash"):
+        adapters.add("x", folder)
+
+
+def test_masks_are_added_to_a_model_of_inference_mode(tmp_path: Path) -> None:
+    folder = exports("llama", tmp_path)["2:4"]
+    with torch.inference_mode():
+        model = tiny_llama()
+        adapters = MaskAdapters(model)
+        assert all(p.is_inference() for p in model.parameters())
+        adapters.add("x", folder)
+    assert adapters.names == ["x"]
 
 
 def test_several_patterns_in_one_mask(tmp_path: Path) -> None:

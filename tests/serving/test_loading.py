@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -417,5 +418,9 @@ def test_layers_that_share_a_weight_stay_dense() -> None:
 def test_devices_and_types_are_checked(folder: Path) -> None:
     with pytest.raises(SparsifyError, match="device='foo': write 'cuda'"):
         serving.load(folder, device="foo")
-    with pytest.raises(SparsifyError, match="dtype=torch.int8: a model's weights are floats"):
-        serving.load(folder, dtype=torch.int8)
+    for device in ("meta", torch.device("meta"), 1.5):
+        with pytest.raises(SparsifyError, match=f"device={re.escape(repr(device))}: write 'cuda'"):
+            serving.load(folder, device=device)  # type: ignore[arg-type]
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(SparsifyError, match=f"dtype={dtype!r}: a model's weights are floats"):
+            serving.load(folder, dtype=dtype)  # type: ignore[arg-type]

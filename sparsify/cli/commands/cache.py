@@ -18,7 +18,7 @@ def show_cache(format: Format = "table") -> None:
     Args:
         format: table or json.
     """
-    found = entries()
+    found = _entries()
     size = sum(entry.size for entry in found)
     if format == "json":
         content = {"folder": str(cache_folder()), "bytes": size, "limit": cache_limit()}
@@ -41,6 +41,16 @@ def show_cache(format: Format = "table") -> None:
     say(table)
 
 
+def _entries() -> list[Entry]:
+    root = cache_folder()
+    if root.exists() and not root.is_dir():
+        raise SparsifyError(
+            f"{root} is no folder, so that nothing is kept in it; name a folder in SPARSIFY_CACHE, "
+            "or unset it"
+        )
+    return entries()
+
+
 def clear_cache(older_than: float | None = None, partial: bool = False) -> None:
     """Remove results from the cache; what a run writes at this time stays.
 
@@ -49,12 +59,12 @@ def clear_cache(older_than: float | None = None, partial: bool = False) -> None:
         partial: only what runs that were stopped left.
 
     Raises:
-        SparsifyError: the number of days is negative.
+        SparsifyError: the number of days is negative, or the cache is no folder.
     """
     if older_than is not None and not older_than >= 0:
         raise SparsifyError(f"--older_than {older_than}: it is a number of days, 0 or more")
     before = time.time() - 86400 * (older_than or 0)
-    chosen = [e for e in entries() if (e.partial or not partial) and e.used <= before]
+    chosen = [e for e in _entries() if (e.partial or not partial) and e.used <= before]
     removed = [entry for entry in chosen if entry.remove()]
     size = sum(entry.size for entry in removed)
     say(f"removed {len(removed)} results, {_gib(size)}, from {cache_folder()}")

@@ -37,7 +37,7 @@ def plan_rows(rows: Sequence[Row], model: str) -> Planned:
     Raises:
         SparsifyError: the model has no configuration that can be read.
     """
-    weights = sum(param.numel() for param in load_skeleton(model).parameters())
+    weights = sum(param.numel() for param in load_skeleton(model, "--plan").parameters())
     run, costs, reasons = "", {}, {}
     for row in (row for row in rows if row.record["steps"]):
         if "overrides" in row.settings or SavedMasks.__name__ in row.settings.values():

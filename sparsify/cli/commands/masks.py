@@ -44,7 +44,7 @@ def import_masks(
     check_free(out)
     lineage = {"imported": source.resolve().name}
     permutation = permutation_of(source) if source.is_dir() else None
-    with MaskWriter(out, "", lineage, permutation=permutation) as file:
+    with MaskWriter(out, "", lineage, permutation=permutation, overwrite=False) as file:
         for name, mask, own in _foreign(source, base, pattern):
             file.add(name, mask, own)
     say_written(out)
@@ -78,7 +78,7 @@ def _foreign(
             f"{source}: files of this kind hold no shapes; give the model that the masks were made "
             "for with --base MODEL"
         )
-    shapes = stored_shapes(load_skeleton(base))
+    shapes = stored_shapes(load_skeleton(base, "--base"))
     read = read_npz if source.suffix.lower() == ".npz" else read_pt
     for name, mask in read(source, shapes):
         try:
@@ -119,10 +119,10 @@ def export_masks(
         # What is no archive was not written by an earlier export.
         if not overwrite or (out.exists() and not is_zipfile(out)):
             check_free(out)
-        known = stored_shapes(load_skeleton(base))
+        known = stored_shapes(load_skeleton(base, "--base"))
         shapes = {name: entry.shape for name, entry in masks.index.layers.items()}
         check_layers(str(masks.path), shapes, known)
-        write_npz(out, masks, known)
+        write_npz(out, masks, known, overwrite)
     elif kind in (".pt", ".bin", ".safetensors", SUFFIX):
         raise SparsifyError(f"{out}: masks are exported to a .npz file or a folder; name one")
     else:
@@ -216,6 +216,6 @@ def join(prior: Path, delta: Path, out: Path) -> None:
 
 def _copy(masks: MaskFile, out: Path, prior: MaskFile | None) -> None:
     check_free(out)
-    lineage, permutation = masks.index.lineage, masks.permutation
-    write_masks(out, masks, masks.patterns, masks.base_hash, lineage, prior, permutation)
+    lineage, order = masks.index.lineage, masks.permutation
+    write_masks(out, masks, masks.patterns, masks.base_hash, lineage, prior, order, overwrite=False)
     say_written(out)

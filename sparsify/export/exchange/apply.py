@@ -122,7 +122,7 @@ def apply_masks(
     check_target(folder, overwrite, base)
     if not masks:
         raise SparsifyError("there are no masks to apply; give at least one")
-    known = stored_shapes(load_skeleton(base))
+    known = stored_shapes(load_skeleton(base, "--base"))
     check_layers("the masks", {name: tuple(masks[name].shape) for name in masks}, known)
     most = Counter(patterns[name] for name in masks).most_common(1)[0][0]
     selection = Selection.parse(
@@ -130,7 +130,7 @@ def apply_masks(
         include=list(masks),
         overrides={name: str(patterns[name]) for name in masks if patterns[name] != most},
     )
-    model = load_base(base, dtype)
+    model = load_base(base, dtype, "--base")
     if permutation is not None:
         permutation.check_base(model.hash, "the masks")
         model.permute(permutation.orders)

@@ -143,17 +143,25 @@ def check_masks(masks: Mapping[str, Tensor], patterns: NMPattern | Mapping[str, 
 
 class BaseHashes:
     """The hashes of a model's dense weights, one for each type in which they can be loaded; each is
-    computed when it is first needed.
+    computed when it is first needed, and again after the weights changed (in place through
+    ``.data`` excepted, which PyTorch does not count).
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._known: dict[torch.dtype | None, str] = {}
+        self._state: list[tuple[int, int]] = []
 
     def __contains__(self, base_hash: str) -> bool:
+        parameters = base_parameters(self._model)
+        # Tensors of inference mode count no changes.
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters.values()]
+        if state != self._state:
+            self._known.clear()
+            self._state = state
         for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
             if dtype not in self._known:
-                self._known[dtype] = hash_parameters(base_parameters(self._model), dtype)
+                self._known[dtype] = hash_parameters(parameters, dtype)
             if self._known[dtype] == base_hash:
                 return True
         return False

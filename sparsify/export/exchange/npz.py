@@ -129,17 +129,21 @@ def _wrong(path: Path, key: str, shape: LayerShape, problem: str) -> SparsifyErr
 
 
 def write_npz(
-    path: Path, masks: Mapping[str, Tensor], shapes: Mapping[str, LayerShape] | None = None
+    path: Path,
+    masks: Mapping[str, Tensor],
+    shapes: Mapping[str, LayerShape] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write masks in the same format, whole or not at all.
 
     Args:
-        path: the archive; an existing one is replaced.
+        path: the archive.
         masks: bool ``[O, I]`` by qualified layer name; read one by one.
         shapes: how their weights are stored, by layer name; a layer without an entry is a linear
             layer, stored as ``[O, I]``.
+        overwrite: replace a file that is there at the end.
     """
-    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with whole_file(path, overwrite) as file, zipfile.ZipFile(file, "w") as archive:
         for name in masks:
             shape = (shapes or {}).get(name) or LayerShape(*masks[name].shape)
             # ZipInfo leaves out the time of writing, so that equal masks make equal files.

@@ -52,7 +52,7 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
         SparsifyError: the folder is not a readable model, no layer is sparse, or a sparse layer
             has no pattern.
     """
-    shapes = stored_shapes(model := load_skeleton(str(folder)))
+    shapes = stored_shapes(model := load_skeleton(str(folder), ""))
     weights = StoredWeights(folder)
     weights.check()
     prefix, sparse, whole = model.base_model_prefix, False, dict[str, Tensor]()
@@ -64,7 +64,7 @@ def read_zero_pattern(folder: Path, pattern: NMPattern | None = None) -> Iterato
             if (key := _key(weights, own, prefix)) is not None:
                 weight = weights.get(key)
             elif shape.experts is not None or not known:  # in parts, or under another name
-                whole = whole or load_model(str(folder), "auto").state_dict()
+                whole = whole or load_model(str(folder), "auto", "").state_dict()
                 weight = whole[own]
             else:
                 raise SparsifyError(

@@ -145,6 +145,7 @@ class MaskWriter:
         lineage: where the masks come from, in plain JSON values.
         prior: if given, write a delta file against these masks.
         permutation: the orders of channels of that model, if its channels were permuted.
+        overwrite: replace a file that is there at the end.
     """
 
     def __init__(
@@ -154,15 +155,16 @@ class MaskWriter:
         lineage: Mapping[str, Any] | None = None,
         prior: MaskFile | None = None,
         permutation: Permutation | None = None,
+        overwrite: bool = True,
     ) -> None:
-        self._path, self._prior = path, prior
+        self._path, self._prior, self._overwrite = path, prior, overwrite
         self._layers: dict[str, LayerEntry] = {}
         digest = None if prior is None else prior.digest
         self._index = Index(base_hash, dict(lineage or {}), digest, self._layers, permutation)
 
     def __enter__(self) -> "MaskWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._whole = whole_file(self._path)
+        self._whole = whole_file(self._path, self._overwrite)
         self._file = self._whole.__enter__()
         self._file.write(MAGIC)
         return self
@@ -214,12 +216,13 @@ def write_masks(
     lineage: Mapping[str, Any] | None = None,
     prior: MaskFile | None = None,
     permutation: Permutation | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write masks, bool ``[O, I]`` by layer name, with one pattern for each or for all.
 
     The other arguments are those of :class:`MaskWriter`.
     """
-    with MaskWriter(path, base_hash, lineage, prior, permutation) as file:
+    with MaskWriter(path, base_hash, lineage, prior, permutation, overwrite) as file:
         for name, mask_OI in masks.items() if isinstance(masks, Mapping) else masks:
             file.add(name, mask_OI, patterns if isinstance(patterns, NMPattern) else patterns[name])
 

@@ -106,7 +106,7 @@ def evaluate(folder: Path, base: str | None, settings: Settings) -> dict[str, An
         del model
         gc.collect()  # the two are never in memory together
         torch.cuda.empty_cache()
-    model = load_model(str(folder), dtype)
+    model = load_model(str(folder), dtype, "")
     sparse, windows = _measure("sparse", model, str(folder), tasks, settings)
     protocol = {
         "metric": settings.metric,
@@ -136,10 +136,10 @@ def _base_name(folder: Path, given: str | None, content: dict[str, Any]) -> str 
 
 def _load_base(name: str, manifest: Manifest, dtype: Dtype) -> PreTrainedModel:
     """The dense model, which has the manifest's hash in the type in which masks were made."""
-    model = load_model(name, cast(Dtype, manifest.base_dtype))
+    model = load_model(name, cast(Dtype, manifest.base_dtype), "--base")
     if (problem := wrong_base(name, model, manifest)) is not None:
         raise SparsifyError(f"{problem}; give the model that was pruned with --base MODEL")
-    return model if dtype == manifest.base_dtype else load_model(name, dtype)
+    return model if dtype == manifest.base_dtype else load_model(name, dtype, "--base")
 
 
 def _measure(
@@ -149,7 +149,8 @@ def _measure(
     come first, if there are any.
     """
     model.to(cast(Any, settings.device))
-    asked = Model(model, load_tokenizer(name), settings.batch_size)
+    option = "--base" if kind == "dense" else ""
+    asked = Model(model, load_tokenizer(name, option), settings.batch_size)
     scores = {}
     for at, (task, content) in enumerate(tasks.items(), 1):
         print(f"{kind}: {task} ({at} of {len(tasks)})", file=sys.stderr)

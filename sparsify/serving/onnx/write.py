@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.common.errors import SparsifyError, first_line
-from sparsify.common.replace import partial_folder
+from sparsify.common.replace import partial_folder, put_new
 from sparsify.export.manifest import manifest_patterns
 from sparsify.export.target import check_writable
 from sparsify.masking.linear import Stack, maskable
@@ -75,7 +75,7 @@ def export_onnx(folder: Path, file: Path, dtype: OnnxDtype = "float16") -> OnnxR
     _require_packages()
     _check_target(file)
     patterns = manifest_patterns(folder)
-    model = load_model(str(folder), dtype)
+    model = load_model(str(folder), dtype, "")
     _check_range(model, dtype)
     _check_linear(model, patterns)
     weights = {name: _weight_OI(model.get_submodule(name)) for name in patterns}
@@ -193,9 +193,9 @@ def _read(file: Path) -> tuple[Any, int]:
 def _move(partial: Path, file: Path) -> None:
     """Put both files in their place, the graph last: where it is, its weights are."""
     data = _data_of(file)
-    _data_of(partial / file.name).rename(data)
+    put_new(_data_of(partial / file.name), data)
     try:
-        (partial / file.name).rename(file)
+        put_new(partial / file.name, file)
     except BaseException:
         data.unlink()
         raise

@@ -55,7 +55,7 @@ class BaseCheck:
         known = manifest or Manifest()
         # A hash names values of one type: it must be computed in the same again.
         dtype = known.base_dtype if manifest else "auto"
-        model = load_model(base, cast(Dtype, dtype))
+        model = load_model(base, cast(Dtype, dtype), "--base")
         self.problems: list[str] = []
         self.notes: list[str] = []
         if (problem := wrong_base(base, model, known)) is not None:

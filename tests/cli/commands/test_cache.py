@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsify import SparsifyError
 from sparsify.calibration.cache import entries, make_room
 from sparsify.calibration.results import INDEX, LOCK
+from sparsify.cli.commands.cache import clear_cache, show_cache
 from sparsify.cli.main import main
 from sparsify.strategies.sparsegpt import SparseGPT
 from sparsify.strategies.wanda import Wanda
@@ -111,3 +113,14 @@ def test_a_size_that_is_none_is_told_before_the_work(
     with pytest.raises(SystemExit):
         main(["cache", "show"])
     assert f"SPARSIFY_CACHE_SIZE is '{size}'" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_cache_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("SPARSIFY_CACHE", str(file))
+    for command in (show_cache, clear_cache):
+        with pytest.raises(SparsifyError, match=f"{file} is no folder.* in SPARSIFY_CACHE, or uns"):
+            command()
