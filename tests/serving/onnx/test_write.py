@@ -4,7 +4,6 @@ written.
 
 import json
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from sparsify import SparsifyError
+from sparsify.common.replace import put_new
 from sparsify.export.folder import export
 from sparsify.export.manifest import read_manifest
 from sparsify.serving.onnx.write import OnnxReport, export_onnx
@@ -178,10 +178,10 @@ def test_a_failure_leaves_nothing_behind(
     def refuse(*args: Any) -> None:
         raise SparsifyError("layer: refused")
 
-    def rename(path: Path, target: Path) -> None:
-        if target.name == "model.onnx":
-            raise OSError("no more names")
-        os.rename(path, target)
+    def taken(path: Path, target: Path) -> None:
+        if target.name == "model.onnx":  # another process writes it just now
+            target.write_text("theirs")
+        put_new(path, target)
 
     if where == "trace":
         monkeypatch.setattr(torch.onnx, "export", untraceable)
@@ -194,10 +194,13 @@ def test_a_failure_leaves_nothing_behind(
         message = "layer: refused"
     else:
         monkeypatch.setattr("sparsify.serving.onnx.write._write", write_former)
-        monkeypatch.setattr(Path, "rename", rename)
-        message = "no more names"
+        monkeypatch.setattr("sparsify.serving.onnx.write.put_new", taken)
+        message = "model.onnx exists, and stays"
     with pytest.raises((SparsifyError, OSError), match=message):
         export_onnx(folder, tmp_path / "model.onnx")
+    if where == "move":
+        assert (tmp_path / "model.onnx").read_text() == "theirs"
+        (tmp_path / "model.onnx").unlink()
     assert list(tmp_path.iterdir()) == []
 
 
