@@ -140,7 +140,7 @@ def test_masks_are_a_prior_and_each_is_read_once(
 def test_a_prior_of_more_experts_is_refused(tmp_path: Path) -> None:
     mask = {STACK: TWO_FOUR.top(torch.rand(640, 32))}
     write_masks(tmp_path / "m.nmask", mask, TWO_FOUR, "")
-    message = rf"{STACK}: the prior's mask is \(640, 32\) but the weight is \(512, 32\); take a prior"
+    message = rf"{STACK}: the prior's mask is \(640, 32\) but the weight is \(512, 32\); take"
     with pytest.raises(SparsifyError, match=message):
         from_prior("mixtral", tmp_path / "m.nmask")
 
