@@ -15,6 +15,7 @@ from sparsify.models.layer_names import family
 from sparsify.serving.device_check import DeviceReport, Product
 
 REPORT_SCHEMA = "sparsify.verify/1"
+LONGEST = 40  # of a layer's name that is kept whole in a table
 
 
 @dataclass
@@ -159,10 +160,11 @@ class Report:
         casts = dict.fromkeys(layer.cast for layer in self.layers if layer.cast and layer.backends)
         titles = {"backends": f"backends as {', '.join(casts)}"} if casts else {}
         for name in columns:
-            width = min(40, max(len(row[name]) for row in rows)) if name == "layer" else None
+            # Names are kept whole, unless one leaves no room for the rest.
+            whole = name == "layer" and max(len(row[name]) for row in rows) <= LONGEST
             justify: Any = "right" if name in ("n", "nonzero") else "left"
             table.add_column(
-                titles.get(name, name), justify=justify, min_width=width, overflow="fold"
+                titles.get(name, name), justify=justify, no_wrap=whole, overflow="fold"
             )
         for row in rows:
             table.add_row(*(row[name] for name in columns))

@@ -130,14 +130,12 @@ def _time_tables(found: Estimate) -> Iterator[Table]:
     spent = "" if total is None else f", {total:.2e} FLOP"
     table = Table(title=f"GPU-hours: {run}{spent}, {share}")
     table.add_column("GPU")
-    peaks = [*(f"TFLOP/s in {t}" for t in types), "TB/s"]
     columns = ["s a step", "learning"] if learns else []
-    for column in (*peaks, *columns, "calibration", "sum", "of it moving bytes"):
+    for column in (*columns, "calibration", "sum", "of it moving bytes"):
         table.add_column(column, justify="right")
     for name, gpu in GPUS.items():
         took = hours(settings, found.work, gpu)
-        row: list[float | None] = [*(gpu.peak(t) for t in types), gpu.memory]
-        row += [took.step, took.learning] if learns else []
+        row = [took.step, took.learning] if learns else []
         row += [took.calibration, took.total]
         moving = "" if not took.total else f"{(took.moving or 0) / took.total:.0%}"
         table.add_row(name, *map(_short, row), moving)
