@@ -30,6 +30,8 @@ from sparsify.masking.strategy import SparsityStrategy
 log = logging.getLogger("sparsify")
 
 ENGINE = tuple(sorted(Path(__file__).parents[1].rglob("*.py")))  # all source files of sparsify
+# Folders of Python and of installed packages.
+LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 _NO_INPUTS = ("_name_or_path", "transformers_version")  # keys of a config to leave out
 
 
@@ -58,7 +60,7 @@ def result_folder(strategy: SparsityStrategy, inputs: Mapping[str, Any]) -> Path
         return None
     digest = hashlib.sha256(state)
     near = {file for cls, source in sources.items() for file in _near(cls, Path(str(source)))}
-    for file in [*ENGINE, *sorted(near)]:
+    for file in sorted({*ENGINE, *near}):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     versions = {name: version(name) for name in ("torch", "transformers")}
     content = {"strategy": strategy.describe(), "versions": versions, **inputs}
@@ -77,14 +79,8 @@ def _near(cls: type, source: Path) -> set[Path]:
     else:
         files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
         below = {Path(file) for file in files if file and folder in Path(file).parents}
-        further = {file for file in below if not _is_library(file)}
+        further = {file for file in below if LIBRARIES.isdisjoint(file.parents)}
     return {*folder.glob("*.py"), *further}
-
-
-def _is_library(file: Path) -> bool:
-    """Whether a file belongs to Python or to an installed package."""
-    folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    return not folders.isdisjoint(file.parents)
 
 
 def computation(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
