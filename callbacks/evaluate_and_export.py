@@ -190,7 +190,7 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
     device, now = pl_module.device, cost(trainer, pl_module)
     distils = pl_module.distillation.needs_dense and pl_module.learns
     prunes = pl_module.strategy.effect.prunes
-    permutation = pl_module.masked.base.permutation
+    permutation, searched = pl_module.masked.base.permutation, pl_module.searched
     return {
         "strategy": pl_module.strategy.describe(),
         "pattern": str(pl_module.selection.pattern) if prunes else "dense",
@@ -206,7 +206,7 @@ def describe_run(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "peak_memory_gib": round(find(trainer, Throughput).peak_memory() / 2**30, 3),
         "device": device_name(device),
         **({"cpu": cpu_name(), "threads": torch.get_num_threads()} if device.type == "cpu" else {}),
-        **({} if permutation is None else {"permutation": permutation.describe()}),
+        **({} if permutation is None else {"permutation": permutation.describe() | searched}),
         "processes": trainer.world_size,
         "command": _command(trainer),
     }

@@ -21,12 +21,19 @@ REFERENCES = ("dense", "magnitude")
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "tokens trained on": lambda result: result["run"]["tokens"],
     "training, s": lambda result: result["run"]["seconds"],
-    "calibration, s": lambda result: (result["run"]["calibration"] or {}).get("seconds"),
+    "calibration, s": lambda result: _calibration(result["run"]),
     "peak GiB": lambda result: result["run"].get("peak_memory_gib"),
 }
 DIGITS = dict(zip(COLUMNS, (0, 0, 0, 2), strict=True))
 
 Results = dict[str, list[dict[str, Any]]]
+
+
+def _calibration(run: dict[str, Any]) -> float | None:
+    """Seconds of calibration and of the search for channel orders; None where there was neither."""
+    parts = [run.get(part) or {} for part in ("calibration", "permutation")]
+    seconds = [part["seconds"] for part in parts if "seconds" in part]
+    return sum(seconds) if seconds else None
 
 
 def result_tables(name: str, folder: Path) -> list[str]:

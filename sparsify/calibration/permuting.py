@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify.calibration.cache import make_room, result_folder
 from sparsify.calibration.channel_search import ChannelSearch
 from sparsify.calibration.layerwise import Layerwise
-from sparsify.calibration.results import INDEX, read_index
+from sparsify.calibration.results import INDEX, computing_cost, read_index
 from sparsify.calibration.settings import Calibration
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
@@ -79,7 +79,7 @@ def find_orders(
     settings: Calibration,
     device: torch.device,
     watch: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The orders of a model's channels under which a strategy's masks lose least.
 
     In a run of several processes rank 0 searches, and all get its orders.
@@ -95,11 +95,13 @@ def find_orders(
         watch: wraps the iteration over blocks, to show its progress.
 
     Returns:
-        int64 ``[C]`` by part, without parts that stay as they are.
+        int64 ``[C]`` by part, without parts that stay as they are, and the ``seconds`` that the
+        search takes on a ``device``: of kept orders, those of the run that searched.
 
     Raises:
         SparsifyError: the model has no part of a kind.
     """
+    cost: dict[str, Any] = {}
 
     def search() -> Iterator[tuple[str, Tensor]]:
         if not strategy.effect.prunes:
@@ -112,16 +114,22 @@ def find_orders(
             key = engine.depends_on() | {"permute": list(wanted)}
             folder = result_folder(strategy.calibrator(), key) if settings.cache else None
             orders = None if folder is None else _kept(folder)
-            if orders is None:
+            if folder is not None and orders is not None:
+                seconds, on = computing_cost(folder)
+            else:
                 start = time.perf_counter()
                 for _ in engine.run_here(search):
                     pass
                 orders = search.finish()
+                seconds, on = time.perf_counter() - start, device_name(device)
                 if folder is not None:
-                    _keep(folder, orders, strategy, base, time.perf_counter() - start, device)
+                    _keep(folder, orders, strategy, base, seconds, on)
+        cost.update(seconds=round(seconds, 1), device=on)
         yield from orders.items()
 
-    return dict(from_rank_zero(search()))
+    orders = dict(from_rank_zero(search()))
+    (cost,) = from_rank_zero([cost])
+    return orders, cost
 
 
 @contextmanager
@@ -179,12 +187,12 @@ def _keep(
     strategy: SparsityStrategy,
     base: BaseModel,
     seconds: float,
-    device: torch.device,
+    device: str,
 ) -> None:
     about = {"strategy": f"{type(strategy.calibrator()).__name__}, permute", "model": base.name}
     content = {
         "seconds": seconds,
-        "device": device_name(device),
+        "device": device,
         "about": about,
         "files": {},
         "orders": {name: order.tolist() for name, order in orders.items()},

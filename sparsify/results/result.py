@@ -59,6 +59,8 @@ POSSIBLE = {
     "run.distillation": TABLE,
     "run.permutation": TABLE,
     "run.permutation.parts": LIST,
+    "run.permutation.seconds": SECONDS,
+    "run.permutation.device": TEXT,
     "run.peak_memory_gib": SECONDS,
     "run.device": TEXT,
     "run.cpu": TEXT,

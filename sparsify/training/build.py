@@ -80,7 +80,7 @@ def permute(module: Any, trainer: Any, base: BaseModel) -> None:
         taken.check_base(base.hash, str(asked))
         orders = taken.orders
     elif orders is None and asked:
-        orders = find_orders(
+        orders, module.searched = find_orders(
             base,
             module.strategy,
             module.selection,

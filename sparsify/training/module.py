@@ -97,6 +97,7 @@ class SparseCausalLM(Evaluation):
         self.selection = Selection.parse(pattern, include, exclude, overrides)
         self.permute = parse_permute(permute)
         self.orders: dict[str, Tensor] | None = None  # those of a checkpoint, once it is read
+        self.searched: dict[str, Any] = {}  # what the search for orders took
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.calibration = calibration

@@ -106,6 +106,21 @@ def test_records_name_the_permutation(run: Path, export: Path, model_folder: Pat
     assert protocol["base"]["hash"] == permutation.base_hash  # compares with other runs
 
 
+def test_results_state_what_the_search_took(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(*options: str) -> dict[str, Any]:
+        cli("fit", "--strategy=wanda", *RUN, *options)
+        run = json.loads((cli.runs()[-1] / "result.json").read_text())["run"]
+        return run["permutation"]  # type: ignore[no-any-return]
+
+    found = record()
+    assert found["seconds"] > 0
+    assert found["device"] == "cpu"
+    monkeypatch.setattr("sparsify.calibration.permuting.computing_cost", lambda _: (77.0, "other"))
+    assert record() == found | {"seconds": 77.0, "device": "other"}  # that of the kept orders
+    given = record(f"--model.permute={cli.runs()[-1] / 'export'}")
+    assert given == {key: found[key] for key in ("parts", "sha256")}
+
+
 def test_verify_compares_with_the_base_as_it_was(export: Path, model_folder: Path) -> None:
     report = verify(export, base=str(model_folder))
     assert report.problems == []
@@ -195,6 +210,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert read_masks(resumed / "export").digest == read_masks(whole / "export").digest
     orders = read_permutation(whole / "export")
     assert read_permutation(resumed / "export").digest == orders.digest
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, resumed)]
+    before, after = (result["run"]["permutation"] for result in results)
+    assert before == after
+    assert before["seconds"] > 0
     module = SparseCausalLM.load_from_checkpoint(
         whole / "checkpoints" / "last.ckpt", strategy=MaskLLM(prior="wanda")
     )

@@ -234,10 +234,13 @@ def calibration_tokens(run: Run) -> int:
 
 
 def calibration_seconds(run: Run) -> float | None:
-    """How long its calibration took; None if that is not known for the run's device."""
+    """How long its calibration and the search for orders took; None if that is not known for the
+    run's device.
+    """
     if run.calibration.get("cached") and "history" not in run.result:
         return None  # older results hold the time to read the cache instead
-    device = run.calibration.get("device")
-    if device and device != run.record.get("device"):
+    device = run.record.get("device")
+    parts = (run.calibration, run.record.get("permutation") or {})
+    if any((part.get("device") or device) != device for part in parts):
         return None
-    return float(run.calibration.get("seconds", 0.0))
+    return sum(float(part.get("seconds", 0.0)) for part in parts)

@@ -37,7 +37,13 @@ TRAINING = {
     "lr_schedulers": LIST,
 }
 # These may be missing; checkpoints of one-shot runs do not have the first.
-POSSIBLE = {"calibration": TABLE, "schedule_values": TABLE, "loops": TABLE, "orders": TABLE}
+POSSIBLE = {
+    "calibration": TABLE,
+    "schedule_values": TABLE,
+    "loops": TABLE,
+    "orders": TABLE,
+    "searched": TABLE,
+}
 
 
 def check_content(checkpoint: Any, path: Any) -> None:

@@ -36,6 +36,7 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["base_hash"] = module.masked.base.hash
     if (permutation := module.masked.base.permutation) is not None:
         checkpoint["orders"] = dict(permutation.orders)
+        checkpoint["searched"] = module.searched
     if "config" in (settings := checkpoint.get("hyper_parameters", {})):
         checkpoint["settings_sha256"] = content_hash(settings["config"])
     checkpoint["schedule_values"] = dict(module.strategy.values)
@@ -61,6 +62,7 @@ def restore(module: Any, checkpoint: dict[str, Any], trainer: Any) -> None:
     check_content(checkpoint, getattr(trainer, "ckpt_path", None) or "the checkpoint")
     check_order(checkpoint, module.hparams["permute"])
     module.orders = checkpoint.get("orders") or {}
+    module.searched = checkpoint.get("searched") or {}
     module.configure_model()
     module.steps_before = checkpoint["global_step"]
     module.calibrated = checkpoint.get("calibration")

@@ -261,6 +261,15 @@ def test_costs_are_of_calibration_and_training_together() -> None:
     assert row([3.0], calibration=calibrated(0, tokens=5)).cost("tokens") == 1005
 
 
+def test_the_search_for_orders_is_part_of_the_cost() -> None:
+    found = {"parts": ["residual"], "sha256": "orders", "seconds": 5.0, "device": "cpu"}
+    costs = [(found, [74.0]), (found | {"device": "NVIDIA H100"}, []), (None, [69.0])]
+    costs += [({"parts": ["residual"], "sha256": "orders"}, [69.0])]  # given by a folder
+    for permutation, seconds in costs:
+        made = row([3.0], calibration=calibrated(0), permutation=permutation)
+        assert made.costs("seconds") == seconds
+
+
 def test_what_was_not_recorded_is_no_cost() -> None:
     cached = calibrated(0, seconds=0.1, cached=True)
     assert row([3.0], calibration=cached).costs("seconds") == []
