@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify.calibration.cache import make_room, result_folder
 from sparsify.calibration.channel_search import ChannelSearch
 from sparsify.calibration.layerwise import Layerwise
-from sparsify.calibration.results import INDEX, computing_cost, read_index
+from sparsify.calibration.results import INDEX, read_index
 from sparsify.calibration.settings import Calibration
 from sparsify.common.errors import SparsifyError
 from sparsify.common.machine import device_name
@@ -113,9 +113,9 @@ def find_orders(
             engine = Layerwise(masked, lambda: windows_ST, plainly, device, watch)
             key = engine.depends_on() | {"permute": list(wanted)}
             folder = result_folder(strategy.calibrator(), key) if settings.cache else None
-            orders = None if folder is None else _kept(folder)
-            if folder is not None and orders is not None:
-                seconds, on = computing_cost(folder)
+            found = None if folder is None else _kept(folder)
+            if found is not None:
+                orders, seconds, on = found
             else:
                 start = time.perf_counter()
                 for _ in engine.run_here(search):
@@ -167,13 +167,18 @@ def _wanted(base: BaseModel, kinds: Sequence[Kind]) -> dict[str, Part]:
     return {name: part for name, part in parts.items() if part.kind in kinds}
 
 
-def _kept(folder: Path) -> dict[str, Tensor] | None:
-    """The orders that an earlier run kept; None if there are none that can be used."""
+def _kept(folder: Path) -> tuple[dict[str, Tensor], float, str] | None:
+    """The orders that an earlier run kept, the seconds that it searched, and its device; None if
+    there are none that can be used.
+    """
     if not folder.is_dir():
         return None
     try:
-        orders = read_index(folder)["orders"]
-        return {name: torch.tensor(order, dtype=torch.int64) for name, order in orders.items()}
+        index = read_index(folder)
+        orders = {
+            name: torch.tensor(order, dtype=torch.int64) for name, order in index["orders"].items()
+        }
+        return orders, float(index["seconds"]), str(index["device"])
     except Exception as error:  # a damaged file may raise anything
         log.warning(
             "%s, orders of an earlier run, is damaged (%s); they are searched again", folder, error
